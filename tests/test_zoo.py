@@ -1,0 +1,72 @@
+"""Models of `transformers`: every attention is fused, and nothing changes but the speed.
+
+Every class runs once per implementation in a setting that changes from day to day
+(TV_ZOO_DAY=<int> picks a day again), a few run in all settings, and a few through Inductor.
+`python -m tests.zoo --full` runs everything.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import zlib
+
+import pytest
+import torch
+import transformers
+
+from tests.harness import STRICT
+from tests.zoo import BY_NAME, ENTRIES
+from tests.zoo_run import INDUCTOR, Case, cases, measure
+
+transformers.logging.set_verbosity_error()
+
+DAY = int(os.environ.get("TV_ZOO_DAY", datetime.date.today().toordinal()))
+# One of each kind of mask, edit and empty row; these run in all settings.
+CORE = ("llama", "mistral", "gemma2", "gpt_oss", "gptj", "bloom", "bert", "t5", "swin")
+THROUGH_INDUCTOR = (
+    Case(BY_NAME["mistral"], "eager", "left", True, torch.bfloat16),
+    Case(BY_NAME["gpt_oss"], "eager", "left", False, torch.float32),
+    Case(BY_NAME["falcon_alibi"], "sdpa", "left", True, torch.float32),
+    Case(BY_NAME["t5"], "eager", "right", True, torch.float32),
+)
+
+
+def of_the_day() -> list[Case]:
+    """One case per class and implementation; consecutive days walk through the whole cross."""
+    chosen = []
+    for entry in ENTRIES:
+        if entry.name in CORE:
+            chosen += cases(entry, full=True)
+            continue
+        every = cases(entry, full=True)
+        for impl in entry.impls:
+            mine = [case for case in every if case.impl == impl]
+            chosen.append(mine[(zlib.crc32(entry.name.encode()) + DAY) % len(mine)])
+    return chosen
+
+
+def check(case: Case, options: dict, record_property) -> None:
+    result = measure(case, "tv", options)
+    entry = case.entry
+    record_property("zoo", f"{entry.name} {len(result.sites)}/{entry.fusable}")
+    assert not result.wrong(), result.wrong()
+    listed = "; ".join(result.refusals)
+    assert len(result.sites) == entry.fusable, f"{len(result.sites)} fused; {listed}"
+    assert len(result.refusals) >= entry.refused, f"{entry.refused} refusals expected; {listed}"
+    assert all(result.refusals), "a refusal without a reason"
+
+
+@pytest.mark.parametrize("case", of_the_day(), ids=str)
+def test_every_attention_is_fused_and_right(case, record_property):
+    check(case, STRICT, record_property)
+
+
+@pytest.mark.parametrize("case", THROUGH_INDUCTOR, ids=str)
+def test_the_same_through_inductor(case, record_property):
+    check(case, INDUCTOR, record_property)
+
+
+def test_the_zoo_is_broad():
+    assert len({entry.cls for entry in ENTRIES}) >= 40
+    assert len(BY_NAME) == len(ENTRIES)
