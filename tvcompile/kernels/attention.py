@@ -1,0 +1,154 @@
+"""tv::attention: softmax attention as an AttentionSpec describes it.
+
+    s[b,h,q,kv]   = scale * <q[b,h,q,:], k[b,h//G,kv,:]>          G = H // H_kv
+    x[b,h,q,kv]   = score(s, b, h, q, kv) where keep(b, h, q, kv), else nothing
+    lse[b,h,q]    = log(sum_kv exp(x) + exp(sink))
+    out[b,h,q,:]  = sum_kv exp(x - lse) * drop(b, h, q, kv) * v[b,h//G,kv,:]
+
+    q [B,H,S_q,D]   k [B,H_kv,S_kv,D]   v [B,H_kv,S_kv,D_v]
+    out [B,H,S_q,D_v], in memory [B,S_q,H,D_v]     lse [B,H,S_q], float32 (float64 for float64)
+
+A row without any kept kv gives what `empty` says; its lse is +inf, so that exp(x - lse) is 0, and its
+gradients never come from lse. Where there is a sink such a row is 0: the sink takes all. Backward
+recomputes from q, k, v, out, lse and the captures.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..spec import AttentionSpec
+from . import KERNELS, mods
+from .dropout import keep_weights
+from .problem import Kernel, Problem, compute_dtype, heads_last
+
+LIB = torch.library.Library("tv", "DEF")
+TENSORS = "Tensor q, Tensor k, Tensor v, Tensor[] captures, SymInt[] sizes, str spec, Tensor? seed"
+LIB.define(f"attention({TENSORS}) -> (Tensor out, Tensor lse)")
+LIB.define(
+    f"attention_backward(Tensor grad_out, {TENSORS}, Tensor out, Tensor lse, int[] wanted)"
+    " -> (Tensor dq, Tensor dk, Tensor dv, Tensor[] dcaptures)"
+)
+
+
+def attention_ref(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    captures: Sequence[Tensor] = (),
+    sizes: Sequence[int] = (),
+    spec: str = "scale=1",
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) by the formula, all S_q x S_kv weights at once, differentiable by autograd."""
+    p = Problem.of(q, k, v, captures, sizes, spec, seed)
+    scope = p.scope
+    k, v = (x.to(scope.dtype).repeat_interleave(p.group, 1) for x in (k, v))
+    s = p.spec.scale * (q.to(scope.dtype) @ k.mT)
+    x = mods.tensor(p.spec.score, scope.at(s=s)).expand_as(s)
+    keep = mods.tensor(p.spec.keep, scope).expand_as(s)
+    kept = keep.any(-1, keepdim=True)
+    logits = x = _mask(x, keep, kept, p.empty or "nan")
+    if p.spec.sink is not None:
+        sink = mods.tensor(p.spec.sink, scope).expand(*s.shape[:3], 1)
+        logits = torch.cat([x.masked_fill(~kept, -math.inf), sink], -1)
+    weights = torch.softmax(logits, -1)[..., : s.shape[-1]]
+    if p.empty == "zero":
+        weights = weights.masked_fill(~kept, 0.0)
+    if p.spec.dropout:
+        weights = weights * keep_weights(seed, scope, p.spec.dropout)
+    lse = torch.logsumexp(logits, -1)
+    if p.spec.sink is None:
+        lse = lse.masked_fill(~kept[..., 0], math.inf)
+    return (weights @ v).to(q.dtype), lse
+
+
+def _mask(x: Tensor, keep: Tensor, kept: Tensor, empty: str) -> Tensor:
+    """Scores with -inf where nothing is kept; rows without any kept kv become what `empty` says."""
+    if empty == "nan":
+        return x + torch.zeros_like(x).masked_fill(~keep, -math.inf)
+    if empty == "nan_cut":
+        return x.masked_fill(~keep, -math.inf)
+    level = x - x.detach() if empty == "mean" else torch.zeros_like(x)
+    return torch.where(kept, x.masked_fill(~keep, -math.inf), level)
+
+
+def choose(spec: AttentionSpec, device: str, dtype: torch.dtype, wanted: tuple[str, ...]) -> Kernel:
+    """The first kernel that serves; `wanted`: captures whose gradients it must give.
+
+    Raises NotImplementedError with every kernel's reason if none does.
+    """
+    reasons = []
+    for kernel in KERNELS:
+        reason = kernel.supports(spec, dtype, wanted) if kernel.device == device else f"runs on {kernel.device}"
+        if reason is None:
+            return kernel
+        reasons.append(f"{kernel.name}: {reason}")
+    raise NotImplementedError(f"no kernel for `{spec}` on {device}: " + "; ".join(reasons))
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raises ValueError unless the shapes and dtypes fit together."""
+    shapes = f"q {list(q.shape)} {q.dtype}, k {list(k.shape)} {k.dtype}, v {list(v.shape)} {v.dtype}"
+    if not (q.dim() == k.dim() == v.dim() == 4 and q.dtype == k.dtype == v.dtype):
+        raise ValueError(f"tv.attention needs [B,H,S,D] tensors of one dtype, got {shapes}")
+    if q.shape[3] != k.shape[3] or k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0]:
+        raise ValueError(f"tv.attention: shapes do not fit: {shapes}")
+
+
+def _forward(q, k, v, captures, sizes, spec, seed):
+    kernel = choose(AttentionSpec.parse(spec), q.device.type, q.dtype, ())
+    return kernel.forward(Problem.of(q, k, v, captures, sizes, spec, seed))
+
+
+def _backward(grad_out, q, k, v, captures, sizes, spec, seed, out, lse, wanted):
+    p = Problem.of(q, k, v, captures, sizes, spec, seed)
+    names = p.spec.captures()
+    kernel = choose(p.spec, q.device.type, q.dtype, tuple(names[i] for i in wanted))
+    found = kernel.backward(p, grad_out, out, lse, tuple(names[i] for i in wanted))
+    dq, dk, dv = (
+        heads_last(x, x.shape).copy_(g) for x, g in zip((q, k, v), (found.dq, found.dk, found.dv))
+    )
+    return dq, dk, dv, [found.captures[names[i]].to(captures[i].dtype).contiguous() for i in wanted]
+
+
+def _fake_forward(q, k, v, captures, sizes, spec, seed):
+    _check(q, k, v)
+    B, H, S_q, _ = q.shape
+    lse = q.new_empty((B, H, S_q), dtype=compute_dtype(q.dtype))
+    return heads_last(q, (B, H, S_q, v.shape[3])), lse
+
+
+def _fake_backward(grad_out, q, k, v, captures, sizes, spec, seed, out, lse, wanted):
+    grads = [captures[i].new_empty(captures[i].shape) for i in wanted]
+    return *(heads_last(x, x.shape) for x in (q, k, v)), grads
+
+
+def _save(ctx, inputs, output):
+    q, k, v, captures, sizes, spec, seed = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(q, k, v, *output, seed, *captures)
+    ctx.sizes, ctx.spec = sizes, spec
+
+
+def _differentiate(ctx, grad_out, _grad_lse):
+    q, k, v, out, lse, seed, *captures = ctx.saved_tensors
+    wanted = [i for i, c in enumerate(captures) if c.is_floating_point() and c.requires_grad]
+    dq, dk, dv, found = torch.ops.tv.attention_backward(
+        grad_out, q, k, v, captures, ctx.sizes, ctx.spec, seed, out, lse, wanted
+    )
+    dcaptures = [found[wanted.index(i)] if i in wanted else None for i in range(len(captures))]
+    return dq, dk, dv, dcaptures, [None] * len(ctx.sizes), None, None
+
+
+for _name, _run, _fake in (
+    ("attention", _forward, _fake_forward),
+    ("attention_backward", _backward, _fake_backward),
+):
+    LIB.impl(_name, _run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"tv::{_name}", _fake, lib=LIB)
+torch.library.register_autograd("tv::attention", _differentiate, setup_context=_save, lib=LIB)

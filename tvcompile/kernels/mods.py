@@ -1,0 +1,253 @@
+"""Expr -> torch: evaluates a formula over a block of positions.
+
+A formula becomes a tape of torch calls, in which a shared part appears once. Positions broadcast:
+
+    b [B,1,1,1]   h [1,H,1,1]   q [1,1,M,1]   kv [1,1,1,N]   s [B,H,M,N]
+
+so `kv <= q` is one [1,1,M,N] comparison and `pad[b, kv]` one [B,1,1,N] view. A load whose indices are
+plain positions is a view of the capture, any other an advanced index. Loads clamp their indices, since
+`where(kv < 4, first[kv], rest[kv - 4])` evaluates both sides. Not in place; differentiable.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor
+
+from .. import expr as E
+from ..expr import Expr
+
+AXES = ("b", "h", "q", "kv")
+Span = tuple[int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Scope:
+    """What the names of a formula stand for: a block of positions, captures, sizes, the score."""
+
+    b: Span
+    h: Span
+    q: Span
+    kv: Span
+    captures: Mapping[str, Tensor]
+    sizes: Mapping[str, int]
+    dtype: torch.dtype
+    device: torch.device
+    s: Tensor | None = None
+
+    def at(self, **changes: Any) -> Scope:
+        return dataclasses.replace(self, **changes)
+
+    @functools.cached_property
+    def _indices(self) -> dict[str, Tensor]:
+        return {}
+
+    def index(self, axis: str) -> Tensor:
+        if axis not in self._indices:
+            start, stop = getattr(self, axis)
+            shape = [-1 if a == axis else 1 for a in AXES]
+            self._indices[axis] = torch.arange(start, stop, device=self.device).view(shape)
+        return self._indices[axis]
+
+    def value(self, name: str) -> Any:
+        if name == "s":
+            return self.s
+        return self.index(name) if name in AXES else self.sizes[name]
+
+
+def evaluate(e: Expr, scope: Scope) -> Any:
+    """The value of a formula: a tensor that broadcasts to [B,H,M,N], or a Python number."""
+    values: list[Any] = []
+    for function, operands in _tape(e):
+        values.append(function(scope, *[values[i] for i in operands]))
+    return values[-1]
+
+
+def tensor(e: Expr, scope: Scope) -> Tensor:
+    """`evaluate`, as a tensor of four dimensions; floats in the scope's dtype."""
+    value = evaluate(e, scope)
+    if not isinstance(value, Tensor):
+        kind = {bool: torch.bool, int: torch.int64}.get(type(value), scope.dtype)
+        value = torch.tensor(value, dtype=kind, device=scope.device)
+    if value.is_floating_point():
+        value = value.to(scope.dtype)
+    return value if value.dim() == 4 else value.reshape((1,) * (4 - value.dim()) + value.shape)
+
+
+@functools.lru_cache(maxsize=1024)
+def _tape(e: Expr) -> tuple[tuple[Callable, tuple[int, ...]], ...]:
+    tape: list[tuple[Callable, tuple[int, ...]]] = []
+    slots: dict[Expr, int] = {}
+
+    def slot(x: Expr) -> int:
+        if x not in slots:
+            function, operands = _step(x)
+            entry = (function, tuple(slot(a) for a in operands))
+            tape.append(entry)
+            slots[x] = len(tape) - 1
+        return slots[x]
+
+    slot(e)
+    return tuple(tape)
+
+
+def _step(x: Expr) -> tuple[Callable, tuple[Expr, ...]]:
+    """(function of the scope and the operands' values, the operands) of one node."""
+    value = E.constant(x)
+    if value is not None:
+        return (lambda scope: value), ()
+    if isinstance(x, sympy.Symbol):
+        return (lambda scope: scope.value(x.name)), ()
+    op = E.op_of(x)
+    if op == "load":
+        return _load_step(*E.operands(x))
+    if op in ("le", "eq"):
+        left, right = _sides(E.operands(x)[0])
+        return _unscoped(operator.le if op == "le" else operator.eq), (left, right)
+    if op in E.CASTS:
+        return functools.partial(_cast, getattr(torch, op)), E.operands(x)
+    if op is not None:
+        return _unscoped(_function(op)), E.operands(x)
+    for form, function in FORMS.items():
+        if isinstance(x, form):
+            return _unscoped(function), x.args
+    raise ValueError(f"cannot evaluate {type(x).__name__} in {x}")
+
+
+def _unscoped(function: Callable) -> Callable:
+    return lambda scope, *values: function(*values)
+
+
+def _sides(e: Expr) -> tuple[Expr, Expr]:
+    """e <= 0 as left <= right with positive terms only: rows against columns, no [M,N] difference."""
+    terms = sympy.Add.make_args(e)
+    negative = [t for t in terms if t.as_coeff_Mul()[0] < 0]
+    return sympy.Add(*(t for t in terms if t not in negative)), -sympy.Add(*negative)
+
+
+def _cast(dtype: torch.dtype, scope: Scope, value: Any) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.to(dtype)
+    return torch.tensor(value, dtype=dtype, device=scope.device)
+
+
+# Loads
+
+
+def _load_step(name, *indices: Expr) -> tuple[Callable, tuple[Expr, ...]]:
+    names = [x.name if isinstance(x, sympy.Symbol) else None for x in indices]
+    positions = [n for n in names if n in AXES]
+    if len(positions) == len(indices) == len(set(positions)):
+        return functools.partial(_view, name.name, tuple(positions)), ()
+    return functools.partial(_gather, name.name), indices
+
+
+def _view(name: str, axes: tuple[str, ...], scope: Scope) -> Tensor:
+    capture = scope.captures[name]
+    for dim, axis in enumerate(axes):
+        start, stop = getattr(scope, axis)
+        if stop > capture.shape[dim]:
+            return _gather(name, scope, *[scope.index(a) for a in axes])
+        capture = capture.narrow(dim, start, stop - start)
+    capture = capture.permute([axes.index(a) for a in AXES if a in axes])
+    for dim, axis in enumerate(AXES):
+        if axis not in axes:
+            capture = capture.unsqueeze(dim)
+    return _typed(capture, scope)
+
+
+def _gather(name: str, scope: Scope, *indices: Any) -> Tensor:
+    capture = scope.captures[name]
+    inside = [_clamp(i, size) for i, size in zip(indices, capture.shape)]
+    return _typed(capture[tuple(inside)], scope)
+
+
+def _clamp(i: Any, size: int) -> Any:
+    if isinstance(i, Tensor):
+        return i.clamp(-size, size - 1)
+    return max(-size, min(i, size - 1))
+
+
+def _typed(loaded: Tensor, scope: Scope) -> Tensor:
+    return loaded.to(scope.dtype) if loaded.is_floating_point() else loaded
+
+
+# Operations; a Python number stays one as long as no tensor meets it
+
+
+def _function(op: str) -> Callable:
+    if op in FUNCTIONS:
+        return FUNCTIONS[op]
+    function = getattr(torch, op, None) or getattr(torch.nn.functional, op, None)
+    if function is None:
+        raise ValueError(f"no torch function computes {op!r}")
+    return lambda *values: function(*[torch.as_tensor(v) for v in values])
+
+
+def _where(c: Any, a: Any, b: Any) -> Any:
+    if not isinstance(c, Tensor):
+        return a if c else b
+    return torch.where(c, a, b)
+
+
+def _extreme(of_numbers: Callable, of_tensors: Callable, bound: str) -> Callable:
+    def extreme(a: Any, b: Any) -> Any:
+        if isinstance(a, Tensor) and isinstance(b, Tensor):
+            return of_tensors(a, b)
+        if isinstance(b, Tensor):
+            a, b = b, a
+        return torch.clamp(a, **{bound: b}) if isinstance(a, Tensor) else of_numbers(a, b)
+
+    return extreme
+
+
+def _div(a: Any, b: Any) -> Any:
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return a / b
+    return float(torch.tensor(float(a)) / b)
+
+
+def _to_int(x: Any) -> Any:
+    return x.to(torch.int64) if isinstance(x, Tensor) else int(x)
+
+
+def _not(x: Any) -> Any:
+    return x.logical_not() if isinstance(x, Tensor) else not x
+
+
+def _fold(function: Callable) -> Callable:
+    return lambda *values: functools.reduce(function, values)
+
+
+FUNCTIONS: dict[str, Callable] = {
+    "add": operator.add,
+    "sub": operator.sub,
+    "mul": operator.mul,
+    "div": _div,
+    "//": operator.floordiv,
+    "%": operator.mod,
+    "neg": operator.neg,
+    "abs": abs,
+    "where": _where,
+    "min": _extreme(min, torch.minimum, "max"),
+    "max": _extreme(max, torch.maximum, "min"),
+    "int": _to_int,
+    "fle": operator.le,
+    "flt": operator.lt,
+    "feq": operator.eq,
+}
+FORMS: dict[type, Callable] = {
+    sympy.Add: _fold(operator.add),
+    sympy.Mul: _fold(operator.mul),
+    sympy.Pow: operator.pow,
+    sympy.And: _fold(operator.and_),
+    sympy.Or: _fold(operator.or_),
+    sympy.Not: _not,
+}

@@ -1,0 +1,101 @@
+"""One call of tv::attention: the tensors, the Spec, and the record that a kernel is.
+
+Shapes: q [B,H,S_q,D]   k [B,H_kv,S_kv,D]   v [B,H_kv,S_kv,D_v]; q head h reads kv head h // G.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..spec import AttentionSpec
+from .mods import Scope
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of scores, lse and sums."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def heads_last(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+    """An empty [B,H,S,D] that lies in memory as [B,S,H,D]."""
+    B, H, S, D = shape
+    return like.new_empty((B, S, H, D), dtype=dtype or like.dtype).transpose(1, 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    spec: AttentionSpec
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scope: Scope
+    seed: Tensor | None = None
+
+    @staticmethod
+    def of(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        captures: Sequence[Tensor],
+        sizes: Sequence[int],
+        spec: str,
+        seed: Tensor | None,
+    ) -> Problem:
+        parsed = AttentionSpec.parse(spec)
+        (B, H, S_q, _), S_kv = q.shape, k.shape[2]
+        scope = Scope(
+            b=(0, B),
+            h=(0, H),
+            q=(0, S_q),
+            kv=(0, S_kv),
+            captures=dict(zip(parsed.captures(), captures)),
+            sizes=dict(zip(parsed.sizes(), sizes)) | {"S_q": S_q, "S_kv": S_kv, "H": H},
+            dtype=compute_dtype(q.dtype),
+            device=q.device,
+        )
+        return Problem(parsed, q, k, v, scope, seed)
+
+    @property
+    def group(self) -> int:
+        return self.q.shape[1] // max(1, self.k.shape[1])
+
+    @property
+    def empty(self) -> str | None:
+        """What rows without any kept kv give; with a sink, which takes all, they are zero."""
+        return "zero" if self.spec.sink is not None else self.spec.empty
+
+    def results(self) -> tuple[Tensor, Tensor]:
+        """(out, lse), not yet filled in."""
+        B, H, S_q, _ = self.q.shape
+        out = heads_last(self.q, (B, H, S_q, self.v.shape[3]))
+        return out, self.q.new_empty((B, H, S_q), dtype=self.scope.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Gradients:
+    """dq, dk, dv in the compute dtype or the tensors' own, and one per capture that wants it, by name."""
+
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+    captures: dict[str, Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """name, where it runs, and (reason it does not serve this Spec | None), forward, backward.
+
+    supports  (spec, dtype, names of captures that need a gradient) -> None or the reason it cannot
+    forward   problem -> (out, lse)
+    backward  problem, grad_out, out, lse, names of captures that need a gradient -> Gradients
+    """
+
+    name: str
+    device: str
+    supports: Callable[[AttentionSpec, torch.dtype, tuple[str, ...]], str | None]
+    forward: Callable[[Problem], tuple[Tensor, Tensor]]
+    backward: Callable[[Problem, Tensor, Tensor, Tensor, tuple[str, ...]], Gradients]
