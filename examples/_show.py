@@ -6,6 +6,7 @@ TV_EXAMPLES=quick makes every size small: the tests run the examples that way.
 from __future__ import annotations
 
 import copy
+import logging
 import os
 import statistics
 import time
@@ -20,6 +21,8 @@ from rich.table import Table
 import tvcompile
 
 T = TypeVar("T")
+# On a machine with a CUDA compiler and no GPU, PyTorch says so at each compilation.
+logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 QUICK = os.environ.get("TV_EXAMPLES") == "quick"
 # A failure inside the backend should be seen here, not hidden by the fallback to Inductor.
 STRICT = {"tv.strict": True}

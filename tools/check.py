@@ -20,6 +20,7 @@ PACKAGE = "tvcompile"
 # The visible order: part of the package -> its layer.
 LAYERS = {
     "expr": 0,
+    "syntax": 0,
     "bounds": 0,
     "options": 0,
     "spec": 1,
@@ -66,7 +67,7 @@ def _walk(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def imports(file: Path, root: Path) -> Iterator[tuple[int, str]]:
-    """(line, dotted name) of all that a file imports, also inside functions; relative ones resolved.
+    """(line, dotted name) of all that a file imports, inside functions too; relative ones resolved.
 
     `from a import b` gives both a and a.b, since b may be a module; reading torch.fx counts too.
     """
