@@ -1,0 +1,102 @@
+"""torch.compile(model, backend="tv"): canonicalize -> lift -> select -> emit -> Inductor."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from . import report
+from .options import Options
+from .passes import LIFTS
+from .passes.canonicalize import canonicalize, checkpoint_bodies, placeholders_of
+from .passes.emit import compute_dtype, emit
+from .passes.match import Match, where_of
+from .passes.verify import verify
+from .select import select
+from .spec import Refusal
+
+
+def tv(gm: fx.GraphModule, example_inputs: Sequence[Any], mode: str | None = None, options: dict | None = None):
+    """A Dynamo backend. `mode` and options without the prefix `tv.` go to Inductor as they are."""
+    ours, inductor = Options.parse(options)
+    record = report.GraphRecord()
+    try:
+        program = rewrite(gm, placeholders_of(gm), record)
+    except Exception as error:
+        if ours.strict:
+            raise
+        program = gm
+        record.failed = f"{type(error).__name__}: {error}"
+        warnings.warn(fallback_message(error), stacklevel=2)
+    report.publish(record, ours.log)
+    if ours.codegen == "none":
+        return program.forward
+    return hand_off(program, example_inputs, mode, inductor)
+
+
+def rewrite(gm: fx.GraphModule, fakes: Sequence[Any], record: report.GraphRecord) -> fx.GraphModule:
+    """Dynamo's graph with every proven attention fused, or the graph itself where there is none."""
+    bodies = {body: rewrite(body, inner, record) for body, inner in checkpoint_bodies(gm)}
+    with record.timed("canonicalize"):
+        program, whole = canonicalize(gm, fakes, bodies)
+    record.higher_order += whole
+    before = report.lines_of(program.graph)
+    matches: list[Match] = []
+    for lift in LIFTS:
+        with record.timed(lift.__name__):
+            found, refusals = lift(program.graph)
+        matches += found
+        record.refusals += refusals
+    chosen = []
+    for match in matches:
+        device = match.q.node.meta["val"].device
+        kernel, reasons = select(match.spec, device, compute_dtype(match))
+        if kernel is None:
+            record.refusals.append(Refusal(str(match.anchor.target), reasons, where_of(match.anchor)))
+        else:
+            chosen.append(match)
+            record.sites.append(report.site_of(match, kernel))
+    if not chosen and all(body is new for body, new in bodies.items()):
+        return gm
+    with record.timed("emit"):
+        emit(program.graph, chosen)
+        program.recompile()
+    with record.timed("verify"):
+        verify(program, "emit")
+    record.keep(program, before)
+    return program
+
+
+def hand_off(program: fx.GraphModule, example_inputs: Sequence[Any], mode: str | None, options: dict) -> Callable:
+    """Inductor: autograd, fusion and everything that is not attention."""
+    from torch._inductor import list_mode_options
+    from torch._inductor.compile_fx import compile_fx
+
+    patches = {**(list_mode_options(mode) if mode and mode != "default" else {}), **options}
+    return compile_fx(program, example_inputs, config_patches=patches or None)
+
+
+def fallback_message(error: Exception) -> str:
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return (
+        f"tvcompile could not treat a graph and left it to Inductor: {type(error).__name__}: {error} "
+        f"(at {frame.filename}:{frame.lineno} in {frame.name}). The program is unchanged. "
+        "options={'tv.strict': True} raises instead; please report it with the model."
+    )
+
+
+@contextlib.contextmanager
+def tracing_context():
+    """What Dynamo needs to keep data-dependent dispatch in one graph, for this backend's frames only."""
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        yield
+
+
+tv.backend_ctx_ctor = tracing_context  # type: ignore[attr-defined]

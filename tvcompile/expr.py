@@ -1,0 +1,435 @@
+"""Expr: a formula over index positions, one score and captured tensors, on sympy.
+
+Integers are sympy's own (exact): `q - kv + 3`. Everything whose value depends on rounding, or that
+sympy would rewrite by rules of the reals, is one uninterpreted call, evaluated as written:
+
+    IntCall("//", q, 64)          integer valued      q//64
+    FloatCall("tanh", s)          float valued        tanh(s)
+    BoolCall("le", kv - q)        boolean             kv <= q       (le: e <= 0, eq: e == 0)
+    *Call("load", "pad", b, kv)   a captured tensor   pad[b, kv]
+
+The functions of this module (`add`, `where`, `le`, ...) are the only way to build them: they fold
+constants and bring comparisons to one form, so that equal masks are equal objects.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+
+import sympy
+from sympy.core.symbol import Str
+from sympy.logic.boolalg import Boolean
+
+Expr = sympy.Basic
+TRUE, FALSE = sympy.true, sympy.false
+
+
+class IntCall(sympy.Expr):
+    is_commutative = True
+    is_integer = True
+
+    def __new__(cls, op, *args):
+        return sympy.Expr.__new__(cls, Str(op) if isinstance(op, str) else op, *args)
+
+
+class FloatCall(sympy.Expr):
+    is_commutative = True
+
+    def __new__(cls, op, *args):
+        return sympy.Expr.__new__(cls, Str(op) if isinstance(op, str) else op, *args)
+
+
+class BoolCall(Boolean):
+    def __new__(cls, op, *args):
+        return Boolean.__new__(cls, Str(op) if isinstance(op, str) else op, *args)
+
+
+CALLS = (IntCall, FloatCall, BoolCall)
+CALL_OF_KIND = {"int": IntCall, "float": FloatCall, "bool": BoolCall}
+
+
+def index(name: str) -> sympy.Symbol:
+    """An index position or a size: a non-negative integer."""
+    return sympy.Symbol(name, integer=True, nonnegative=True)
+
+
+B, H, Q, KV = (index(n) for n in ("b", "h", "q", "kv"))
+S = sympy.Symbol("s", real=True)
+
+
+def op_of(e: Expr) -> str | None:
+    """The operation of a call, or None for anything else."""
+    return e.args[0].name if isinstance(e, CALLS) else None
+
+
+def operands(e: Expr) -> tuple[Expr, ...]:
+    return e.args[1:] if isinstance(e, CALLS) else e.args
+
+
+def kind(e: Expr) -> str:
+    """"bool", "float" or "int"."""
+    if isinstance(e, Boolean) and not isinstance(e, sympy.Symbol):
+        return "bool"
+    if isinstance(e, (FloatCall, sympy.Float)) or e is S or e in (sympy.oo, -sympy.oo, sympy.nan):
+        return "float"
+    return "int"
+
+
+def number(value: bool | int | float) -> Expr:
+    """A constant of the same kind as the Python value."""
+    if isinstance(value, bool):
+        return TRUE if value else FALSE
+    if isinstance(value, int):
+        return sympy.Integer(value)
+    if math.isinf(value) or math.isnan(value):
+        return sympy.nan if math.isnan(value) else (sympy.oo if value > 0 else -sympy.oo)
+    return sympy.Float(value + 0.0)
+
+
+def constant(e: Expr) -> bool | int | float | None:
+    """The Python value of a constant, or None."""
+    if e is TRUE or e is FALSE:
+        return e is TRUE
+    if isinstance(e, sympy.Integer):
+        return int(e)
+    if isinstance(e, sympy.Float) or e in (sympy.oo, -sympy.oo, sympy.nan):
+        return float(e)
+    return None
+
+
+def load(name: str, of_kind: str, *idx: Expr) -> Expr:
+    return CALL_OF_KIND[of_kind]("load", Str(name), *idx)
+
+
+def loads(e: Expr) -> list[Expr]:
+    """The captured loads of a formula, in a fixed order, inner ones included."""
+    found = {c for c in walk(e) if op_of(c) == "load"}
+    return sorted(found, key=sympy.default_sort_key)
+
+
+def walk(e: Expr):
+    return sympy.preorder_traversal(e)
+
+
+def mentions(e: Expr, *symbols: Expr) -> bool:
+    return any(x in symbols for x in walk(e))
+
+
+# Integers
+
+
+def floordiv(a: Expr, b: Expr, bounds: Callable | None = None) -> Expr:
+    """a // b; `bounds(e)` gives (low, high) of an integer formula and lets exact parts leave."""
+    if b == 1:
+        return a
+    if isinstance(a, sympy.Integer) and isinstance(b, sympy.Integer) and b != 0:
+        return sympy.Integer(int(a) // int(b))
+    whole, rest = split_multiple(a, b)
+    if rest == 0:
+        return whole
+    if bounds is not None and within(rest, b, bounds):
+        return whole
+    if op_of(rest) == "//" and bounds is not None:
+        inner, c = operands(rest)
+        return whole + floordiv(inner, c * b, bounds)
+    return whole + IntCall("//", rest, b)
+
+
+def mod(a: Expr, b: Expr, bounds: Callable | None = None) -> Expr:
+    """a % b with Python's sign."""
+    if b == 1:
+        return sympy.Integer(0)
+    if isinstance(a, sympy.Integer) and isinstance(b, sympy.Integer) and b != 0:
+        return sympy.Integer(int(a) % int(b))
+    _, rest = split_multiple(a, b)
+    if rest == 0 or (bounds is not None and within(rest, b, bounds)):
+        return rest
+    return IntCall("%", rest, b)
+
+
+def split_multiple(a: Expr, b: Expr) -> tuple[Expr, Expr]:
+    """(w, r) with a == w*b + r, where w takes every term of a that is visibly a multiple of b."""
+    whole, rest = sympy.Integer(0), sympy.Integer(0)
+    for term in sympy.Add.make_args(sympy.expand(a)):
+        quotient = term / b
+        if quotient.is_Rational or sympy.denom(quotient) != 1:
+            steps = quotient if quotient.is_Integer else None
+            if steps is None and isinstance(term, sympy.Integer) and isinstance(b, sympy.Integer):
+                steps, extra = divmod(int(term), int(b))
+                whole, rest = whole + steps, rest + extra
+                continue
+            if steps is None:
+                rest = rest + term
+                continue
+        whole = whole + quotient
+    return whole, rest
+
+
+def within(e: Expr, size: Expr, bounds: Callable) -> bool:
+    low, high = bounds(e)
+    return low is not None and high is not None and at_most(0, low) and at_most(high + 1, size)
+
+
+def at_most(a: Expr | int, b: Expr | int) -> bool:
+    """True when a <= b for all sizes: free symbols are sizes, each at least 1."""
+    gap = sympy.expand(sympy.sympify(b) - sympy.sympify(a))
+    least = sympy.Integer(0)
+    for term in sympy.Add.make_args(gap):
+        coefficient, rest = term.as_coeff_Mul()
+        if rest == 1:
+            least += coefficient
+        elif coefficient > 0 and rest.is_nonnegative:
+            least += coefficient if not rest.atoms(*CALLS) else 0
+        elif coefficient > 0 and op_of(rest) in ("//", "%"):
+            pass
+        else:
+            return False
+    return bool(least >= 0)
+
+
+def recombine(e: Expr) -> Expr:
+    """c*(x//c) + x%c is x."""
+    for term in [t for t in walk(e) if op_of(t) == "%"]:
+        x, c = operands(term)
+        partner = c * IntCall("//", x, c)
+        if isinstance(e, sympy.Add) and term in e.args and sympy.expand(partner) in e.args:
+            return recombine(e - sympy.expand(partner) - term + x)
+    return e
+
+
+# Booleans
+
+
+def le(a: Expr, b: Expr) -> Expr:
+    """a <= b for integers, as e <= 0; other kinds keep the comparison as written."""
+    if "float" in (kind(a), kind(b)):
+        return compare_float("le", a, b)
+    e = sympy.expand(a - b)
+    if isinstance(e, sympy.Integer):
+        return TRUE if e <= 0 else FALSE
+    if op_of(a) == "abs" and not mentions(b, a):
+        (x,) = operands(a)
+        return and_(le(x, b), le(-x, b))
+    content, e = _divide_content(e)
+    return BoolCall("le", e)
+
+
+def _divide_content(e: Expr) -> tuple[int, Expr]:
+    """2*q - 2*kv - 3 <= 0 is q - kv - 1 <= 0."""
+    coefficients = [t.as_coeff_Mul() for t in sympy.Add.make_args(e)]
+    factors = [int(c) for c, rest in coefficients if rest != 1 and c.is_Integer]
+    g = functools.reduce(math.gcd, factors, 0)
+    if g <= 1 or len(factors) != sum(rest != 1 for _, rest in coefficients):
+        return 1, e
+    free = sum((c * rest for c, rest in coefficients if rest != 1), sympy.Integer(0))
+    const = int(sum((c for c, rest in coefficients if rest == 1), sympy.Integer(0)))
+    return g, free / g - (-const // g)
+
+
+def lt(a: Expr, b: Expr) -> Expr:
+    if "float" in (kind(a), kind(b)):
+        return compare_float("lt", a, b)
+    return le(a + 1, b)
+
+
+def eq(a: Expr, b: Expr) -> Expr:
+    if kind(a) == "bool" and kind(b) == "bool":
+        return or_(and_(a, b), and_(not_(a), not_(b)))
+    if "float" in (kind(a), kind(b)):
+        return compare_float("eq", a, b)
+    a, b = as_int(a), as_int(b)
+    e = sympy.expand(a - b)
+    if isinstance(e, sympy.Integer):
+        return TRUE if e == 0 else FALSE
+    return BoolCall("eq", -e if e.could_extract_minus_sign() else e)
+
+
+def compare_float(op: str, a: Expr, b: Expr) -> Expr:
+    x, y = constant(a), constant(b)
+    if x is not None and y is not None:
+        return number({"le": x <= y, "lt": x < y, "eq": x == y}[op])
+    return BoolCall("f" + op, a, b)
+
+
+def and_(*args: Expr) -> Expr:
+    return sympy.And(*args)
+
+
+def or_(*args: Expr) -> Expr:
+    return sympy.Or(*args)
+
+
+def not_(a: Expr) -> Expr:
+    if isinstance(a, sympy.And):
+        return or_(*(not_(x) for x in a.args))
+    if isinstance(a, sympy.Or):
+        return and_(*(not_(x) for x in a.args))
+    if op_of(a) == "le":
+        return le(1 - operands(a)[0], sympy.Integer(0))
+    return sympy.Not(a)
+
+
+# Any kind
+
+
+def as_int(e: Expr) -> Expr:
+    if kind(e) == "bool":
+        return where(e, sympy.Integer(1), sympy.Integer(0))
+    if kind(e) == "float":
+        value = constant(e)
+        return sympy.Integer(int(value)) if value is not None and math.isfinite(value) else IntCall("int", e)
+    return e
+
+
+def as_bool(e: Expr) -> Expr:
+    if kind(e) == "bool":
+        return e
+    if op_of(e) == "where":
+        c, a, b = operands(e)
+        return or_(and_(c, as_bool(a)), and_(not_(c), as_bool(b)))
+    return not_(eq(e, number(0.0) if kind(e) == "float" else sympy.Integer(0)))
+
+
+def as_float(e: Expr, dtype: str = "float32") -> Expr:
+    """Cast to a float dtype. Casts between floats of data leave; of pure index formulas they stay."""
+    if kind(e) == "bool":
+        return where(e, number(1.0), number(0.0))
+    value = constant(e)
+    if value is not None:
+        return number(float(value))
+    if op_of(e) == "where" and all(constant(x) is not None for x in operands(e)[1:]):
+        c, a, b = operands(e)
+        return where(c, as_float(a), as_float(b))
+    if kind(e) == "int":
+        return FloatCall(dtype, e)
+    return e
+
+
+def where(c: Expr, a: Expr, b: Expr) -> Expr:
+    if c is TRUE or a == b:
+        return a
+    if c is FALSE:
+        return b
+    kinds = {kind(a), kind(b)}
+    if kinds == {"bool"}:
+        return or_(and_(c, a), and_(not_(c), b))
+    if "float" in kinds:
+        return FloatCall("where", c, as_float(a), as_float(b))
+    return IntCall("where", c, as_int(a), as_int(b))
+
+
+FOLD: dict[str, Callable] = {
+    "add": lambda a, b: a + b,
+    "sub": lambda a, b: a - b,
+    "mul": lambda a, b: a * b,
+    "div": lambda a, b: a / b if b else (math.nan if a == 0 else math.copysign(math.inf, a)),
+    "neg": lambda a: -a,
+    "abs": abs,
+    "exp": lambda a: math.exp(a) if a < 700 else math.inf,
+    "min": lambda a, b: math.nan if a != a or b != b else min(a, b),
+    "max": lambda a, b: math.nan if a != a or b != b else max(a, b),
+}
+INT_OPS: dict[str, Callable] = {
+    "add": lambda a, b: a + b,
+    "sub": lambda a, b: a - b,
+    "mul": lambda a, b: a * b,
+    "neg": lambda a: -a,
+    "//": floordiv,
+    "%": mod,
+}
+
+
+def apply(op: str, *args: Expr) -> Expr:
+    """A pointwise operation on operands of any kind, with PyTorch's promotion between the kinds."""
+    kinds = {kind(a) for a in args}
+    to_float = op in ALWAYS_FLOAT or "float" in kinds
+    args = tuple((as_float if to_float else as_int)(a) for a in args)
+    if not to_float and op in INT_OPS:
+        return sympy.expand(INT_OPS[op](*args))
+    values = [constant(a) for a in args]
+    if op in FOLD and all(v is not None for v in values):
+        folded = FOLD[op](*values)
+        return number(float(folded)) if to_float else sympy.Integer(folded)
+    if to_float:
+        return _float(op, *args)
+    return IntCall(op, *args)
+
+
+def _float(op: str, *args: Expr) -> Expr:
+    values = [constant(a) for a in args]
+    if op in ("add", "sub") and values[1] == 0:
+        return args[0]
+    if op in ("mul", "div") and values[1] == 1:
+        return args[0]
+    if op in ("add", "mul") and values[0] is not None:
+        return _float(op, args[1], args[0])
+    if op in ("add", "mul") and _rank(args[0]) < _rank(args[1]):
+        return _float(op, args[1], args[0])
+    # A constant meets a choice between constants: (1 - where(c, 1, 0)) * -1e9 is where(c, 0, -1e9).
+    for i, a in enumerate(args):
+        if op in FOLD and op_of(a) == "where" and all(constant(x) is not None for x in operands(a)[1:]):
+            if all(v is not None for j, v in enumerate(values) if j != i):
+                c, x, y = operands(a)
+                branch = [tuple(z if j == i else w for j, w in enumerate(args)) for z in (x, y)]
+                return where(c, apply(op, *branch[0]), apply(op, *branch[1]))
+    return FloatCall(op, *args)
+
+
+def _rank(e: Expr) -> int:
+    """Which operand of a commutative operation is written first: the one that holds the score."""
+    return 2 if mentions(e, S) or any(op_of(x) == "dot" for x in walk(e)) else 1
+
+
+ALWAYS_FLOAT = {
+    "div", "exp", "exp2", "log", "log2", "log1p", "sqrt", "rsqrt", "tanh", "sigmoid", "sin", "cos",
+    "softplus", "erf", "expm1", "reciprocal", "floor", "ceil", "round", "trunc",
+}  # fmt: skip
+
+
+# Rewriting
+
+
+def rebuild(e: Expr, args: tuple[Expr, ...], bounds: Callable | None = None) -> Expr:
+    """`e` with new operands, through the constructors, so that it is simplified again."""
+    op = op_of(e)
+    if op is None:
+        if isinstance(e, sympy.Not):
+            return not_(*args)
+        return sympy.expand(e.func(*args)) if isinstance(e, (sympy.Add, sympy.Mul)) else e.func(*args)
+    if op in ("//", "%"):
+        return (floordiv if op == "//" else mod)(*args, bounds)
+    if op in ("le", "eq"):
+        return {"le": le, "eq": eq}[op](args[0], sympy.Integer(0))
+    if op in ("fle", "flt", "feq"):
+        return compare_float(op[1:], *args)
+    if op == "where":
+        return where(*args)
+    if op in CASTS:
+        return as_float(args[0], op) if kind(args[0]) != "float" else FloatCall(op, *args)
+    if op == "int":
+        return as_int(*args)
+    if op in ("load", "dot", "softmax", "dropout", "reduce"):
+        return e.func(op, *args)
+    return apply(op, *args)
+
+
+CASTS = ("float16", "bfloat16", "float32", "float64")
+
+
+def substitute(e: Expr, table: Mapping[Expr, Expr], bounds: Callable | None = None) -> Expr:
+    """Replace sub-formulas and simplify upwards."""
+    memo: dict[Expr, Expr] = dict(table)
+
+    def go(x: Expr) -> Expr:
+        if x in memo:
+            return memo[x]
+        if not x.args:
+            return x
+        old = operands(x)
+        new = tuple(a if isinstance(a, Str) else go(a) for a in old)
+        memo[x] = x if new == old and bounds is None else rebuild(x, new, bounds)
+        return memo[x]
+
+    return go(e)

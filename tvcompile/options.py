@@ -1,0 +1,46 @@
+"""What a user can set. The only file that reads environment variables."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from typing import Any
+
+PREFIX = "tv."
+CHOICES = {"codegen": ("inductor", "none"), "log": ("", "report", "diff")}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options of backend "tv"; in `torch.compile(options=...)` they carry the prefix `tv.`.
+
+    strict   an internal error raises; by default the graph falls back to stock Inductor with a warning
+    codegen  "inductor", or "none" to run the rewritten ATen graph eagerly (tests, debugging)
+    log      "report" or "diff" prints what was done as it compiles (environment: TVCOMPILE_LOG)
+    """
+
+    strict: bool = False
+    codegen: str = "inductor"
+    log: str = ""
+
+    def __post_init__(self):
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"tv.{name} must be one of {', '.join(map(repr, allowed))}; got {getattr(self, name)!r}")
+
+    @staticmethod
+    def parse(options: Mapping[str, Any] | None) -> tuple[Options, dict[str, Any]]:
+        """(ours, Inductor's). Raises ValueError for an unknown `tv.` option."""
+        given = dict(options or {})
+        ours = {k[len(PREFIX) :]: given.pop(k) for k in list(given) if k.startswith(PREFIX)}
+        known = {f.name: f for f in dataclasses.fields(Options)}
+        if unknown := sorted(set(ours) - set(known)):
+            names = ", ".join(PREFIX + n for n in sorted(known))
+            raise ValueError(f"unknown option {PREFIX}{unknown[0]}; the options of backend 'tv' are {names}")
+        return Options(**{**from_environment(), **ours}), given
+
+
+def from_environment() -> dict[str, str]:
+    log = os.environ.get("TVCOMPILE_LOG", "")
+    return {"log": log} if log else {}

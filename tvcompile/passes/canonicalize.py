@@ -1,0 +1,197 @@
+"""Dynamo's graph -> pre-dispatch ATen, with in-place operations on temporaries made functional.
+
+    s = s / 8; s += mask; p = softmax(s)
+    ->  div = aten.div.Tensor(s, 8); add = aten.add.Tensor(div, mask); softmax = aten.softmax.int(add, -1)
+
+A higher-order operator stays one node. The body of an activation checkpoint is canonicalized (and
+lifted) by itself; every other body is left whole. What is in place on inputs, parameters or shared
+views stays in place; the lifting treats it as a barrier.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+
+import torch
+from torch import fx
+from torch._ops import HigherOrderOperator, OpOverload
+from torch.fx.experimental import proxy_tensor
+from torch.utils import _pytree as pytree
+
+CHECKPOINTS = ("tag_activation_checkpoint",)
+
+
+class _Retrace(fx.Interpreter):
+    """Runs Dynamo's graph under make_fx; a higher-order operator becomes one node."""
+
+    def __init__(self, gm: fx.GraphModule, bodies: dict[fx.GraphModule, fx.GraphModule]):
+        super().__init__(gm)
+        self.bodies = bodies
+        self.kept: list[str] = []
+
+    def run_node(self, n: fx.Node):
+        self.node = n
+        return super().run_node(n)
+
+    def call_function(self, target, args, kwargs):
+        if not isinstance(target, HigherOrderOperator):
+            return super().call_function(target, args, kwargs)
+        self.kept.append(target.name())
+        tracer = proxy_tensor.get_proxy_mode().tracer
+
+        def as_argument(x):
+            if not isinstance(x, fx.GraphModule):
+                return tracer.unwrap_proxy(x)
+            body = self.bodies.get(x, x)
+            tracer.root.register_module(f"body_{len(list(tracer.root.children()))}", body)
+            return body
+
+        named = pytree.tree_map(as_argument, (args, kwargs))
+        proxy = tracer.create_proxy("call_function", target, *named, name=target.name())
+        example = self.node.meta["example_value"]
+        return proxy_tensor.track_tensor_tree(example, proxy, constant=None, tracer=tracer)
+
+
+def placeholders_of(gm: fx.GraphModule) -> list:
+    """The fake inputs that Dynamo stored on its placeholders."""
+    return [_example(n) for n in gm.graph.find_nodes(op="placeholder")]
+
+
+def _example(value):
+    if not isinstance(value, fx.Node):
+        return value
+    return value.meta["example_value"] if "example_value" in value.meta else value.meta["val"]
+
+
+def checkpoint_bodies(gm: fx.GraphModule) -> list[tuple[fx.GraphModule, list]]:
+    """The body of every activation checkpoint in Dynamo's graph, with its fake inputs."""
+    found = []
+    for n in gm.graph.nodes:
+        if isinstance(n.target, HigherOrderOperator) and n.target.name() in CHECKPOINTS:
+            found.append((getattr(gm, n.args[0].target), [_example(a) for a in n.args[1:]]))
+    return found
+
+
+def canonicalize(gm: fx.GraphModule, fakes: Sequence, bodies: dict) -> tuple[fx.GraphModule, list[str]]:
+    """(the graph in pre-dispatch ATen, names of the higher-order operators left whole).
+
+    fakes: one fake tensor, SymInt or constant per placeholder, in the fake mode Dynamo used.
+    bodies: what takes the place of the body of an activation checkpoint.
+    """
+    mode = torch._guards.detect_fake_mode(fakes)
+    retrace = _Retrace(gm, bodies)
+    tracer = proxy_tensor.make_fx(
+        retrace.run, pre_dispatch=True, tracing_mode="symbolic", _allow_non_fake_inputs=True
+    )
+    shape_env = mode.shape_env if mode is not None else None
+    fresh = shape_env.ignore_fresh_unbacked_symbols() if shape_env else contextlib.nullcontext()
+    with torch.fx.traceback.preserve_node_meta(), fresh:
+        traced = tracer(*fakes)
+    _keep_dynamo_facts(gm, traced)
+    functionalize_temporaries(traced.graph)
+    traced.graph.eliminate_dead_code()
+    traced.recompile()
+    return traced, [name for name in retrace.kept if name not in CHECKPOINTS]
+
+
+def _keep_dynamo_facts(old: fx.GraphModule, new: fx.GraphModule) -> None:
+    """Names, sources and static-address marks of the inputs, which AOTAutograd reads."""
+    pairs = zip(old.graph.find_nodes(op="placeholder"), new.graph.find_nodes(op="placeholder"))
+    for before, after in pairs:
+        after.meta = {**before.meta, **after.meta}
+        if hasattr(before, "_dynamo_source"):
+            after._dynamo_source = before._dynamo_source
+        after._rename(before.name)
+    new.meta = dict(old.meta)
+    for name in ("_param_name_to_source", "_backward_prologue_debug_name"):
+        if hasattr(old, name):
+            setattr(new, name, getattr(old, name))
+
+
+# Which nodes write, and to which memory
+
+
+def storage_of(node: fx.Node) -> int | None:
+    """Identity of the memory behind a node's tensor, or None."""
+    val = node.meta.get("val")
+    if isinstance(val, torch.Tensor) and not val.is_sparse:
+        return val.untyped_storage()._cdata
+    return None
+
+
+def written_arguments(node: fx.Node) -> list[fx.Node]:
+    """The arguments that an ATen or custom operator mutates."""
+    if node.op != "call_function" or not isinstance(node.target, OpOverload):
+        return []
+    if not node.target._schema.is_mutable:
+        return []
+    written: list[fx.Node] = []
+    for i, argument in enumerate(node.target._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = node.kwargs.get(argument.name, node.args[i] if i < len(node.args) else None)
+            written += [x for x in pytree.tree_leaves(value) if isinstance(x, fx.Node)]
+    return written
+
+
+def functional_form(target: OpOverload) -> OpOverload | None:
+    """aten.add_.Tensor -> aten.add.Tensor, aten.__iand__ -> aten.__and__, or None."""
+    name = target._schema.name.split("::")[1]
+    if name.startswith("__i") and name.endswith("__"):
+        plain = "__" + name[3:]
+    elif name.endswith("_") and not name.endswith("__"):
+        plain = name[:-1]
+    else:
+        return None
+    packet = getattr(torch.ops.aten, plain, None)
+    return getattr(packet, target._overloadname, None) if packet is not None else None
+
+
+def functionalize_temporaries(graph: fx.Graph) -> None:
+    """`y = x.op_(...)` becomes `y = x.op(...)` where nobody else can see x's memory."""
+    position = {n: i for i, n in enumerate(graph.nodes)}
+    aliases: dict[int, list[fx.Node]] = {}
+    for n in graph.nodes:
+        if (key := storage_of(n)) is not None:
+            aliases.setdefault(key, []).append(n)
+    for node in list(graph.nodes):
+        written = written_arguments(node)
+        if len(written) != 1 or written[0] is not node.args[0] or node.target.namespace != "aten":
+            continue
+        plain, x = functional_form(node.target), written[0]
+        if plain is None or storage_of(x) != storage_of(node):
+            continue
+        group, now = aliases[storage_of(x)], position[node]
+        if any(a.op in ("placeholder", "get_attr") for a in group):
+            continue
+        earlier = [a for a in group if a is not x and position[a] < now]
+        if any(position[user] > now for a in earlier for user in a.users):
+            continue
+        group.append(_replace_in_place(graph, node, plain, x, position))
+
+
+def _replace_in_place(graph, node: fx.Node, plain: OpOverload, x: fx.Node, position: dict) -> fx.Node:
+    val, now = node.meta["val"], position[node]
+    with graph.inserting_before(node):
+        new = graph.call_function(plain, node.args, node.kwargs)
+        new.meta = dict(node.meta)
+        computed = torch.result_type(*_promoted(node)) if plain._schema.name in _PROMOTING else val.dtype
+        if computed != val.dtype:
+            new.meta["val"] = val.to(computed)
+            cast = graph.call_function(torch.ops.aten.to.dtype, (new, val.dtype))
+            cast.meta = dict(node.meta)
+            position[new], new = now, cast
+    position[new] = now
+    node.replace_all_uses_with(new)
+    for user in [u for u in x.users if position.get(u, now) > now]:
+        user.replace_input_with(x, new)
+    graph.erase_node(node)
+    return new
+
+
+_PROMOTING = {"aten::add", "aten::sub", "aten::mul", "aten::div"}
+
+
+def _promoted(node: fx.Node) -> tuple:
+    values = (a.meta["val"] if isinstance(a, fx.Node) else a for a in node.args[:2])
+    return tuple(1.0 if isinstance(v, torch.SymFloat) else 1 if isinstance(v, torch.SymInt) else v for v in values)

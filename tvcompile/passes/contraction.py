@@ -1,0 +1,116 @@
+"""Sums of products: which element of which operand every term of a contraction reads.
+
+    matmul(x, y)[b, i, j]              = sum_r x[b, i, r] * y[b, r, j]
+    einsum("bqhd,bkhd->bhqk", x, y)[b, h, i, j] = sum_r x[b, i, h, r] * y[b, j, h, r]
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import string
+
+from torch import fx
+
+from ..expr import Expr
+from .movement import Index, axis
+from .read import Reader
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """The two operands of a contraction, their indices, and the summed position."""
+
+    lhs: tuple[fx.Node, Index]
+    rhs: tuple[fx.Node, Index]
+    over: Expr
+    length: Expr
+
+
+def contraction(r: Reader, node: fx.Node, idx: Index) -> Product | None:
+    """The terms of element `idx` of a contraction, or None where the node is none that we read."""
+    rule = CONTRACTIONS.get(r.name(node)) if node.op == "call_function" else None
+    return rule(r, r.arguments(node), node, idx) if rule else None
+
+
+def _matmul(r: Reader, a: dict, node: fx.Node, idx: Index) -> Product | None:
+    x, y = (a["self"], a["other"] if "other" in a else a["mat2"])
+    return _product(r, x, y, idx)
+
+
+def _baddbmm(r: Reader, a: dict, node: fx.Node, idx: Index) -> Product | None:
+    return _product(r, a["batch1"], a["batch2"], idx)
+
+
+def _product(r: Reader, x: fx.Node, y: fx.Node, idx: Index) -> Product | None:
+    xs, ys = r.shape(x), r.shape(y)
+    if len(xs) < 2 or len(ys) < 2:
+        return None
+    over = r.fresh(xs[-1], "r")
+    batch, row, column = idx[:-2], idx[-2], idx[-1]
+
+    def lead(node, shape):
+        return r.broadcast(node, (*batch, shape[-2], shape[-1]))[:-2]
+
+    return Product((x, (*lead(x, xs), row, over)), (y, (*lead(y, ys), over, column)), over, xs[-1])
+
+
+def _einsum(r: Reader, a: dict, node: fx.Node, idx: Index) -> Product | None:
+    tensors = a["tensors"]
+    if len(tensors) != 2 or a.get("path") is not None:
+        return None
+    shapes = [r.shape(t) for t in tensors]
+    terms, out = _letters(a["equation"], [len(s) for s in shapes])
+    summed = [c for c in dict.fromkeys(terms[0] + terms[1]) if c not in out]
+    if any(len(set(t)) != len(t) for t in (*terms, out)) or len(summed) != 1:
+        return None
+    (letter,) = summed
+    if letter not in terms[0] or letter not in terms[1]:
+        return None
+    length = shapes[0][terms[0].index(letter)]
+    at = {**dict(zip(out, idx)), letter: r.fresh(length, "r")}
+    sides = [(t, r.broadcast(t, tuple(at[c] for c in term))) for t, term in zip(tensors, terms)]
+    return Product(*sides, at[letter], length)
+
+
+def _letters(equation: str, ranks: list[int]) -> tuple[list[str], str]:
+    """The terms and the result of an einsum equation, with the ellipsis spelled out."""
+    equation = equation.replace(" ", "")
+    left, arrow, out = equation.partition("->")
+    terms = left.split(",")
+    free = [c for c in string.ascii_letters if c not in equation]
+    most = max((rank - len(t) + 3 for t, rank in zip(terms, ranks) if "..." in t), default=0)
+    dots = "".join(free[:most])
+    full = []
+    for term, rank in zip(terms, ranks):
+        hidden = rank - len(term) + 3
+        full.append(term.replace("...", dots[most - hidden :] if "..." in term else ""))
+    if not arrow:
+        once = sorted(c for c in set(left) if c.isalpha() and left.count(c) == 1)
+        out = ("..." if "..." in left else "") + "".join(once)
+    return full, out.replace("...", dots)
+
+
+def _sum(r: Reader, a: dict, node: fx.Node, idx: Index) -> Product | None:
+    """sum(x * y, dim), the contraction written by hand."""
+    from .pointwise import is_product_sum
+
+    if not is_product_sum(r, node):
+        return None
+    product = a["self"]
+    shape = r.shape(product)
+    d = axis(a["dim"][0], len(shape))
+    over = r.fresh(shape[d], "r")
+    rest = idx[:d] + idx[d + 1 :] if a.get("keepdim") else idx
+    full = (*rest[:d], over, *rest[d:])
+    x, y = product.args[:2]
+    return Product((x, r.broadcast(x, full)), (y, r.broadcast(y, full)), over, shape[d])
+
+
+CONTRACTIONS = {
+    "matmul": _matmul,
+    "bmm": _matmul,
+    "mm": _matmul,
+    "baddbmm": _baddbmm,
+    "einsum": _einsum,
+    "sum": _sum,
+}

@@ -1,0 +1,227 @@
+"""Find every attention in a graph and prove what it computes. Reads only.
+
+    dot = matmul(q, k.mT); x = where(kv <= q, dot * 0.125, -inf); p = softmax(x, -1); out = matmul(p, v)
+    ->  Match(spec="scale=0.125; keep = kv <= q", q, k, v)
+
+Anchor: a contraction whose left or right side is a softmax of something that holds one dot product,
+or one SDPA node. Refused: weights that are no softmax over the summed position; weights or scores used
+elsewhere; scores that hold no or several dot products; scalings and maskings that do not commute;
+memory written in between; gradient mode changing in between.
+"""
+
+from __future__ import annotations
+
+import math
+
+import sympy
+import torch
+from torch import fx
+
+from .. import expr as E
+from ..expr import Expr
+from ..spec import Refusal
+from .bind import Sketch, bind
+from .contraction import contraction
+from .masking import Masks, split_scale
+from .match import Match, Refuse, where_of
+from .movement import MOVEMENT
+from .pointwise import POINTWISE
+from .read import Reader, Unreadable
+from .weights import read_weights
+
+SDPA = "scaled_dot_product_attention"
+SOFTMAX = ("softmax", "_softmax", "log_softmax", "_log_softmax")
+
+
+def lift_attention(graph: fx.Graph) -> tuple[list[Match], list[Refusal]]:
+    """Every attention of the graph, and why each other softmax or SDPA is none."""
+    r = Reader(graph)
+    facts = Facts(graph)
+    matches: list[Match] = []
+    refusals: dict[fx.Node, Refusal] = {}
+    explained: set[fx.Node] = set()
+    for anchor, start in anchors(r, graph):
+        try:
+            match = lift_sdpa(r, facts, anchor) if start is None else lift_product(r, facts, anchor, start)
+        except (Refuse, Unreadable) as refusal:
+            place = getattr(refusal, "node", None) or anchor
+            softmax = next((n for n in between(r, start, anchor) if r.name(n) in SOFTMAX), None) if start else anchor
+            if softmax is not None or getattr(refusal, "weights", False):
+                about = softmax or anchor
+                refusals.setdefault(about, Refusal(str(about.target), str(refusal), where_of(place)))
+            continue
+        if match is not None:
+            matches.append(match)
+            explained.update(match.region)
+    for node in graph.nodes:
+        if node.op == "call_function" and r.name(node) in SOFTMAX and node not in explained:
+            why = "its result is not the weights of a sum over a dot product's positions"
+            refusals.setdefault(node, Refusal(str(node.target), why, where_of(node)))
+    kept = [refusal for node, refusal in refusals.items() if node not in explained]
+    return matches, kept
+
+
+def anchors(r: Reader, graph: fx.Graph):
+    """(contraction, the dot product that reaches it), and (SDPA node, None), in graph order."""
+    found: dict[fx.Node, fx.Node | None] = {}
+    for node in graph.nodes:
+        if node.op != "call_function":
+            continue
+        if r.name(node) == SDPA:
+            found[node] = None
+        elif is_contraction(r, node):
+            for anchor in reached(r, node):
+                found.setdefault(anchor, node)
+    return sorted(found.items(), key=lambda pair: r.position[pair[0]])
+
+
+def is_contraction(r: Reader, node: fx.Node) -> bool:
+    name = r.name(node) if node.op == "call_function" else ""
+    return name in ("matmul", "bmm", "mm", "baddbmm", "einsum") or (
+        name == "sum" and E.op_of(POINTWISE["sum"](r, r.arguments(node), node, ())) == "dot"
+    )
+
+
+def reached(r: Reader, dot: fx.Node) -> list[fx.Node]:
+    """Contractions that the value of `dot` reaches through operations the reader opens."""
+    result, seen, queue = [], set(), list(dot.users)
+    while queue:
+        node = queue.pop(0)
+        if node in seen or node.op != "call_function":
+            continue
+        seen.add(node)
+        if is_contraction(r, node):
+            result.append(node)
+        elif r.name(node) in MOVEMENT or r.name(node) in POINTWISE:
+            queue += node.users
+    return result
+
+
+def between(r: Reader, start: fx.Node, anchor: fx.Node) -> list[fx.Node]:
+    """Nodes on a way from `start` to `anchor`, both included, in graph order."""
+    last = r.position[anchor]
+    forward, queue = {start}, [start]
+    while queue:
+        for user in queue.pop().users:
+            if user not in forward and r.position.get(user, last + 1) <= last:
+                forward.add(user)
+                queue.append(user)
+    backward, queue = {anchor}, [anchor]
+    while queue:
+        for source in queue.pop().all_input_nodes:
+            if source in forward and source not in backward:
+                backward.add(source)
+                queue.append(source)
+    return sorted(backward, key=r.position.__getitem__)
+
+
+class Facts:
+    """What holds for the graph as a whole: gradient mode at each node, and whether anything trains."""
+
+    def __init__(self, graph: fx.Graph):
+        self.mode: dict[fx.Node, int] = {}
+        current, self.training = 0, torch.is_grad_enabled()
+        for node in graph.nodes:
+            if node.op == "call_function" and "set_grad_enabled" in str(node.target):
+                current = 1 if node.args and node.args[0] is False else 2 if node.args else current
+            self.mode[node] = current
+
+
+def check_region(r: Reader, facts: Facts, start: fx.Node, anchor: fx.Node) -> tuple[fx.Node, ...]:
+    """The region from the dot product to the anchor, proven to serve the anchor alone."""
+    region = between(r, start, anchor)
+    inside = set(region)
+    for node in region[:-1]:
+        for user in node.users:
+            if user not in inside:
+                what = "probabilities" if any(r.name(n) in SOFTMAX for n in between(r, start, node)) else "scores"
+                raise Refuse(f"the {what} are used elsewhere too, at {where_of(user)}", node)
+        if facts.mode[node] != facts.mode[anchor]:
+            raise Refuse("gradient mode changes between the scores and the sum with V", node)
+    return tuple(region)
+
+
+def lift_product(r: Reader, facts: Facts, anchor: fx.Node, start: fx.Node) -> Match | None:
+    """An attention that ends in a matmul, bmm, einsum or written-out sum."""
+    out = [r.fresh(n, "o") for n in r.shape(anchor)]
+    product = contraction(r, anchor, tuple(out))
+    if product is None:
+        raise Refuse("the contraction has a form that is not read", anchor)
+    weights, value = read_weights(r, anchor, product)
+    if weights is None:
+        return None
+    region = check_region(r, facts, start, anchor)
+    dots = {x for x in E.walk(weights.argument) if E.op_of(x) == "dot"}
+    if len(dots) != 1:
+        raise Refuse(f"the softmax is over {'several' if dots else 'no'} dot products", weights.node)
+    (dot,) = dots
+    dot_node = r.nodes[E.operands(dot)[0].name]
+    inner = contraction(r, dot_node, E.operands(dot)[1:])
+    if inner is None:
+        raise Refuse("the scores are a contraction whose form is not read", dot_node)
+    at = r.position[dot_node]
+    sides = [(*inner.lhs, at), (*inner.rhs, at)]
+    if not E.mentions(sympy.Tuple(*inner.rhs[1]), product.over):
+        sides.reverse()
+    score = E.substitute(weights.argument, {dot: E.S})
+    parts = Masks(widest(dot_node, weights.node)).split(score)
+    scale, edit = split_scale(parts.value)
+    empty = dict(fills=parts.fills, zeroed=weights.zeroed, later_bias=parts.later_bias, training=facts.training)
+    sketch = Sketch(
+        anchor, region, [[x] if x != 0 else [] for x in out], sides[0], sides[1],
+        (*value, r.position[anchor]), product.over, inner.over, parts.edit(edit), scale,
+        weights.sink, weights.dropout, empty,
+    )  # fmt: skip
+    return bind(r, sketch)
+
+
+def widest(*nodes: fx.Node) -> torch.dtype:
+    return max((n.meta["val"].dtype for n in nodes), key=lambda d: torch.finfo(d).eps ** -1)
+
+
+def lift_sdpa(r: Reader, facts: Facts, anchor: fx.Node) -> Match:
+    """torch.nn.functional.scaled_dot_product_attention with any of its arguments."""
+    a = r.arguments(anchor)
+    shape, here = r.shape(anchor), r.position[anchor]
+    q, k, v = a["query"], a["key"], a["value"]
+    out = [r.fresh(n, "o") for n in shape]
+    d, kv = r.fresh(r.shape(q)[-1], "r"), r.fresh(r.shape(k)[-2], "r")
+    lead, row = tuple(out[:-2]), out[-2]
+    kv_lead = lead
+    if a.get("enable_gqa"):
+        group = E.floordiv(r.shape(q)[-3], r.shape(k)[-3])
+        kv_lead = (*lead[:-1], E.floordiv(lead[-1], group, r.bounds))
+    score, mask = E.S, a.get("attn_mask")
+    if a.get("is_causal"):
+        score = E.where(r.truth(E.le(kv, row)), score, number_inf())
+    if mask is not None:
+        m = r.operand(mask, (*lead, row, kv), here)
+        score = E.where(m, score, number_inf()) if E.kind(m) == "bool" else E.apply("add", score, m)
+    scale = a.get("scale")
+    scale = E.constant(r.scalar(scale)) if scale is not None else _default_scale(r.shape(q)[-1])
+    if scale is None:
+        raise Refuse("the scale is not a number that is known at compile time", anchor)
+    parts = Masks(anchor.meta["val"].dtype).split(score)
+    factor, edit = split_scale(parts.value)
+    dropout = E.constant(r.scalar(a.get("dropout_p", 0.0)))
+    if dropout is None:
+        raise Refuse("the dropout probability is not known at compile time", anchor)
+
+    def side(node, *idx):
+        return node, r.broadcast(node, idx), here
+
+    empty = dict(fills=parts.fills, zeroed=True, later_bias=False, training=facts.training)
+    sketch = Sketch(
+        anchor, (anchor,), [[x] if x != 0 else [] for x in out],
+        side(q, *lead, row, d), side(k, *kv_lead, kv, d), side(v, *kv_lead, kv, out[-1]),
+        kv, d, parts.edit(edit), factor * scale, None, dropout, empty,
+    )  # fmt: skip
+    return bind(r, sketch)
+
+
+def number_inf() -> Expr:
+    return -sympy.oo
+
+
+def _default_scale(d: Expr) -> float | None:
+    return 1 / math.sqrt(int(d)) if isinstance(d, sympy.Integer) and d > 0 else None

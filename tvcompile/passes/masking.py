@@ -1,0 +1,195 @@
+"""A score formula taken apart: scale, keep predicate, score edit, and what a fully masked row means.
+
+    where(kv <= q, dot*0.125, -inf)              scale=0.125; keep = kv <= q;  filled by -inf
+    dot/8.0 + where(pad[b, kv], 0.0, -3.4e38)    scale=0.125; keep = pad[b, kv];  -3.4e38 added
+
+Only what commutes with the masking is moved past it; what does not stays in the score formula, where
+it is evaluated as written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import sympy
+import torch
+
+from .. import expr as E
+from ..expr import Expr
+from .match import Refuse
+
+VANISH = {torch.float16: 6.0e4, torch.bfloat16: 5.4e8, torch.float32: 5.4e8, torch.float64: 2.9e17}
+REPLACE = 1.0e7
+
+
+@dataclasses.dataclass(frozen=True)
+class Fill:
+    """One masking: `value` took the place of the score (`cut`) or was added to it."""
+
+    value: float
+    cut: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Masked:
+    """`value` where `keep`, some fill elsewhere. `later_bias`: captured terms were added after a fill."""
+
+    value: Expr
+    keep: Expr = E.TRUE
+    fills: tuple[Fill, ...] = ()
+    later_bias: bool = False
+
+    def edit(self, value: Expr, **changes) -> Masked:
+        return dataclasses.replace(self, value=value, **changes)
+
+
+class Masks:
+    """Takes masks off a formula whose scores live in `dtype`."""
+
+    def __init__(self, dtype: torch.dtype):
+        self.added = VANISH[dtype]
+        self.replaced = min(REPLACE, self.added)
+
+    def is_fill(self, e: Expr, cut: bool) -> bool:
+        value = E.constant(e)
+        return value is not None and not math.isnan(value) and value <= -(self.replaced if cut else self.added)
+
+    def split(self, e: Expr) -> Masked:
+        """The masks of a formula that holds the score."""
+        op, args = E.op_of(e), E.operands(e)
+        if op == "where":
+            return self._choice(e, *args)
+        if op in ("add", "sub") and _has_score(args[0]):
+            return self._sum(op, *args)
+        if op in ("mul", "div") and _has_score(args[0]) and not _has_score(args[1]):
+            return self._scaled(op, e, *args)
+        if op == "max" and self.is_fill(args[1], cut=True):
+            return self.split(args[0])
+        if op in E.CASTS:
+            return self.split(args[0])
+        return Masked(e)
+
+    def _choice(self, e: Expr, c: Expr, x: Expr, y: Expr) -> Masked:
+        if self.is_fill(x, cut=True) and _has_score(y):
+            c, x, y = E.not_(c), y, x
+        if not (self.is_fill(y, cut=True) and _has_score(x)) or _has_score(c):
+            return Masked(e)
+        inner = self.split(x)
+        fill = Fill(float(E.constant(y)), cut=True)
+        return inner.edit(inner.value, keep=E.and_(c, inner.keep), fills=(*inner.fills, fill), later_bias=False)
+
+    def _sum(self, op: str, x: Expr, y: Expr) -> Masked:
+        if _has_score(y):
+            return Masked(E.apply(op, x, y))
+        inner, mask = self.split(x), self.additive(y) if op == "add" else Masked(y)
+        return inner.edit(
+            E.apply(op, inner.value, mask.value),
+            keep=E.and_(inner.keep, mask.keep),
+            fills=inner.fills + mask.fills,
+            later_bias=inner.later_bias or (bool(inner.fills) and bool(E.loads(mask.value))),
+        )
+
+    def additive(self, e: Expr) -> Masked:
+        """The masks of a term that is added to the score: where(c, bias, fill)."""
+        op, args = E.op_of(e), E.operands(e)
+        if op == "where":
+            c, x, y = args
+            if self.is_fill(x, cut=False):
+                c, x, y = E.not_(c), y, x
+            if self.is_fill(y, cut=False):
+                inner = self.additive(x)
+                fill = Fill(float(E.constant(y)), cut=False)
+                return Masked(inner.value, E.and_(c, inner.keep), (*inner.fills, fill))
+        if op == "add":
+            x, y = (self.additive(a) for a in args)
+            return Masked(E.apply("add", x.value, y.value), E.and_(x.keep, y.keep), x.fills + y.fills)
+        if op == "max" and self.is_fill(args[1], cut=True):
+            return self.additive(args[0])
+        if op in E.CASTS:
+            return self.additive(args[0])
+        return Masked(e)
+
+    def _scaled(self, op: str, e: Expr, x: Expr, c: Expr) -> Masked:
+        inner = self.split(x)
+        if inner.keep is E.TRUE:
+            return Masked(e)
+        factor = E.constant(c)
+        if factor is None:
+            raise Refuse("the score is scaled after a mask by a factor whose sign is unknown")
+        if not factor > 0:
+            raise Refuse("the score is scaled by a factor that is not positive after a mask")
+        factor = factor if op == "mul" else 1 / factor
+        fills = tuple(Fill(f.value * factor, f.cut) for f in inner.fills)
+        if any(-f.value < (self.replaced if f.cut else self.added) for f in fills):
+            return Masked(e)
+        return inner.edit(E.apply(op, inner.value, c), fills=fills)
+
+
+def _has_score(e: Expr) -> bool:
+    return E.mentions(e, E.S)
+
+
+def empty_meaning(fills: tuple[Fill, ...], training: bool) -> str:
+    """The `empty` kind of rows in which every pair is masked by `fills`, or Refuse."""
+    infinite = [f for f in fills if math.isinf(f.value)]
+    if len(infinite) == len(fills):
+        return "nan_cut" if all(f.cut for f in fills) else "nan"
+    if infinite or len({f.value for f in fills}) > 1:
+        raise Refuse("two maskings that do not commute: their fills differ, and a row may be fully masked")
+    cuts = {f.cut for f in fills}
+    if cuts == {True}:
+        return "mean_cut"
+    if len(fills) == 1:
+        return "mean"
+    if cuts == {True, False} and not training:
+        return "mean_cut"
+    raise Refuse("two maskings that do not commute: both are finite, one is added, and a row may be fully masked")
+
+
+def split_scale(e: Expr) -> tuple[float, Expr]:
+    """(a, f) with e == f where the score s of f is a * (the score of e)."""
+    factor, f = _pull(e)
+    softcap = _softcap_of(f)
+    if softcap is not None:
+        cap = softcap
+        inner = E.FloatCall("tanh", E.S)
+        return factor * cap, E.substitute(f, {inner: E.FloatCall("tanh", E.apply("div", E.S, E.number(cap)))})
+    return factor, f
+
+
+def _softcap_of(e: Expr) -> float | None:
+    """c of the term c*tanh(s), so that softcaps read `tanh(s/c)*c`."""
+    for x in E.walk(e):
+        if E.op_of(x) == "mul" and E.operands(x)[0] == E.FloatCall("tanh", E.S):
+            cap = E.constant(E.operands(x)[1])
+            if cap is not None and cap > 0:
+                return cap
+    return None
+
+
+def _pull(e: Expr) -> tuple[float, Expr]:
+    """Move constant factors next to the score into one number."""
+    if e is E.S or not _has_score(e):
+        return 1.0, e
+    op, args = E.op_of(e), E.operands(e)
+    scored = [i for i, a in enumerate(args) if _has_score(a)]
+    if op is None or len(scored) != 1 or isinstance(e, sympy.logic.boolalg.Boolean):
+        return 1.0, e
+    if op == "neg":
+        return _pull(E.apply("mul", args[0], E.number(-1.0)))
+    if op in ("mul", "div") and scored == [0] and (c := E.constant(args[1])) is not None and c != 0:
+        inner_op, inner = E.op_of(args[0]), E.operands(args[0])
+        if inner_op in ("add", "sub") and _has_score(inner[0]) and not _has_score(inner[1]):
+            return _pull(E.apply(inner_op, *(E.apply(op, x, args[1]) for x in inner)))
+        factor, f = _pull(args[0])
+        if f is E.S:
+            return factor * (c if op == "mul" else 1 / c), f
+        return factor, E.apply(op, f, args[1])
+    if op in E.CASTS:
+        return _pull(args[0])
+    (i,) = scored
+    factor, f = _pull(args[i])
+    return factor, E.apply(op, *(f if j == i else a for j, a in enumerate(args))) if op != "where" else E.where(
+        *(f if j == i else a for j, a in enumerate(args))
+    )

@@ -1,0 +1,386 @@
+"""Formulas of operations that compute one element from elements: one rule an ATen operation.
+
+    masked_fill(x, m, v)[i] = where(m[i], v, x[i])        arange(n)[i] = i        tril(x)[i, j] = where(j <= i, x[i, j], 0)
+
+A rule gets (reader, arguments by schema name, node, index) and returns a formula, or None where this
+use of the operation has none. The reader casts the formula to the node's dtype.
+"""
+
+from __future__ import annotations
+
+import sympy
+import torch
+from torch import fx
+
+from .. import expr as E
+from .movement import axis
+
+ZERO = sympy.Integer(0)
+
+
+def _unary(op: str):
+    return lambda r, a, n, idx: E.apply(op, r.operand(a["self"], idx, r.position[n]))
+
+
+def _binary(op: str):
+    def rule(r, a, n, idx):
+        x, y = _pair(r, a, n, idx)
+        if a.get("alpha", 1) != 1:
+            y = E.apply("mul", y, r.scalar(a["alpha"]))
+        return E.apply(op, x, y)
+
+    return rule
+
+
+def _pair(r, a, n, idx):
+    here = r.position[n]
+    return r.operand(a["self"], idx, here), r.operand(a["exponent" if "exponent" in a else "other"], idx, here)
+
+
+def _swapped(op: str):
+    def rule(r, a, n, idx):
+        x, y = _pair(r, a, n, idx)
+        return E.apply(op, E.apply("mul", y, r.scalar(a.get("alpha", 1))), x)
+
+    return rule
+
+
+def _div(r, a, n, idx):
+    x, y = _pair(r, a, n, idx)
+    if a.get("rounding_mode") == "floor":
+        return _floor_divide(r, a, n, idx)
+    if a.get("rounding_mode") is not None:
+        return None
+    return E.apply("div", x, y)
+
+
+def _floor_divide(r, a, n, idx):
+    x, y = _pair(r, a, n, idx)
+    if "float" in (E.kind(x), E.kind(y)):
+        return E.apply("floor", E.apply("div", x, y))
+    return E.floordiv(E.as_int(x), E.as_int(y), r.bounds)
+
+
+def _remainder(r, a, n, idx):
+    x, y = _pair(r, a, n, idx)
+    if "float" in (E.kind(x), E.kind(y)):
+        return E.apply("remainder", x, y)
+    return E.mod(E.as_int(x), E.as_int(y), r.bounds)
+
+
+def _compare(make):
+    return lambda r, a, n, idx: make(*_pair(r, a, n, idx))
+
+
+def _logical(make):
+    def rule(r, a, n, idx):
+        if n.meta["val"].dtype != torch.bool:
+            return None
+        return make(*(E.as_bool(x) for x in _pair(r, a, n, idx)))
+
+    return rule
+
+
+def _not(r, a, n, idx):
+    if n.meta["val"].dtype != torch.bool:
+        return None
+    return E.not_(E.as_bool(r.operand(a["self"], idx, r.position[n])))
+
+
+def _where(r, a, n, idx):
+    if "self" not in a:
+        return None
+    here = r.position[n]
+    c, x, y = (r.operand(a[k], idx, here) for k in ("condition", "self", "other"))
+    return E.where(r.truth(E.as_bool(c)), x, y)
+
+
+def _masked_fill(r, a, n, idx):
+    here = r.position[n]
+    x, m = r.operand(a["self"], idx, here), r.operand(a["mask"], idx, here)
+    value = r.operand(a["value"], (), here)
+    return E.where(r.truth(m), E.as_float(value) if E.kind(x) == "float" else value, x)
+
+
+def _clamp(r, a, n, idx):
+    x = r.operand(a["self"], idx, r.position[n])
+    for name, op in (("min", "max"), ("max", "min")):
+        if a.get(name) is not None:
+            x = E.apply(op, x, r.operand(a[name], idx, r.position[n]))
+    return x
+
+
+def _to(r, a, n, idx):
+    x = r.operand(a["self"], idx, r.position[n])
+    dtype = n.meta["val"].dtype
+    name = str(dtype).removeprefix("torch.")
+    # A cast of a pure index formula rounds positions, so it is part of the formula.
+    is_formula = E.kind(x) == "float" and E.constant(x) is None and not x.atoms(E.S)
+    if dtype.is_floating_point and is_formula and E.op_of(x) != "where":
+        if all(E.op_of(c) not in ATOMS and not (E.op_of(c) == "load" and E.kind(c) == "float") for c in E.walk(x)):
+            return E.FloatCall(name, x)
+    return x
+
+
+ATOMS = ("dot", "softmax", "reduce", "dropout")
+
+
+def _arange(r, a, n, idx):
+    start = r.scalar(a["start"]) if a.get("start") is not None else ZERO
+    step = r.scalar(a["step"]) if a.get("step") is not None else sympy.Integer(1)
+    if "float" in (E.kind(start), E.kind(step)):
+        return None
+    return sympy.expand(start + step * idx[0])
+
+
+def _full(r, a, n, idx):
+    return r.operand(a["fill_value"] if "fill_value" in a else a["value"], (), r.position[n])
+
+
+def _constant(value: int):
+    return lambda r, a, n, idx: sympy.Integer(value)
+
+
+def _triangle(upper: bool):
+    def rule(r, a, n, idx):
+        x = r.operand(a["self"], idx, r.position[n])
+        diagonal = r.scalar(a.get("diagonal", 0))
+        row, col = idx[-2], idx[-1]
+        inside = E.le(row + diagonal, col) if upper else E.le(col, row + diagonal)
+        return E.where(r.truth(inside), x, E.number(0.0) if E.kind(x) == "float" else ZERO)
+
+    return rule
+
+
+def _scalar_tensor(r, a, n, idx):
+    return r.scalar(a["s"] if "s" in a else a.get("data"))
+
+
+def _index(r, a, n, idx):
+    """x[i, j] with integer tensors: a load at computed positions."""
+    indices = list(a["indices"])
+    tensors = [i for i, t in enumerate(indices) if t is not None]
+    source = a["self"]
+    shape = r.shape(source)
+    if not tensors or tensors != list(range(tensors[0], tensors[-1] + 1)):
+        return None
+    if any(indices[i].meta["val"].dtype in (torch.bool, torch.uint8) for i in tensors):
+        return None
+    rank = max(len(indices[i].meta["val"].shape) for i in tensors)
+    first, here = tensors[0], r.position[n]
+    block = idx[first : first + rank]
+    new = list(idx[:first])
+    for i in tensors:
+        new.append(_wrapped(r, r.operand(indices[i], block, here), shape[i]))
+    new += idx[first + rank :]
+    return r.read(source, tuple(new), here)
+
+
+def _wrapped(r, position, size):
+    """A gathered position; negative ones count from the end."""
+    position = E.as_int(position)
+    low, high = r.bounds(position)
+    if low is not None and E.at_most(0, low):
+        return position
+    if high is not None and E.at_most(high, -1):
+        return position + size
+    return position
+
+
+def _index_select(r, a, n, idx):
+    d = axis(a["dim"], len(idx))
+    at = r.operand(a["index"], (idx[d],), r.position[n])
+    return r.read(a["self"], (*idx[:d], at, *idx[d + 1 :]), r.position[n])
+
+
+def _gather(r, a, n, idx):
+    d = axis(a["dim"], len(idx))
+    at = r.operand(a["index"], idx, r.position[n])
+    return r.read(a["self"], (*idx[:d], at, *idx[d + 1 :]), r.position[n])
+
+
+def _embedding(r, a, n, idx):
+    row = r.operand(a["indices"], idx[:-1], r.position[n])
+    return r.read(a["weight"], (row, idx[-1]), r.position[n])
+
+
+def _pad(r, a, n, idx):
+    source, here = a["self"], r.position[n]
+    if a.get("mode", "constant") != "constant":
+        return None
+    inside, at = E.TRUE, list(idx)
+    for k in range(0, len(a["pad"]), 2):
+        d = len(idx) - 1 - k // 2
+        at[d] = idx[d] - r.scalar(a["pad"][k])
+        inside = E.and_(inside, E.le(ZERO, at[d]), E.lt(at[d], r.shape(source)[d]))
+    fill = r.scalar(a.get("value") or 0)
+    inside = r.truth(inside)
+    if inside not in (E.TRUE, E.FALSE) and E.loads(r.read(source, tuple(at), here)):
+        return None
+    return E.where(inside, r.read(source, tuple(at), here), fill)
+
+
+def _diff(r, a, n, idx):
+    """x[i + 1] - x[i]; with one element prepended the first difference may be another formula."""
+    here, source, prepend = r.position[n], a["self"], a.get("prepend")
+    if a.get("n", 1) != 1 or a.get("append") is not None:
+        return None
+    d = axis(a.get("dim", -1), len(idx))
+
+    def at(tensor, i):
+        return r.read(tensor, (*idx[:d], i, *idx[d + 1 :]), here)
+
+    if prepend is None:
+        return E.apply("sub", at(source, idx[d] + 1), at(source, idx[d]))
+    if r.shape(prepend)[d] != 1:
+        return None
+    later = E.apply("sub", at(source, idx[d]), at(source, idx[d] - 1))
+    if E.loads(later):
+        return None
+    first = E.apply("sub", at(source, ZERO), at(prepend, ZERO))
+    return E.where(E.le(idx[d], ZERO), first, later)
+
+
+def _cumsum(r, a, n, idx):
+    d = axis(a["dim"], len(idx))
+    term = E.as_int(r.read(a["self"], idx, r.position[n]))
+    if not E.constant(term) and E.constant(term) is not None:
+        return ZERO
+    if E.constant(term) is not None and idx[d] != 0:
+        return term * (idx[d] + 1)
+    # One step at position 0 only: the running sum is that step everywhere.
+    if E.op_of(term) == "where":
+        c, x, y = E.operands(term)
+        if E.op_of(c) == "le" and c == E.le(idx[d], ZERO) and E.constant(y) == 0:
+            return x
+    return None
+
+
+def _softmax(r, a, n, idx):
+    return r.atom("softmax", n, idx)
+
+
+def _log_softmax(r, a, n, idx):
+    return E.apply("log", r.atom("softmax", n, idx))
+
+
+def _exp(r, a, n, idx):
+    x = r.operand(a["self"], idx, r.position[n])
+    return E.operands(x)[0] if E.op_of(x) == "log" and E.op_of(E.operands(x)[0]) == "softmax" else E.apply("exp", x)
+
+
+def _reduce(r, a, n, idx):
+    if isinstance(a.get("other"), fx.Node):
+        return E.apply(r.name(n), *_pair(r, a, n, idx))
+    return r.atom("reduce", n, idx) if n.meta["val"].dtype.is_floating_point else None
+
+
+def _sum(r, a, n, idx):
+    return r.atom("dot" if is_product_sum(r, n) else "reduce", n, idx) if n.meta["val"].dtype.is_floating_point else None
+
+
+def is_product_sum(r, n: fx.Node) -> bool:
+    """sum(x * y, one dim): a contraction written by hand."""
+    a = r.arguments(n)
+    dims, source = a.get("dim"), a["self"]
+    is_mul = isinstance(source, fx.Node) and r.name(source) == "mul" and len(source.users) == 1
+    if not (is_mul and dims is not None and len(dims) == 1):
+        return False
+    return all(isinstance(x, fx.Node) and isinstance(x.meta["val"], torch.Tensor) and x.meta["val"].dim() > 1 for x in source.args[:2]) and source.args[0] is not source.args[1]
+
+
+def _item(r, a, n, idx):
+    """getitem of max(dim): a reduction."""
+    whole, k = n.args
+    return r.atom("reduce", n, idx) if r.name(whole) in ("max", "min") and k == 0 else None
+
+
+def _dot(r, a, n, idx):
+    return r.atom("dot", n, idx) if n.meta["val"].dtype.is_floating_point else None
+
+
+def _baddbmm(r, a, n, idx):
+    here = r.position[n]
+    added = E.apply("mul", r.operand(a["self"], idx, here), r.scalar(a.get("beta", 1)))
+    product = E.apply("mul", r.atom("dot", n, idx), r.scalar(a.get("alpha", 1)))
+    return product if E.constant(r.scalar(a.get("beta", 1))) == 0 else E.apply("add", product, added)
+
+
+def _dropout(r, a, n, idx):
+    x = r.operand(a["input" if "input" in a else "self"], idx, r.position[n])
+    if not a.get("train", True) or a["p"] == 0:
+        return x
+    return E.FloatCall("dropout", E.Str(n.name), r.scalar(a["p"]), x)
+
+
+def _nan_to_num(r, a, n, idx):
+    x = r.operand(a["self"], idx, r.position[n])
+    if a.get("nan") not in (None, 0.0, 0):
+        return None
+    return E.apply("nan_to_zero", x)
+
+
+def _xor(r, a, n, idx):
+    x, y = (E.as_bool(v) for v in _pair(r, a, n, idx))
+    return E.or_(E.and_(x, E.not_(y)), E.and_(E.not_(x), y)) if n.meta["val"].dtype == torch.bool else None
+
+
+UNARY = (
+    "neg", "abs", "exp2", "log", "log2", "log1p", "expm1", "sqrt", "rsqrt", "tanh", "sigmoid", "sin", "cos", "erf",
+    "reciprocal", "floor", "ceil", "round", "trunc", "relu", "sign", "square",
+)  # fmt: skip
+
+POINTWISE = {
+    **{op: _unary(op) for op in UNARY},
+    "exp": _exp,
+    "add": _binary("add"),
+    "sub": _binary("sub"),
+    "subtract": _binary("sub"),
+    "mul": _binary("mul"),
+    "multiply": _binary("mul"),
+    "rsub": _swapped("sub"),
+    "pow": _binary("pow"),
+    "maximum": _binary("max"),
+    "minimum": _binary("min"),
+    **dict.fromkeys(("div", "divide", "true_divide"), _div),
+    "floor_divide": _floor_divide,
+    "remainder": _remainder,
+    **dict.fromkeys(("le", "less_equal"), _compare(E.le)),
+    **dict.fromkeys(("lt", "less"), _compare(E.lt)),
+    **dict.fromkeys(("ge", "greater_equal"), _compare(lambda x, y: E.le(y, x))),
+    **dict.fromkeys(("gt", "greater"), _compare(lambda x, y: E.lt(y, x))),
+    "eq": _compare(E.eq),
+    **dict.fromkeys(("ne", "not_equal"), _compare(lambda x, y: E.not_(E.eq(x, y)))),
+    **dict.fromkeys(("logical_and", "bitwise_and", "__and__"), _logical(E.and_)),
+    **dict.fromkeys(("logical_or", "bitwise_or", "__or__"), _logical(E.or_)),
+    **dict.fromkeys(("logical_xor", "bitwise_xor", "__xor__"), _xor),
+    **dict.fromkeys(("logical_not", "bitwise_not"), _not),
+    "where": _where,
+    "masked_fill": _masked_fill,
+    **dict.fromkeys(("clamp", "clip", "clamp_min", "clamp_max"), _clamp),
+    **dict.fromkeys(("to", "_to_copy", "type_as", "float", "half"), _to),
+    "arange": _arange,
+    **dict.fromkeys(("full", "full_like", "new_full", "fill"), _full),
+    **dict.fromkeys(("zeros", "zeros_like", "new_zeros", "zero"), _constant(0)),
+    **dict.fromkeys(("ones", "ones_like", "new_ones"), _constant(1)),
+    "tril": _triangle(upper=False),
+    "triu": _triangle(upper=True),
+    "scalar_tensor": _scalar_tensor,
+    "index": _index,
+    "index_select": _index_select,
+    "gather": _gather,
+    "take_along_dim": _gather,
+    "embedding": _embedding,
+    **dict.fromkeys(("constant_pad_nd", "pad"), _pad),
+    "diff": _diff,
+    "cumsum": _cumsum,
+    **dict.fromkeys(("softmax", "_softmax"), _softmax),
+    **dict.fromkeys(("log_softmax", "_log_softmax"), _log_softmax),
+    **dict.fromkeys(("amax", "amin", "max", "min", "logsumexp", "mean"), _reduce),
+    "sum": _sum,
+    "getitem": _item,
+    **dict.fromkeys(("matmul", "bmm", "mm", "einsum"), _dot),
+    "baddbmm": _baddbmm,
+    **dict.fromkeys(("dropout", "native_dropout", "feature_dropout"), _dropout),
+    "nan_to_num": _nan_to_num,
+}

@@ -1,0 +1,266 @@
+"""The formula of a tensor's element: abstract interpretation of pre-dispatch ATen over index positions.
+
+    reader.read(node, (b, h, q, kv)) -> Expr
+
+Movement changes the index, pointwise operations build formulas, creation operations are formulas of
+the index, contractions and reductions become atoms that `lift_attention` opens, and everything else is
+a load of a captured tensor `%node[...]`. Nothing is executed and nothing is written.
+"""
+
+from __future__ import annotations
+
+import operator
+
+import sympy
+import torch
+from sympy.core.symbol import Str
+from torch import fx
+from torch._ops import OpOverload
+
+from .. import expr as E
+from ..expr import Expr
+from .canonicalize import storage_of, written_arguments
+from .movement import MOVEMENT, Index
+from .pointwise import POINTWISE
+
+
+class Unreadable(Exception):
+    """A size or scalar that has no formula."""
+
+
+class Reader:
+    """Formulas of one graph. Memoized: layers that share a mask share its formula."""
+
+    def __init__(self, graph: fx.Graph):
+        self.position = {n: i for i, n in enumerate(graph.nodes)}
+        self.ranges: dict[sympy.Symbol, Expr] = {}
+        self.used_at: dict[fx.Node, int] = {}
+        self.nodes: dict[str, fx.Node] = {n.name: n for n in graph.nodes}
+        self._formulas: dict[tuple[fx.Node, Index], Expr] = {}
+        self._bounds: dict[Expr, tuple] = {}
+        self._writes: dict[int, list[int]] = {}
+        self._fresh = 0
+        for n in graph.nodes:
+            for x in written_arguments(n):
+                if (key := storage_of(x)) is not None:
+                    self._writes.setdefault(key, []).append(self.position[n])
+
+    # Sizes and scalars
+
+    def size(self, value) -> Expr:
+        """The formula of a Python int or SymInt."""
+        if isinstance(value, torch.SymInt):
+            shape_env = value.node.shape_env
+            return from_shape_env(shape_env.replace(value.node.expr) if shape_env else value.node.expr)
+        return sympy.Integer(int(value))
+
+    def shape(self, node: fx.Node) -> tuple[Expr, ...]:
+        return tuple(self.size(n) for n in node.meta["val"].shape)
+
+    def scalar(self, value) -> Expr:
+        """The formula of a scalar argument: a number or a node that holds one."""
+        if isinstance(value, fx.Node):
+            held = value.meta.get("val")
+            if isinstance(held, (int, float, bool)):
+                return E.number(held)
+            if isinstance(held, torch.SymInt):
+                return self.size(held)
+            if isinstance(held, torch.SymFloat):
+                return self.leaf(value, ())
+            raise Unreadable(f"the scalar {value.name} has no formula")
+        if isinstance(value, torch.SymInt):
+            return self.size(value)
+        return E.number(value)
+
+    def clamp_start(self, start: Expr, size: Expr) -> Expr:
+        if (value := E.constant(start)) is not None and value < 0:
+            return sympy.Max(0, start + size) if not E.at_most(-start, size) else start + size
+        return start
+
+    # Index symbols and what is known of their range
+
+    def fresh(self, size: Expr, stem: str = "i") -> Expr:
+        """A new index position in [0, size); the constant 0 where size is 1."""
+        if size == 1:
+            return sympy.Integer(0)
+        self._fresh += 1
+        symbol = E.index(f"{stem}{self._fresh}")
+        self.ranges[symbol] = size
+        return symbol
+
+    def bounds(self, e: Expr) -> tuple:
+        """(low, high) of an integer formula, in terms of sizes; (None, None) where unknown."""
+        if e not in self._bounds:
+            self._bounds[e] = self._interval(e)
+        return self._bounds[e]
+
+    def _interval(self, e: Expr) -> tuple:
+        if isinstance(e, sympy.Integer):
+            return e, e
+        if isinstance(e, sympy.Symbol):
+            return (sympy.Integer(0), self.ranges[e] - 1) if e in self.ranges else (e, e)
+        if isinstance(e, sympy.Add):
+            parts = [self.bounds(x) for x in e.args]
+            if any(p[0] is None for p in parts):
+                return None, None
+            return tuple(sympy.expand(sum(p[i] for p in parts)) for i in (0, 1))
+        if isinstance(e, sympy.Mul):
+            coefficient, rest = e.as_coeff_Mul()
+            moving = [f for f in sympy.Mul.make_args(rest) if f in self.ranges or f.atoms(*E.CALLS)]
+            factor = coefficient * sympy.Mul(*[f for f in sympy.Mul.make_args(rest) if f not in moving])
+            if len(moving) > 1:
+                return None, None
+            low, high = self.bounds(moving[0]) if moving else (sympy.Integer(1),) * 2
+            if low is None:
+                return None, None
+            pair = sympy.expand(low * factor), sympy.expand(high * factor)
+            return pair if coefficient > 0 else pair[::-1]
+        if E.op_of(e) == "//":
+            x, c = E.operands(e)
+            low, high = self.bounds(x)
+            if low is not None and E.at_most(0, low) and E.at_most(1, c):
+                return sympy.Integer(0), E.floordiv(high, c) if not E.mentions(high, *self.ranges) else high
+        if E.op_of(e) == "%" and E.at_most(1, E.operands(e)[1]):
+            return sympy.Integer(0), E.operands(e)[1] - 1
+        if not e.free_symbols & set(self.ranges) and not e.atoms(*E.CALLS):
+            return e, e
+        return None, None
+
+    def truth(self, e: Expr) -> Expr:
+        """A boolean formula with the comparisons that always, or never, hold decided."""
+        table = {}
+        for call in e.atoms(E.BoolCall):
+            op = E.op_of(call)
+            if op not in ("le", "eq"):
+                continue
+            low, high = self.bounds(E.operands(call)[0])
+            if low is None:
+                continue
+            if E.at_most(1, low) or (op == "eq" and E.at_most(high, -1)):
+                table[call] = E.FALSE
+            elif op == "le" and E.at_most(high, 0):
+                table[call] = E.TRUE
+        return E.substitute(e, table) if table else e
+
+    # Tensors
+
+    def arguments(self, node: fx.Node) -> dict:
+        """The arguments of an ATen call by their schema's names, defaults included."""
+        if not isinstance(node.target, OpOverload):
+            return {}
+        bound = {}
+        for i, argument in enumerate(node.target._schema.arguments):
+            if i < len(node.args):
+                bound[argument.name] = node.args[i]
+            elif argument.name in node.kwargs:
+                bound[argument.name] = node.kwargs[argument.name]
+            elif argument.has_default_value():
+                bound[argument.name] = argument.default_value
+        return bound
+
+    def name(self, node: fx.Node) -> str:
+        """`softmax` for aten.softmax.int, `getitem` for operator.getitem, else the qualified name."""
+        if isinstance(node.target, OpOverload):
+            return node.target._schema.name.removeprefix("aten::")
+        return "getitem" if node.target is operator.getitem else str(node.target)
+
+    def broadcast(self, source: fx.Node, idx: Index) -> Index:
+        shape = self.shape(source)
+        tail = idx[len(idx) - len(shape) :]
+        return tuple(sympy.Integer(0) if n == 1 else x for n, x in zip(shape, tail))
+
+    def changed(self, node: fx.Node, before: int) -> bool:
+        """Is the memory of `node` written after it is made and before position `before`?"""
+        writes = self._writes.get(storage_of(node), ())
+        return any(self.position[node] < w < before for w in writes)
+
+    def changed_between(self, node: fx.Node, start: int, stop: int) -> bool:
+        return any(start < w < stop for w in self._writes.get(storage_of(node), ()))
+
+    def operand(self, value, idx: Index, at: int) -> Expr:
+        """The formula of an argument of a pointwise operation whose result has index `idx`."""
+        if isinstance(value, fx.Node) and isinstance(value.meta.get("val"), torch.Tensor):
+            return self.read(value, self.broadcast(value, idx), at)
+        return self.scalar(value)
+
+    def step(self, node: fx.Node, idx: Index) -> tuple[fx.Node, Index] | None:
+        """Through one operation that only moves data, or None."""
+        rule = MOVEMENT.get(self.name(node)) if node.op == "call_function" else None
+        if rule is None:
+            return None
+        try:
+            return rule(self, self.arguments(node), node, idx)
+        except Unreadable:
+            return None
+
+    def read(self, node: fx.Node, idx: Index, at: int) -> Expr:
+        """The formula of node[idx] as the operation at position `at` sees it."""
+        if self.changed(node, at):
+            return self.leaf(node, idx, at)
+        key = (node, idx)
+        if key not in self._formulas:
+            self._formulas[key] = self._read(node, idx)
+        formula = self._formulas[key]
+        if E.op_of(formula) == "load":
+            self._note_use(node, at)
+        return formula
+
+    def _read(self, node: fx.Node, idx: Index) -> Expr:
+        if node.op != "call_function" or not isinstance(node.meta.get("val"), torch.Tensor):
+            return self.leaf(node, idx)
+        here = self.position[node]
+        moved = self.step(node, idx)
+        if moved is not None:
+            return self.read(*moved, here)
+        rule = POINTWISE.get(self.name(node))
+        try:
+            formula = rule(self, self.arguments(node), node, idx) if rule else None
+        except Unreadable:
+            formula = None
+        if formula is None:
+            return self.leaf(node, idx)
+        return self.coerce(formula, node.meta["val"].dtype)
+
+    def coerce(self, e: Expr, dtype: torch.dtype) -> Expr:
+        if dtype == torch.bool:
+            return self.truth(E.as_bool(e))
+        if dtype.is_floating_point:
+            return E.as_float(e, str(dtype).removeprefix("torch."))
+        return E.as_int(e)
+
+    def leaf(self, node: fx.Node, idx: Index, at: int | None = None) -> Expr:
+        """A load of a captured tensor."""
+        val = node.meta.get("val")
+        if isinstance(val, torch.Tensor):
+            dtype = val.dtype
+            of_kind = "bool" if dtype == torch.bool else "float" if dtype.is_floating_point else "int"
+            if dtype.is_complex:
+                raise Unreadable("complex tensors have no formula")
+            idx = tuple(sympy.Integer(0) if n == 1 else x for n, x in zip(self.shape(node), idx))
+        else:
+            of_kind = "float"
+        self._note_use(node, self.position[node] if at is None else at)
+        return E.load(f"%{node.name}", of_kind, *idx)
+
+    def _note_use(self, node: fx.Node, at: int) -> None:
+        self.used_at[node] = min(at, self.used_at.get(node, at))
+
+    def atom(self, op: str, node: fx.Node, idx: Index) -> Expr:
+        """An operation that the reader does not open: `dot`, `softmax`, `reduce`, `dropout`."""
+        return E.FloatCall(op, Str(node.name), *idx)
+
+
+def from_shape_env(e: sympy.Expr) -> Expr:
+    """A size formula of torch's shape environment in our own words."""
+    from torch.utils._sympy.functions import FloorDiv, Mod, PythonMod
+
+    if isinstance(e, (sympy.Integer, sympy.Symbol)) or not e.args:
+        return e
+    args = [from_shape_env(a) for a in e.args]
+    if isinstance(e, FloorDiv):
+        return E.floordiv(*args)
+    if isinstance(e, (Mod, PythonMod)):
+        return E.mod(*args)
+    if isinstance(e, (sympy.Add, sympy.Mul, sympy.Pow)):
+        return sympy.expand(e.func(*args))
+    raise Unreadable(f"the size {e} has no formula")

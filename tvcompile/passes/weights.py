@@ -1,0 +1,169 @@
+"""Attention weights: the softmax in every way it is written.
+
+    softmax(x, -1), log_softmax(x).exp(), exp(x - amax(x)) / sum(exp(x - amax(x))), exp(x - logsumexp(x)),
+    softmax(cat([x, sink]), -1)[..., :-1], exp(x) / (1 + sum(exp(x)))   ->   (x, sink, dropout)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import sympy
+from torch import fx
+
+from .. import expr as E
+from ..expr import Expr
+from .contraction import Product
+from .match import Refuse
+from .movement import axis
+from .read import Reader
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """softmax of `argument` over the summed position, with `sink` as one more logit."""
+
+    argument: Expr
+    sink: Expr | None
+    dropout: float
+    zeroed: bool
+    node: fx.Node
+
+
+def read_weights(r: Reader, anchor: fx.Node, product: Product):
+    """(weights, (V's node, V's index)) of a contraction, or (None, None) where no side is a softmax."""
+    at = r.position[anchor]
+    unlike = None
+    for (node, idx), other in ((product.lhs, product.rhs), (product.rhs, product.lhs)):
+        formula = r.read(node, idx, at)
+        found = _softmax(r, formula, product)
+        if found is not None:
+            return found, other
+        unlike = unlike or _looks_like_weights(formula, product.over)
+    if unlike is not None:
+        refusal = Refuse(f"the weights are {unlike} of the scores, not a softmax over the summed position", anchor)
+        refusal.weights = True
+        raise refusal
+    return None, None
+
+
+def _looks_like_weights(e: Expr, over: Expr) -> str | None:
+    """Names the function where a formula is one of a single dot product and no other data."""
+    dots = {x for x in E.walk(e) if E.op_of(x) == "dot"}
+    softmaxes = [x for x in E.walk(e) if E.op_of(x) == "softmax"]
+    if softmaxes:
+        return f"`{E.op_of(e)}`" if E.op_of(e) != "softmax" else "a softmax over another dim"
+    if len(dots) == 1 and not any(E.kind(x) == "float" for x in E.loads(e)) and E.op_of(e) not in ("dot", "reduce"):
+        (dot,) = dots
+        return f"`{E.op_of(e)}`" if E.mentions(dot, over) else None
+    return None
+
+
+def _softmax(r: Reader, e: Expr, product: Product) -> Weights | None:
+    dropout, zeroed = 0.0, False
+    while E.op_of(e) in ("dropout", "nan_to_zero", *E.CASTS):
+        op, args = E.op_of(e), E.operands(e)
+        if op == "dropout":
+            p = E.constant(args[1])
+            if dropout or p is None or not 0 <= p < 1:
+                return None
+            dropout = p
+        zeroed = zeroed or op == "nan_to_zero"
+        e = args[-1]
+    if E.op_of(e) == "softmax":
+        found = _from_atom(r, e, product)
+    elif E.op_of(e) == "div":
+        found = _from_quotient(r, *E.operands(e), product)
+    elif E.op_of(e) == "exp":
+        found = _from_logsumexp(r, E.operands(e)[0], product)
+    else:
+        return None
+    return found and Weights(found[0], found[1], dropout, zeroed, found[2])
+
+
+def _from_atom(r: Reader, atom: Expr, product: Product):
+    """A softmax call: its input read at the summed position, and what else it normalises over."""
+    name, *idx = E.operands(atom)
+    node = r.nodes[name.name]
+    a, over = r.arguments(node), product.over
+    source, here = a["self"], r.position[node]
+    d = axis(a["dim"], len(idx))
+    size = r.shape(node)[d]
+    if any(E.mentions(x, over) for i, x in enumerate(idx) if i != d) and over != 0:
+        return None
+    if sympy.expand(size - product.length) == 0 and idx[d] == over:
+        return _shifted(r.read(source, tuple(idx), here), over), None, node
+    shift = sympy.expand(idx[d] - over)
+    if not isinstance(shift, sympy.Integer) or sympy.expand(size - product.length) != 1 or shift not in (0, 1):
+        return None
+    extra = product.length if shift == 0 else sympy.Integer(0)
+    score = r.read(source, tuple(idx), here)
+    sink = r.read(source, (*idx[:d], extra, *idx[d + 1 :]), here)
+    while E.op_of(score) == E.op_of(sink) == "sub" and E.operands(score)[1] == E.operands(sink)[1]:
+        score, sink = E.operands(score)[0], E.operands(sink)[0]
+    if E.mentions(sink, over) or any(E.op_of(x) in ("dot", "reduce", "softmax") for x in E.walk(sink)):
+        return None
+    return score, sink, node
+
+
+def _shifted(e: Expr, over: Expr) -> Expr:
+    """A softmax does not change when what is the same for every summed position is subtracted."""
+    while E.op_of(e) == "sub" and not E.mentions(E.operands(e)[1], over):
+        e = E.operands(e)[0]
+    return e
+
+
+def _from_quotient(r: Reader, top: Expr, bottom: Expr, product: Product):
+    """exp(x) / sum(exp(x)), the sum perhaps enlarged by exp(sink)."""
+    if E.op_of(top) != "exp":
+        return None
+    x, more = E.operands(top)[0], None
+    if E.op_of(bottom) == "add":
+        bottom, more = sorted(E.operands(bottom), key=lambda e: E.op_of(e) != "reduce")
+    if E.op_of(bottom) != "reduce":
+        return None
+    node = r.nodes[E.operands(bottom)[0].name]
+    if r.name(node) != "sum" or _summand(r, node, bottom, product) != top:
+        return None
+    if more is None:
+        return _shifted(x, product.over), None, node
+    if E.constant(more) == 1.0 and E.op_of(x) != "sub":
+        return x, E.number(0.0), node
+    if E.op_of(more) == "exp" and not E.mentions(more, product.over):
+        sink = E.operands(more)[0]
+        if E.op_of(x) == "sub" and not E.mentions(E.operands(x)[1], product.over):
+            shift = E.operands(x)[1]
+            if sink == E.apply("neg", shift):
+                return E.operands(x)[0], E.number(0.0), node
+            if E.op_of(sink) == "sub" and E.operands(sink)[1] == shift:
+                return E.operands(x)[0], E.operands(sink)[0], node
+            return None
+        return x, sink, node
+    return None
+
+
+def _from_logsumexp(r: Reader, e: Expr, product: Product):
+    """exp(x - logsumexp(x))."""
+    if E.op_of(e) != "sub" or E.op_of(E.operands(e)[1]) != "reduce":
+        return None
+    x, reduced = E.operands(e)
+    node = r.nodes[E.operands(reduced)[0].name]
+    if r.name(node) != "logsumexp" or _summand(r, node, reduced, product) != x:
+        return None
+    return x, None, node
+
+
+def _summand(r: Reader, node: fx.Node, reduced: Expr, product: Product) -> Expr | None:
+    """What a reduction sums, read at the contraction's summed position."""
+    a = r.arguments(node)
+    dims, source = a.get("dim"), a["self"]
+    dims = [dims] if isinstance(dims, int) else dims
+    shape = r.shape(source)
+    if not dims or len(dims) != 1:
+        return None
+    d = axis(dims[0], len(shape))
+    if sympy.expand(shape[d] - product.length) != 0:
+        return None
+    idx = list(E.operands(reduced)[1:])
+    idx = [*idx[:d], product.over, *idx[d + 1 :]] if a.get("keepdim") else [*idx[:d], product.over, *idx[d:]]
+    return r.read(source, tuple(idx), r.position[node])

@@ -1,0 +1,119 @@
+"""What a subgraph computes, and what was found or refused in a graph. No FX node is inside a Spec."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import sympy
+
+from . import expr as E
+from . import syntax
+from .expr import Expr
+
+EMPTY_KINDS = {
+    "nan": "an added -inf: NaN",
+    "nan_cut": "scores replaced by -inf: NaN, no gradient to the scores",
+    "mean": "an added finite fill: the mean of V over all kv, gradients still reach the scores",
+    "mean_cut": "scores replaced by a finite fill: the mean of V, no gradient to the scores",
+    "zero": "zero, no gradient",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionSpec:
+    """out[b,h,q,:] = sum_kv softmax_kv(score(scale * <q[b,h,q], k[b,h//G,kv]>)) v[b,h//G,kv,:].
+
+    scale    factor of the dot product
+    score    formula of the scaled score `s`, b, h, q, kv and captured tensors; `s` alone: no edit
+    keep     formula of b, h, q, kv and captured tensors; True: the pair attends
+    sink     formula of b, h, q: one more logit that only enlarges the denominator, or None
+    dropout  probability of dropping a softmax weight (the others grow by 1/(1-p))
+    empty    what a row without any kept kv gives: a key of EMPTY_KINDS, or None where none can exist
+    """
+
+    scale: float = 1.0
+    score: Expr = E.S
+    keep: Expr = E.TRUE
+    sink: Expr | None = None
+    dropout: float = 0.0
+    empty: str | None = None
+
+    def __post_init__(self):
+        if self.empty is not None and self.empty not in EMPTY_KINDS:
+            raise ValueError(f"empty must be one of {', '.join(EMPTY_KINDS)}; got {self.empty!r}")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout must be in [0, 1); got {self.dropout}")
+
+    def __str__(self) -> str:
+        clauses = [f"scale={self.scale:.12g}"]
+        if self.score != E.S:
+            clauses.append(f"score = {syntax.text(self.score)}")
+        if self.keep is not E.TRUE:
+            clauses.append(f"keep = {syntax.text(self.keep)}")
+        if self.sink is not None:
+            clauses.append(f"sink = {syntax.text(self.sink)}")
+        if self.dropout:
+            clauses.append(f"dropout={self.dropout:.12g}")
+        if self.empty:
+            clauses.append(f"empty={self.empty}")
+        return "; ".join(clauses)
+
+    @staticmethod
+    @functools.lru_cache(maxsize=4096)
+    def parse(text: str) -> AttentionSpec:
+        """The Spec of a text. Raises ValueError naming the clause that cannot be read."""
+        fields: dict = {}
+        for clause in text.split(";"):
+            name, sign, value = (part.strip() for part in clause.partition("="))
+            if name not in ("scale", "score", "keep", "sink", "dropout", "empty") or not sign:
+                raise ValueError(f"{clause.strip()!r} is not a clause of an attention spec: {text!r}")
+            if name in ("score", "keep", "sink"):
+                fields[name] = syntax.parse(value)
+            else:
+                fields[name] = value if name == "empty" else float(value)
+        return AttentionSpec(**fields)
+
+    def formulas(self) -> tuple[Expr, ...]:
+        return tuple(f for f in (self.score, self.keep, self.sink) if f is not None)
+
+    def captures(self) -> tuple[str, ...]:
+        """Names of the captured tensors, in the order of the op's `captures` argument."""
+        names = {E.operands(c)[0].name for f in self.formulas() for c in E.loads(f)}
+        return tuple(sorted(names))
+
+    def sizes(self) -> tuple[str, ...]:
+        """Names of the sizes beyond S_q and S_kv, in the order of the op's `sizes` argument."""
+        known = {"b", "h", "q", "kv", "s", "S_q", "S_kv"}
+        names = {x.name for f in self.formulas() for x in f.free_symbols} - known
+        return tuple(sorted(names))
+
+
+def free_of(e: Expr, *symbols: sympy.Symbol) -> bool:
+    return not (e.free_symbols & set(symbols))
+
+
+@dataclasses.dataclass(frozen=True)
+class Refusal:
+    """Why a softmax or SDPA stays as it was.
+
+    anchor: the ATen op, reason: the first failing clause, where: the user's file, line and code.
+    """
+
+    anchor: str
+    reason: str
+    where: str
+
+    def __str__(self) -> str:
+        return f"{self.anchor} at {self.where}: {self.reason}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """A fused attention as reports show it: text of the Spec, place, kernel and sizes."""
+
+    spec: str
+    where: str
+    kernel: str
+    shapes: str
+    cost: str = ""
