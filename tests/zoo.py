@@ -113,7 +113,7 @@ ENTRIES: tuple[Entry, ...] = (
     Entry("persimmon", "PersimmonForCausalLM", _ENCODER, 2),
     Entry("nemotron", "NemotronForCausalLM", dict(_DECODER, head_dim=16), 2),
     Entry("smollm3", "SmolLM3ForCausalLM", dict(_DECODER, no_rope_layers=[1, 0]), 2),
-    Entry("diffllama", "DiffLlamaForCausalLM", _DECODER, 2),
+    Entry("diffllama", "DiffLlamaForCausalLM", _DECODER, 4),
     # Multi-head latent attention: D differs from D_v, k is assembled in place.
     Entry("deepseek_v2", "DeepseekV2ForCausalLM", _MLA, 2),
     Entry("deepseek_v3", "DeepseekV3ForCausalLM", _MLA, 2),
