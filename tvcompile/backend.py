@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import time
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import fx
+from torch._dynamo.repro.after_dynamo import WrapBackendDebug
 
 from . import report
 from .options import Options
@@ -93,10 +93,21 @@ def fallback_message(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def tracing_context():
-    """What Dynamo needs to keep data-dependent dispatch in one graph, for this backend's frames only."""
-    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+def tracing_context() -> Iterator[None]:
+    """Data-dependent shapes stay in one graph while Dynamo traces for this backend."""
+    config = torch._dynamo.config
+    before, config.capture_dynamic_output_shape_ops = config.capture_dynamic_output_shape_ops, True
+    try:
         yield
+    finally:
+        config.capture_dynamic_output_shape_ops = before
+
+
+def _context_of(wrapper: Any) -> Callable:
+    """The context of the innermost backend; Dynamo itself looks only at the outermost wrapper."""
+    inner = wrapper._torchdynamo_orig_backend
+    return getattr(getattr(inner, "compiler_fn", inner), "backend_ctx_ctor", contextlib.nullcontext)
 
 
 tv.backend_ctx_ctor = tracing_context  # type: ignore[attr-defined]
+WrapBackendDebug.backend_ctx_ctor = property(_context_of)  # type: ignore[attr-defined]

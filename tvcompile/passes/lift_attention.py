@@ -11,8 +11,6 @@ memory written in between; gradient mode changing in between.
 
 from __future__ import annotations
 
-import math
-
 import sympy
 import torch
 from torch import fx
@@ -193,12 +191,12 @@ def lift_sdpa(r: Reader, facts: Facts, anchor: fx.Node) -> Match:
         kv_lead = (*lead[:-1], E.floordiv(lead[-1], group, r.bounds))
     score, mask = E.S, a.get("attn_mask")
     if a.get("is_causal"):
-        score = E.where(r.truth(E.le(kv, row)), score, number_inf())
+        score = E.where(r.truth(E.le(kv, row)), score, -sympy.oo)
     if mask is not None:
         m = r.operand(mask, (*lead, row, kv), here)
-        score = E.where(m, score, number_inf()) if E.kind(m) == "bool" else E.apply("add", score, m)
+        score = E.where(m, score, -sympy.oo) if E.kind(m) == "bool" else E.apply("add", score, m)
     scale = a.get("scale")
-    scale = E.constant(r.scalar(scale)) if scale is not None else _default_scale(r.shape(q)[-1])
+    scale = E.constant(r.scalar(scale)) if scale is not None else int(q.meta["val"].shape[-1]) ** -0.5
     if scale is None:
         raise Refuse("the scale is not a number that is known at compile time", anchor)
     parts = Masks(anchor.meta["val"].dtype).split(score)
@@ -217,11 +215,3 @@ def lift_sdpa(r: Reader, facts: Facts, anchor: fx.Node) -> Match:
         kv, d, parts.edit(edit), factor * scale, None, dropout, empty,
     )  # fmt: skip
     return bind(r, sketch)
-
-
-def number_inf() -> Expr:
-    return -sympy.oo
-
-
-def _default_scale(d: Expr) -> float | None:
-    return 1 / math.sqrt(int(d)) if isinstance(d, sympy.Integer) and d > 0 else None
