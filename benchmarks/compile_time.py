@@ -2,8 +2,8 @@
 
     python -m benchmarks.compile_time [--train] [--layers 6 12 24] [--repeat 3]
 
-Each compilation has a process of its own and no cache; the two compilers alternate. `passes` are ours
-(Report.pass_seconds); linear means that their seconds per layer do not grow with the layers.
+Each compilation has a process of its own and no cache; the two compilers alternate. `passes` are
+ours (Report.pass_seconds); linear means that their seconds per layer do not grow with the layers.
 """
 
 from __future__ import annotations
@@ -111,9 +111,8 @@ def table(options: argparse.Namespace) -> None:
         if fused != {layers}:
             print(f"       fused {sorted(fused)} of {layers} sites: the times do not compare")
     few, many = min(rates), max(rates)
-    print(
-        f"passes per layer, {many} layers against {few}: {rates[many] / rates[few]:.2f}x (1 = linear)"
-    )
+    growth = rates[many] / rates[few] if rates[few] else float("nan")
+    print(f"passes per layer, {many} layers against {few}: {growth:.2f}x (1 = linear)")
     for name, seconds in sorted(slowest.items(), key=lambda item: -item[1]):
         print(f"  {name:24} {seconds:6.2f} s at {options.layers[-1]} layers")
 

@@ -2,8 +2,8 @@
 
     python -m benchmarks.memory [--seq 4096 8192 16384] [--heads 1] [--inference] [--dtype float32]
 
-Each measurement has a process of its own: the highest resident size during a call after the one that
-compiled, above the size just before it. Inputs are not counted; outputs and gradients are. An S×S
+Each measurement has a process of its own: the highest resident size during a call after the one
+that compiled, above the size just before it. Outputs and gradients count, inputs do not. An S×S
 tensor makes the ratio per doubling 4, attention without one makes it 2.
 """
 
