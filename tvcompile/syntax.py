@@ -61,7 +61,8 @@ def _ordered(args: tuple[Expr, ...]) -> list[Expr]:
 
 def _polynomial(e: Expr) -> tuple[str, int]:
     terms = [t.as_coeff_Mul() for t in sympy.Add.make_args(e)]
-    terms.sort(key=lambda t: (bool(t[0] < 0), bool(t[1] == 1), text(t[1]) if t[1].args else str(t[1])))
+    if len(terms) > 1:
+        terms.sort(key=lambda t: (bool(t[0] < 0), bool(t[1] == 1), text(t[1])))
     parts: list[str] = []
     for coefficient, rest in terms:
         magnitude = abs(coefficient)

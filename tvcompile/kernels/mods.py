@@ -2,11 +2,14 @@
 
 A formula becomes a tape of torch calls, in which a shared part appears once. Positions broadcast:
 
-    b [B,1,1,1]   h [1,H,1,1]   q [1,1,M,1]   kv [1,1,1,N]   s [B,H,M,N]
+    b [X,1,1,1]   h [1,H,1,1]   q [1,1,M,1]   kv [1,1,1,N]   s [X,H,M,N]
 
 so `kv <= q` is one [1,1,M,N] comparison and `pad[b, kv]` one [B,1,1,N] view. A load whose indices are
 plain positions is a view of the capture, any other an advanced index. Loads clamp their indices, since
 `where(kv < 4, first[kv], rest[kv - 4])` evaluates both sides. Not in place; differentiable.
+
+A scope may hold a stack of blocks: block i of batch element b is x = b*stack + i of X, and its q and
+kv are the first block's, shifted by i*M: q [X,1,M,1], kv [X,1,1,N].
 """
 
 from __future__ import annotations
@@ -41,6 +44,7 @@ class Scope:
     dtype: torch.dtype
     device: torch.device
     s: Tensor | None = None
+    stack: int = 1
 
     def at(self, **changes: Any) -> Scope:
         return dataclasses.replace(self, **changes)
@@ -53,8 +57,18 @@ class Scope:
         if axis not in self._indices:
             start, stop = getattr(self, axis)
             shape = [-1 if a == axis else 1 for a in AXES]
-            self._indices[axis] = torch.arange(start, stop, device=self.device).view(shape)
+            found = torch.arange(start, stop, device=self.device).view(shape)
+            self._indices[axis] = found if self.stack == 1 else self._stacked(axis, found)
         return self._indices[axis]
+
+    def _stacked(self, axis: str, found: Tensor) -> Tensor:
+        if axis == "b":
+            return found.repeat_interleave(self.stack, 0)
+        if axis == "h":
+            return found
+        batch, rows = self.b[1] - self.b[0], self.q[1] - self.q[0]
+        shift = torch.arange(self.stack, device=self.device).repeat(batch) * rows
+        return found + shift.view(-1, 1, 1, 1)
 
     def value(self, name: str) -> Any:
         if name == "s":
@@ -151,9 +165,10 @@ def _load_step(name, *indices: Expr) -> tuple[Callable, tuple[Expr, ...]]:
 
 def _view(name: str, axes: tuple[str, ...], scope: Scope) -> Tensor:
     capture = scope.captures[name]
+    stacked = scope.stack > 1 and axes != ("h",)
     for dim, axis in enumerate(axes):
         start, stop = getattr(scope, axis)
-        if stop > capture.shape[dim]:
+        if stacked or stop > capture.shape[dim]:
             return _gather(name, scope, *[scope.index(a) for a in axes])
         capture = capture.narrow(dim, start, stop - start)
     capture = capture.permute([axes.index(a) for a in AXES if a in axes])

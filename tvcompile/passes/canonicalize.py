@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 from torch._ops import HigherOrderOperator, OpOverload
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental import proxy_tensor
 from torch.utils import _pytree as pytree
 
@@ -39,6 +40,7 @@ class _Retrace(fx.Interpreter):
             return super().call_function(target, args, kwargs)
         self.kept.append(target.name())
         tracer = proxy_tensor.get_proxy_mode().tracer
+        mode = torch._guards.detect_fake_mode((args, kwargs))
 
         def as_argument(x):
             if not isinstance(x, fx.GraphModule):
@@ -49,8 +51,17 @@ class _Retrace(fx.Interpreter):
 
         named = pytree.tree_map(as_argument, (args, kwargs))
         proxy = tracer.create_proxy("call_function", target, *named, name=target.name())
-        example = self.node.meta["example_value"]
+        example = pytree.tree_map(lambda x: in_mode(x, mode), self.node.meta["example_value"])
         return proxy_tensor.track_tensor_tree(example, proxy, constant=None, tracer=tracer)
+
+
+def in_mode(x, mode):
+    """A fake tensor of another fake mode as one of this mode."""
+    if not isinstance(x, FakeTensor) or x.fake_mode is mode or mode is None:
+        return x
+    with mode:
+        y = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+    return y.requires_grad_(x.requires_grad)
 
 
 def placeholders_of(gm: fx.GraphModule) -> list:

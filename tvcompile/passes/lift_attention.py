@@ -148,12 +148,12 @@ def lift_product(r: Reader, facts: Facts, anchor: fx.Node, start: fx.Node) -> Ma
     weights, value = read_weights(r, anchor, product)
     if weights is None:
         return None
-    region = check_region(r, facts, start, anchor)
     dots = {x for x in E.walk(weights.argument) if E.op_of(x) == "dot"}
     if len(dots) != 1:
         raise Refuse(f"the softmax is over {'several' if dots else 'no'} dot products", weights.node)
     (dot,) = dots
     dot_node = r.nodes[E.operands(dot)[0].name]
+    region = check_region(r, facts, dot_node, anchor)
     inner = contraction(r, dot_node, E.operands(dot)[1:])
     if inner is None:
         raise Refuse("the scores are a contraction whose form is not read", dot_node)
