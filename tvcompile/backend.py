@@ -17,10 +17,9 @@ from .options import Options
 from .passes import LIFTS
 from .passes.canonicalize import canonicalize, checkpoint_bodies, placeholders_of
 from .passes.emit import compute_dtype, emit
-from .passes.match import Match, where_of
 from .passes.verify import verify
 from .select import select
-from .spec import Refusal
+from .spec import Match, Refusal, where_of
 
 
 def tv(gm: fx.GraphModule, example_inputs: Sequence[Any], mode: str | None = None, options: dict | None = None):

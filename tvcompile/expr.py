@@ -397,7 +397,9 @@ def rebuild(e: Expr, args: tuple[Expr, ...], bounds: Callable | None = None) -> 
     if op is None:
         if isinstance(e, sympy.Not):
             return not_(*args)
-        return sympy.expand(e.func(*args)) if isinstance(e, (sympy.Add, sympy.Mul)) else e.func(*args)
+        if isinstance(e, (sympy.Add, sympy.Mul)):
+            return recombine(sympy.expand(e.func(*args)))
+        return e.func(*args)
     if op in ("//", "%"):
         return (floordiv if op == "//" else mod)(*args, bounds)
     if op in ("le", "eq"):

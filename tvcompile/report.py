@@ -17,8 +17,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import fx
 
-from .passes.match import Match, where_of
-from .spec import Refusal, Site
+from .spec import Match, Refusal, Site, where_of
 
 
 @dataclasses.dataclass

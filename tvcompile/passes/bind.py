@@ -11,9 +11,8 @@ from torch import fx
 
 from .. import expr as E
 from ..expr import Expr
-from ..spec import AttentionSpec
+from ..spec import AttentionSpec, Match, Operand, Refuse
 from .masking import Masked, empty_meaning
-from .match import Match, Operand, Refuse
 from .naming import Names
 from .read import Reader
 from .roles import Candidate, Roles, assign, candidates, operand, splits
@@ -90,7 +89,8 @@ def _split(r: Reader, n: Expr, c: Expr) -> tuple[list[Expr], Expr]:
 
 
 def give_roles(r: Reader, s: Sketch, formulas: list[Expr], sides: dict) -> tuple[Roles, dict]:
-    top = {name: set().union(*(e.free_symbols for e in cs[0].idx)) for name, cs in sides.items()}
+    # A position is one of an operand only if no tensor on the operand's way does without it.
+    top = {name: set.intersection(*(_positions(c) for c in cs)) for name, cs in sides.items()}
     in_mask = set().union(*(e.free_symbols for e in formulas))
     out = [x for dim in s.out for x in (dim or [sympy.Integer(0)])]
     positions = {x for x in (*out, s.kv, s.d) if x != 0}
@@ -101,6 +101,10 @@ def give_roles(r: Reader, s: Sketch, formulas: list[Expr], sides: dict) -> tuple
     if set(roles.dv) & (in_mask | top["q"] | top["k"]) or set(roles.q) & (top["k"] | top["v"]):
         raise Refuse("the scores depend on the feature position of V, or K and V on the query's", s.anchor)
     return roles, {x: r.ranges[x] for x in positions}
+
+
+def _positions(c: Candidate) -> set:
+    return set().union(*(e.free_symbols for e in c.idx))
 
 
 def choose_operands(r: Reader, s: Sketch, roles: Roles, sides: dict, sizes: dict) -> tuple[Operand, ...]:

@@ -16,7 +16,7 @@ from torch import fx
 
 from .. import expr as E
 from ..expr import Expr
-from .match import Match, Operand
+from ..spec import Match, Operand
 from .read import Reader
 
 aten = torch.ops.aten
@@ -32,7 +32,8 @@ class Writer:
     def call(self, target, *args, **kwargs) -> fx.Node:
         with self.graph.inserting_before(self.before):
             node = self.graph.call_function(target, args, kwargs)
-        node.meta["stack_trace"] = self.before.meta.get("stack_trace")
+        if trace := self.before.meta.get("stack_trace"):
+            node.meta["stack_trace"] = trace
         fake_args, fake_kwargs = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
         node.meta["val"] = target(*fake_args, **fake_kwargs)
         return node

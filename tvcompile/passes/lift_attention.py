@@ -17,11 +17,10 @@ from torch import fx
 
 from .. import expr as E
 from ..expr import Expr
-from ..spec import Refusal
+from ..spec import Match, Refusal, Refuse, where_of
 from .bind import Sketch, bind
 from .contraction import contraction
 from .masking import Masks, split_scale
-from .match import Match, Refuse, where_of
 from .movement import MOVEMENT
 from .pointwise import POINTWISE
 from .read import Reader, Unreadable
@@ -161,16 +160,33 @@ def lift_product(r: Reader, facts: Facts, anchor: fx.Node, start: fx.Node) -> Ma
     sides = [(*inner.lhs, at), (*inner.rhs, at)]
     if not E.mentions(sympy.Tuple(*inner.rhs[1]), product.over):
         sides.reverse()
-    score = E.substitute(weights.argument, {dot: E.S})
+    score = strip_casts(E.substitute(weights.argument, {dot: E.S}), anchor)
+    check_edit(score, weights.node)
     parts = Masks(widest(dot_node, weights.node)).split(score)
     scale, edit = split_scale(parts.value)
-    empty = dict(fills=parts.fills, zeroed=weights.zeroed, later_bias=parts.later_bias, training=facts.training)
     sketch = Sketch(
         anchor, region, [[x] if x != 0 else [] for x in out], sides[0], sides[1],
         (*value, r.position[anchor]), product.over, inner.over, parts.edit(edit), scale,
-        weights.sink, weights.dropout, empty,
+        weights.sink, weights.dropout, weights.zeroed, facts.training,
     )  # fmt: skip
     return bind(r, sketch)
+
+
+def strip_casts(e: Expr, anchor: fx.Node) -> Expr:
+    """Casts of the score leave where the result is no finer than they are; else they are the program's rounding."""
+    allowed = torch.finfo(anchor.meta["val"].dtype).eps
+    casts = [x for x in E.walk(e) if E.op_of(x) in E.CASTS and E.mentions(x, E.S)]
+    for x in casts:
+        if torch.finfo(getattr(torch, E.op_of(x))).eps > allowed:
+            raise Refuse(f"the scores are rounded to {E.op_of(x)} on the way", anchor)
+    return E.substitute(e, {x: strip_casts(E.operands(x)[0], anchor) for x in casts})
+
+
+def check_edit(e: Expr, node: fx.Node) -> None:
+    """A score edit is a float function of the score; what it decides does not depend on the score."""
+    for x in E.walk(e):
+        if isinstance(x, (E.IntCall, E.BoolCall)) and E.mentions(x, E.S):
+            raise Refuse("the scores are compared, truncated or used as an index before the softmax", node)
 
 
 def widest(*nodes: fx.Node) -> torch.dtype:
@@ -208,10 +224,9 @@ def lift_sdpa(r: Reader, facts: Facts, anchor: fx.Node) -> Match:
     def side(node, *idx):
         return node, r.broadcast(node, idx), here
 
-    empty = dict(fills=parts.fills, zeroed=True, later_bias=False, training=facts.training)
     sketch = Sketch(
         anchor, (anchor,), [[x] if x != 0 else [] for x in out],
         side(q, *lead, row, d), side(k, *kv_lead, kv, d), side(v, *kv_lead, kv, out[-1]),
-        kv, d, parts.edit(edit), factor * scale, None, dropout, empty,
+        kv, d, parts.edit(edit), factor * scale, None, dropout, True, facts.training,
     )  # fmt: skip
     return bind(r, sketch)

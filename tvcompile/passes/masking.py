@@ -17,7 +17,7 @@ import torch
 
 from .. import expr as E
 from ..expr import Expr
-from .match import Refuse
+from ..spec import Refuse
 
 VANISH = {torch.float16: 6.0e4, torch.bfloat16: 5.4e8, torch.float32: 5.4e8, torch.float64: 2.9e17}
 REPLACE = 1.0e7
@@ -148,23 +148,31 @@ def empty_meaning(fills: tuple[Fill, ...], training: bool) -> str:
 
 
 def split_scale(e: Expr) -> tuple[float, Expr]:
-    """(a, f) with e == f where the score s of f is a * (the score of e)."""
+    """(a, f) with e == f where the score s of f is a * (the score of e). Softcaps read tanh(s/c)*c."""
     factor, f = _pull(e)
-    softcap = _softcap_of(f)
-    if softcap is not None:
-        cap = softcap
-        inner = E.FloatCall("tanh", E.S)
-        return factor * cap, E.substitute(f, {inner: E.FloatCall("tanh", E.apply("div", E.S, E.number(cap)))})
+    for x in E.walk(f):
+        if E.op_of(x) == "mul" and E.op_of(E.operands(x)[0]) == "tanh":
+            cap, inner = E.constant(E.operands(x)[1]), E.operands(E.operands(x)[0])[0]
+            if cap is None or not cap > 0 or not _has_score(inner):
+                continue
+            grown = _times(inner, cap)
+            if grown is not None:
+                capped = E.apply("mul", E.apply("tanh", E.apply("div", grown, E.number(cap))), E.number(cap))
+                return factor * cap, E.substitute(f, {x: capped})
     return factor, f
 
 
-def _softcap_of(e: Expr) -> float | None:
-    """c of the term c*tanh(s), so that softcaps read `tanh(s/c)*c`."""
-    for x in E.walk(e):
-        if E.op_of(x) == "mul" and E.operands(x)[0] == E.FloatCall("tanh", E.S):
-            cap = E.constant(E.operands(x)[1])
-            if cap is not None and cap > 0:
-                return cap
+def _times(e: Expr, c: float) -> Expr | None:
+    """c * e, with s counted as already multiplied; None where e is not s plus other terms."""
+    if e is E.S:
+        return e
+    if E.op_of(e) in ("add", "sub"):
+        x, y = E.operands(e)
+        left = _times(x, c)
+        if left is None or _has_score(y):
+            return None
+        divided = E.op_of(y) == "div" and E.constant(E.operands(y)[1]) == c
+        return E.apply(E.op_of(e), left, E.operands(y)[0] if divided else E.apply("mul", y, E.number(c)))
     return None
 
 

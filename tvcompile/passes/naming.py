@@ -11,7 +11,7 @@ from torch import fx
 
 from .. import expr as E
 from ..expr import Expr
-from .match import Operand
+from ..spec import Operand
 from .movement import unravel
 from .read import Reader
 from .roles import Roles

@@ -111,15 +111,27 @@ def _clamp(r, a, n, idx):
 
 
 def _to(r, a, n, idx):
-    x = r.operand(a["self"], idx, r.position[n])
-    dtype = n.meta["val"].dtype
+    """A cast. One that rounds is part of the formula; the lifting strips it where that is sound."""
+    source, dtype = a["self"], n.meta["val"].dtype
+    x = r.operand(source, idx, r.position[n])
     name = str(dtype).removeprefix("torch.")
-    # A cast of a pure index formula rounds positions, so it is part of the formula.
-    is_formula = E.kind(x) == "float" and E.constant(x) is None and not x.atoms(E.S)
-    if dtype.is_floating_point and is_formula and E.op_of(x) != "where":
-        if all(E.op_of(c) not in ATOMS and not (E.op_of(c) == "load" and E.kind(c) == "float") for c in E.walk(x)):
+    was = source.meta["val"].dtype
+    if E.op_of(x) == "load" and dtype != was and not _widening(was, dtype):
+        held = r.nodes[E.operands(x)[0].name[1:]].meta["val"]
+        # The cast of a whole captured tensor is captured itself.
+        return r.leaf(n, idx) if isinstance(held, torch.Tensor) and held.numel() == n.meta["val"].numel() else x
+    if dtype.is_floating_point and E.kind(x) == "float" and dtype != was and E.constant(x) is None:
+        holds_data = any(E.op_of(c) in ATOMS or (E.op_of(c) == "load" and E.kind(c) == "float") for c in E.walk(x))
+        if not (holds_data and _widening(was, dtype)):
             return E.FloatCall(name, x)
     return x
+
+
+def _widening(was: torch.dtype, now: torch.dtype) -> bool:
+    """Does the cast keep every value?"""
+    if was.is_floating_point and now.is_floating_point:
+        return torch.finfo(now).eps <= torch.finfo(was).eps and torch.finfo(now).max >= torch.finfo(was).max
+    return not was.is_floating_point and now.is_floating_point
 
 
 ATOMS = ("dot", "softmax", "reduce", "dropout")

@@ -15,7 +15,7 @@ from torch import fx
 
 from .. import expr as E
 from ..expr import Expr
-from .match import Operand
+from ..spec import Operand
 from .movement import Index
 from .read import Reader
 

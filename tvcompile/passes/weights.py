@@ -9,12 +9,13 @@ from __future__ import annotations
 import dataclasses
 
 import sympy
+import torch
 from torch import fx
 
 from .. import expr as E
 from ..expr import Expr
 from .contraction import Product
-from .match import Refuse
+from ..spec import Refuse
 from .movement import axis
 from .read import Reader
 
@@ -36,7 +37,7 @@ def read_weights(r: Reader, anchor: fx.Node, product: Product):
     unlike = None
     for (node, idx), other in ((product.lhs, product.rhs), (product.rhs, product.lhs)):
         formula = r.read(node, idx, at)
-        found = _softmax(r, formula, product)
+        found = _softmax(r, formula, product, anchor)
         if found is not None:
             return found, other
         unlike = unlike or _looks_like_weights(formula, product.over)
@@ -59,7 +60,7 @@ def _looks_like_weights(e: Expr, over: Expr) -> str | None:
     return None
 
 
-def _softmax(r: Reader, e: Expr, product: Product) -> Weights | None:
+def _softmax(r: Reader, e: Expr, product: Product, anchor: fx.Node) -> Weights | None:
     dropout, zeroed = 0.0, False
     while E.op_of(e) in ("dropout", "nan_to_zero", *E.CASTS):
         op, args = E.op_of(e), E.operands(e)
@@ -68,6 +69,8 @@ def _softmax(r: Reader, e: Expr, product: Product) -> Weights | None:
             if dropout or p is None or not 0 <= p < 1:
                 return None
             dropout = p
+        if op in E.CASTS and torch.finfo(getattr(torch, op)).eps > torch.finfo(anchor.meta["val"].dtype).eps:
+            raise Refuse(f"the weights are rounded to {op} on the way", anchor)
         zeroed = zeroed or op == "nan_to_zero"
         e = args[-1]
     if E.op_of(e) == "softmax":
