@@ -21,10 +21,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..spec import AttentionSpec
 from . import KERNELS, mods
 from .dropout import keep_weights
-from .problem import Kernel, Problem, compute_dtype, heads_last
+from .problem import Kernel, Need, Problem, compute_dtype, heads_last
 
 LIB = torch.library.Library("tv", "DEF")
 TENSORS = "Tensor q, Tensor k, Tensor v, Tensor[] captures, SymInt[] sizes, str spec, Tensor? seed"
@@ -77,18 +76,21 @@ def _mask(x: Tensor, keep: Tensor, kept: Tensor, empty: str) -> Tensor:
     return torch.where(kept, x.masked_fill(~keep, -math.inf), level)
 
 
-def choose(spec: AttentionSpec, device: str, dtype: torch.dtype, wanted: tuple[str, ...]) -> Kernel:
-    """The first kernel that serves; `wanted`: captures whose gradients it must give.
-
-    Raises NotImplementedError with every kernel's reason if none does.
-    """
+def choose(need: Need, device: str) -> Kernel:
+    """The first kernel that serves. Raises NotImplementedError with every kernel's reason if none does."""
     reasons = []
     for kernel in KERNELS:
-        reason = kernel.supports(spec, dtype, wanted) if kernel.device == device else f"runs on {kernel.device}"
+        here = kernel.device == device
+        reason = kernel.supports(need) if here else f"runs on {kernel.device}"
         if reason is None:
             return kernel
         reasons.append(f"{kernel.name}: {reason}")
-    raise NotImplementedError(f"no kernel for `{spec}` on {device}: " + "; ".join(reasons))
+    raise NotImplementedError(f"no kernel for `{need.spec}` on {device}: " + "; ".join(reasons))
+
+
+def _kernel(p: Problem, wanted: tuple[str, ...] = ()) -> Kernel:
+    scores = p.q.shape[0] * p.q.shape[1] * p.q.shape[2] * p.k.shape[2]
+    return choose(Need(p.spec, p.q.dtype, wanted, scores), p.q.device.type)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -101,19 +103,17 @@ def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def _forward(q, k, v, captures, sizes, spec, seed):
-    kernel = choose(AttentionSpec.parse(spec), q.device.type, q.dtype, ())
-    return kernel.forward(Problem.of(q, k, v, captures, sizes, spec, seed))
+    p = Problem.of(q, k, v, captures, sizes, spec, seed)
+    return _kernel(p).forward(p)
 
 
 def _backward(grad_out, q, k, v, captures, sizes, spec, seed, out, lse, wanted):
     p = Problem.of(q, k, v, captures, sizes, spec, seed)
-    names = p.spec.captures()
-    kernel = choose(p.spec, q.device.type, q.dtype, tuple(names[i] for i in wanted))
-    found = kernel.backward(p, grad_out, out, lse, tuple(names[i] for i in wanted))
-    dq, dk, dv = (
-        heads_last(x, x.shape).copy_(g) for x, g in zip((q, k, v), (found.dq, found.dk, found.dv))
-    )
-    return dq, dk, dv, [found.captures[names[i]].to(captures[i].dtype).contiguous() for i in wanted]
+    names = tuple(p.spec.captures()[i] for i in wanted)
+    found = _kernel(p, names).backward(p, grad_out, out, lse, names)
+    grads = zip((q, k, v), (found.dq, found.dk, found.dv))
+    dq, dk, dv = (heads_last(x, x.shape).copy_(g) for x, g in grads)
+    return dq, dk, dv, [found.captures[n].to(p.scope.captures[n].dtype) for n in names]
 
 
 def _fake_forward(q, k, v, captures, sizes, spec, seed):

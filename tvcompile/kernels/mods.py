@@ -10,6 +10,9 @@ plain positions is a view of the capture, any other an advanced index. Loads cla
 
 A scope may hold a stack of blocks: block i of batch element b is x = b*stack + i of X, and its q and
 kv are the first block's, shifted by i*M: q [X,1,M,1], kv [X,1,1,N].
+
+Gradients of captures: with `taps`, what is loaded from a named capture becomes a leaf of autograd, and
+a Tap remembers where the leaf's gradient is to be added.
 """
 
 from __future__ import annotations
@@ -32,6 +35,15 @@ Span = tuple[int, int]
 
 
 @dataclasses.dataclass(frozen=True)
+class Tap:
+    """A loaded part of a capture: its leaf, and add(buffer like the capture, gradient of the leaf)."""
+
+    name: str
+    leaf: Tensor
+    add: Callable[[Tensor, Tensor], None]
+
+
+@dataclasses.dataclass(frozen=True)
 class Scope:
     """What the names of a formula stand for: a block of positions, captures, sizes, the score."""
 
@@ -45,6 +57,8 @@ class Scope:
     device: torch.device
     s: Tensor | None = None
     stack: int = 1
+    wanted: tuple[str, ...] = ()
+    taps: list[Tap] | None = None
 
     def at(self, **changes: Any) -> Scope:
         return dataclasses.replace(self, **changes)
@@ -165,33 +179,52 @@ def _load_step(name, *indices: Expr) -> tuple[Callable, tuple[Expr, ...]]:
 
 def _view(name: str, axes: tuple[str, ...], scope: Scope) -> Tensor:
     capture = scope.captures[name]
-    stacked = scope.stack > 1 and axes != ("h",)
-    for dim, axis in enumerate(axes):
-        start, stop = getattr(scope, axis)
-        if stacked or stop > capture.shape[dim]:
-            return _gather(name, scope, *[scope.index(a) for a in axes])
-        capture = capture.narrow(dim, start, stop - start)
-    capture = capture.permute([axes.index(a) for a in AXES if a in axes])
-    for dim, axis in enumerate(AXES):
-        if axis not in axes:
-            capture = capture.unsqueeze(dim)
-    return _typed(capture, scope)
+    outside = any(getattr(scope, a)[1] > size for a, size in zip(axes, capture.shape))
+    if outside or (scope.stack > 1 and axes != ("h",)):
+        return _gather(name, scope, *[scope.index(a) for a in axes])
+
+    def part(x: Tensor) -> Tensor:
+        for dim, axis in enumerate(axes):
+            start, stop = getattr(scope, axis)
+            x = x.narrow(dim, start, stop - start)
+        x = x.permute([axes.index(a) for a in AXES if a in axes])
+        for dim, axis in enumerate(AXES):
+            if axis not in axes:
+                x = x.unsqueeze(dim)
+        return x
+
+    return _tapped(name, scope, part(capture), lambda buffer, g: part(buffer).add_(g))
 
 
 def _gather(name: str, scope: Scope, *indices: Any) -> Tensor:
     capture = scope.captures[name]
     inside = [_clamp(i, size) for i, size in zip(indices, capture.shape)]
-    return _typed(capture[tuple(inside)], scope)
+
+    def add(buffer: Tensor, g: Tensor) -> None:
+        flat: Any = 0
+        for i, size in zip(inside, buffer.shape):
+            flat = flat * size + i % size
+        flat = torch.as_tensor(flat, device=g.device).expand_as(g)
+        buffer.view(-1).scatter_add_(0, flat.reshape(-1), g.reshape(-1))
+
+    return _tapped(name, scope, capture[tuple(inside)], add)
+
+
+def _tapped(name: str, scope: Scope, loaded: Tensor, add: Callable) -> Tensor:
+    if not loaded.is_floating_point():
+        return loaded
+    loaded = loaded.to(scope.dtype)
+    if scope.taps is None or name not in scope.wanted:
+        return loaded
+    leaf = loaded.detach().requires_grad_()
+    scope.taps.append(Tap(name, leaf, add))
+    return leaf
 
 
 def _clamp(i: Any, size: int) -> Any:
     if isinstance(i, Tensor):
         return i.clamp(-size, size - 1)
     return max(-size, min(i, size - 1))
-
-
-def _typed(loaded: Tensor, scope: Scope) -> Tensor:
-    return loaded.to(scope.dtype) if loaded.is_floating_point() else loaded
 
 
 # Operations; a Python number stays one as long as no tensor meets it

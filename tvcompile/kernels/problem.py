@@ -77,25 +77,44 @@ class Problem:
 
 @dataclasses.dataclass(frozen=True)
 class Gradients:
-    """dq, dk, dv in the compute dtype or the tensors' own, and one per capture that wants it, by name."""
+    """dq, dk, dv, and by name one for every capture that wants it; shapes as the tensors'."""
 
     dq: Tensor
     dk: Tensor
     dv: Tensor
     captures: dict[str, Tensor]
 
+    @staticmethod
+    def zeros(p: Problem, wanted: tuple[str, ...]) -> Gradients:
+        """dq in q's dtype, as every row is written once; sums in the compute dtype."""
+        dtype = p.scope.dtype
+        captures = {n: torch.zeros(p.scope.captures[n].shape, dtype=dtype) for n in wanted}
+        dk, dv = (torch.zeros(x.shape, dtype=dtype) for x in (p.k, p.v))
+        return Gradients(heads_last(p.q, p.q.shape).zero_(), dk, dv, captures)
+
+
+@dataclasses.dataclass(frozen=True)
+class Need:
+    """What a kernel is asked: the Spec, a dtype, which captures need gradients, about how many scores
+    (B*H*S_q*S_kv; 0: not known)."""
+
+    spec: AttentionSpec
+    dtype: torch.dtype
+    wanted: tuple[str, ...] = ()
+    scores: int = 0
+
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """name, where it runs, and (reason it does not serve this Spec | None), forward, backward.
+    """name, device, and
 
-    supports  (spec, dtype, names of captures that need a gradient) -> None or the reason it cannot
+    supports  need -> None or the reason why it does not serve
     forward   problem -> (out, lse)
     backward  problem, grad_out, out, lse, names of captures that need a gradient -> Gradients
     """
 
     name: str
     device: str
-    supports: Callable[[AttentionSpec, torch.dtype, tuple[str, ...]], str | None]
+    supports: Callable[[Need], str | None]
     forward: Callable[[Problem], tuple[Tensor, Tensor]]
     backward: Callable[[Problem, Tensor, Tensor, Tensor, tuple[str, ...]], Gradients]

@@ -1,0 +1,263 @@
+"""Any Spec on a CPU: matrix products over tiles, each of which sees its whole kv range at once.
+
+    s = scale * q_tile k_tile^T;  x = score(s), -inf where dropped;  P = softmax(x);  out = P v_tile
+    backward: P again;  dS = P (dO v^T - rowsum(P dO v^T));  ds and dcaptures by autograd of score;
+              dq = scale ds k;  dk += scale ds^T q;  dv += P^T dO
+
+    tile [X,H,M,N] of scores; the heads of a group are rows of one product [X*H_kv, G*M, N]
+
+Products are made in the tensors' dtype where the CPU has instructions for it, everything else in the
+compute dtype. The softmax of a tile is recomputed rather than taken from lse: where all scores are
+about finfo.min, lse has lost log(S_kv). Memory is O(S): tiles.BUDGET scores at a time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .. import expr as E
+from . import mods
+from .dropout import keep_weights
+from .masks import hide
+from .mods import Tap
+from .problem import Gradients, Kernel, Need, Problem
+from .tiles import Tile, tiles
+
+ForwardTile = Callable[[Problem, Tile], tuple[Tensor, Tensor]]
+
+
+def supports(need: Need) -> str | None:
+    return None
+
+
+# Products
+
+
+@functools.lru_cache(maxsize=8)
+def product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that matrix products are made in."""
+    native = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }
+    return dtype if dtype not in native or native[dtype]() else torch.float32
+
+
+def product(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
+    """scale * a @ b for [Y,M,K] and [Y,K,N]."""
+    if scale == 1.0:
+        return torch.bmm(a, b)
+    return torch.baddbmm(a.new_empty(()), a, b, beta=0, alpha=scale)
+
+
+def fold(p: Problem, x: Tensor) -> Tensor:
+    """[X,H,M,Y] -> [X*H_kv,G*M,Y] in the products' dtype."""
+    X, H, M, Y = x.shape
+    return x.to(product_dtype(p.q.dtype)).reshape(X * H // p.group, p.group * M, Y)
+
+
+def fold_keys(p: Problem, x: Tensor) -> Tensor:
+    """[X,H_kv,N,Y] -> [X*H_kv,N,Y] in the products' dtype."""
+    return x.to(product_dtype(p.q.dtype)).flatten(0, 1)
+
+
+def unfold(tile: Tile, x: Tensor, rows: int) -> Tensor:
+    """[X*H_kv,G*rows,Y] -> [X,H,rows,Y]; with G = 1, [X*H_kv,rows,Y] -> [X,H_kv,rows,Y]."""
+    X = (tile.b[1] - tile.b[0]) * tile.stack
+    return x.view(X, -1, rows, x.shape[-1])
+
+
+# One tile
+
+
+@dataclasses.dataclass
+class Weights:
+    """Of one tile: P [X,H,M,N]; lse, empty [X,H,M,1]; sink [X,H,M,1] if there is one."""
+
+    P: Tensor
+    lse: Tensor
+    empty: Tensor | None
+    sink: Tensor | None
+
+
+def _scores(p: Problem, tile: Tile, q: Tensor, k: Tensor) -> Tensor:
+    """s [X,H,M,N] in the compute dtype, freshly made."""
+    return unfold(tile, product(q, k.mT, p.spec.scale), tile.height).to(p.scope.dtype)
+
+
+def _edited(p: Problem, tile: Tile, s: Tensor) -> Tensor:
+    """score(s)"""
+    if p.spec.score == E.S:
+        return s
+    parts = [
+        mods.tensor(p.spec.score, scope.at(s=s[..., c0:c1])).expand_as(s[..., c0:c1])
+        for (c0, c1), scope in tile.scopes(p)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+
+def _softmax(p: Problem, tile: Tile, x: Tensor) -> Weights:
+    """The weights of scores with -inf where dropped; rows without any kept kv get 0."""
+    top = x.amax(-1, keepdim=True)
+    P = torch.softmax(x, -1)
+    lse = top - P.amax(-1, keepdim=True).log_()
+    empty = None if p.empty is None else top == -math.inf
+    if empty is not None and bool(empty.any()):
+        P.masked_fill_(empty, 0.0)
+        lse.masked_fill_(empty, math.inf if p.spec.sink is None else -math.inf)
+    if p.spec.sink is None:
+        return Weights(P, lse, empty, None)
+    (_, scope), *_ = tile.scopes(p)
+    sink = mods.tensor(p.spec.sink, scope).expand_as(lse)
+    total = torch.logaddexp(lse, sink.detach())
+    return Weights(P.mul_((lse - total).exp_()), total, empty, sink)
+
+
+def _dropout(p: Problem, tile: Tile) -> Tensor:
+    parts = [keep_weights(p.seed, scope, p.spec.dropout) for _, scope in tile.scopes(p)]
+    return torch.cat(parts, -1)
+
+
+def forward_tile(p: Problem, tile: Tile) -> tuple[Tensor, Tensor]:
+    """(out [X,H,M,D_v], lse [X,H,M])"""
+    q = fold(p, tile.rows(p.q, p.group))
+    k, v = (fold_keys(p, tile.keys(x)) for x in (p.k, p.v))
+    x = _edited(p, tile, _scores(p, tile, q, k))
+    w = _softmax(p, tile, hide(p, tile, x.contiguous()))
+    P = w.P * _dropout(p, tile) if p.spec.dropout else w.P
+    return unfold(tile, product(fold(p, P), v), tile.height), w.lse[..., 0]
+
+
+def backward_tile(p: Problem, tile: Tile, grad_out: Tensor, sums: Gradients) -> None:
+    """Adds the gradients of one tile."""
+    p = dataclasses.replace(p, scope=p.scope.at(wanted=tuple(sums.captures), taps=[]))
+    q, d_out = (fold(p, tile.rows(x, p.group)) for x in (p.q, grad_out))
+    k, v = (fold_keys(p, tile.keys(x)) for x in (p.k, p.v))
+    s = _scores(p, tile, q, k)
+    with torch.enable_grad():
+        x = _edited(p, tile, s if p.spec.score == E.S else s.requires_grad_())
+        shown = s if x is s else x.detach().clone(memory_format=torch.contiguous_format)
+        w = _softmax(p, tile, hide(p, tile, shown))
+    P = _weighed(p, w)
+    d_P = unfold(tile, product(d_out, v.mT), tile.height).to(P.dtype)
+    dropped = P
+    if p.spec.dropout:
+        drop = _dropout(p, tile)
+        dropped, d_P = P * drop, d_P * drop
+    tile.add_keys(sums.dv, unfold(tile, product(fold(p, dropped).mT, d_out), tile.width))
+    d_x = torch._softmax_backward_data(d_P, P, -1, P.dtype)
+    if p.empty in ("nan_cut", "mean_cut"):
+        d_x.masked_fill_(w.empty, 0.0)
+    if w.sink is not None and w.sink.requires_grad:
+        _sink_gradient(p, w, (P * d_P).sum(-1, keepdim=True), sums)
+    d_s = fold(p, d_x if x is s else _score_gradient(p, x, s, d_x, sums))
+    d_q = product(d_s, k, p.spec.scale)
+    tile.put_rows(sums.dq, unfold(tile, d_q, tile.height), p.group)
+    tile.add_keys(sums.dk, unfold(tile, product(d_s.mT, q, p.spec.scale), tile.width))
+
+
+def _weighed(p: Problem, w: Weights) -> Tensor:
+    """P, where rows without any kept kv have the weights that `empty` says; w sees every kv then."""
+    if p.empty in (None, "zero") or not bool(w.empty.any()):
+        return w.P
+    return w.P.masked_fill_(w.empty, math.nan if "nan" in p.empty else 1.0 / w.P.shape[-1])
+
+
+def _score_gradient(p: Problem, x: Tensor, s: Tensor, d_x: Tensor, sums: Gradients) -> Tensor:
+    """ds; what the captures get goes to the sums."""
+    if not x.requires_grad:
+        return torch.zeros_like(s)
+    leaves = [s, *(tap.leaf for tap in p.scope.taps)]
+    d_s, *found = torch.autograd.grad(x, leaves, d_x, allow_unused=True)
+    _collect(p.scope.taps, found, sums)
+    return torch.zeros_like(s) if d_s is None else d_s
+
+
+def _sink_gradient(p: Problem, w: Weights, delta: Tensor, sums: Gradients) -> None:
+    """dsink = -exp(sink - lse) * rowsum(dO out)"""
+    d_sink = -(w.sink.detach() - w.lse).exp() * delta
+    leaves = [tap.leaf for tap in p.scope.taps]
+    found = torch.autograd.grad(w.sink, leaves, d_sink, allow_unused=True)
+    _collect(p.scope.taps, found, sums)
+
+
+def _collect(taps: list[Tap], found: list[Tensor | None], sums: Gradients) -> None:
+    for tap, g in zip(taps, found):
+        if g is not None:
+            tap.add(sums.captures[tap.name], g)
+
+
+# All tiles
+
+
+def forward(p: Problem, one_tile: ForwardTile = forward_tile) -> tuple[Tensor, Tensor]:
+    out, lse = p.results()
+    if p.k.shape[2] == 0 or lse.numel() == 0:
+        return out.zero_(), lse.fill_(math.inf)
+    for tile in tiles(p):
+        if tile.spans:
+            rows, tile_lse = one_tile(p, tile)
+            tile.put_rows(out, rows, p.group)
+            tile.put_rows(lse, tile_lse, p.group)
+        else:
+            tile.rows(out, p.group).zero_()
+            tile.rows(lse, p.group).fill_(math.inf)
+    return fill_empty(p, out, lse), lse
+
+
+def fill_empty(p: Problem, out: Tensor, lse: Tensor) -> Tensor:
+    """Writes what rows without any kept kv give into `out`, where lse is +inf."""
+    if p.empty in (None, "zero"):
+        return out
+    empty = (lse == math.inf).unsqueeze(-1)
+    if not bool(empty.any()):
+        return out
+    if "nan" in p.empty:
+        return out.masked_fill_(empty, math.nan)
+    if p.spec.dropout:
+        return _fill_dropped_mean(p, out, empty)
+    mean = p.v.mean(2, keepdim=True, dtype=p.scope.dtype).to(out.dtype)
+    return out.copy_(torch.where(empty, mean.repeat_interleave(p.group, 1), out))
+
+
+def _fill_dropped_mean(p: Problem, out: Tensor, empty: Tensor) -> Tensor:
+    S_kv = p.k.shape[2]
+    for tile in (e for t in tiles(p) for e in t.everything(p)):
+        rows = tile.rows(empty, p.group)
+        if bool(rows.any()):
+            P = fold(p, _dropout(p, tile).div_(S_kv).expand(*rows.shape[:3], S_kv))
+            mean = unfold(tile, product(P, fold_keys(p, tile.keys(p.v))), tile.height)
+            tile.put_rows(out, torch.where(rows, mean.to(out.dtype), tile.rows(out, p.group)), p.group)
+    return out
+
+
+def backward(
+    p: Problem, grad_out: Tensor, out: Tensor, lse: Tensor, wanted: tuple[str, ...]
+) -> Gradients:
+    sums = Gradients.zeros(p, wanted)
+    if p.k.shape[2] == 0 or lse.numel() == 0:
+        return sums
+    for tile in seeing_tiles(p, lse):
+        backward_tile(p, tile, grad_out, sums)
+    return sums
+
+
+def seeing_tiles(p: Problem, lse: Tensor) -> list[Tile]:
+    """The tiles for backward: one with a row that averages over every kv, kept or not, sees them all."""
+    empty = lse == math.inf
+    if p.empty in (None, "zero") or not bool(empty.any()):
+        return [tile for tile in tiles(p) if tile.spans]
+    found: list[Tile] = []
+    for tile in tiles(p):
+        dense = bool(tile.rows(empty, p.group).any())
+        found += tile.everything(p) if dense else [tile] * bool(tile.spans)
+    return found
+
+
+PRODUCTS = Kernel("cpu.products", "cpu", supports, forward, backward)
