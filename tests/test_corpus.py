@@ -26,6 +26,12 @@ DYNAMIC = (
     "sinks.gpt_oss",
     "modules.NanoGPT",
 )
+MORE_THAN_ATTENTION = (
+    "scores.rope",
+    "regions.all_without_grad",
+    "regions.output_mutated_after",
+    "regions.residual_and_norm",
+)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -72,7 +78,7 @@ def plainly_attention():
     for spelling in CORPUS.values():
         text = spelling.spec.text if isinstance(spelling.spec, Means) else spelling.spec
         if isinstance(text, str) and spelling.inputs in layouts and spelling.sites == 1:
-            outside = "autocast" in spelling.name or spelling.name == "scores.rope"
+            outside = "autocast" in spelling.name or spelling.name in MORE_THAN_ATTENTION
             if not isinstance(spelling.program, type) and "[" not in text and not outside:
                 yield pytest.param(spelling, text, id=spelling.name)
 

@@ -85,14 +85,6 @@ def k_mutated_before_its_use(q, k, v):
     return F.softmax(scores(q, k), dim=-1) @ v
 
 
-@impostor(None, *QKV)
-def k_mutated_between(q, k, v):
-    k = k * 1
-    s = scores(q, k).detach() + (q @ k.mT)
-    k.mul_(0.5)
-    return F.softmax(s, -1) @ v, k
-
-
 @impostor(None, "BHMD", "const:BHND", "const:BHND", train=False)
 def k_mutated_between_scores_and_values(q, k, v):
     s = scores(q, k)
@@ -136,7 +128,7 @@ def mask_mutated_after(q, k, v):
     return F.softmax(s, -1) @ v, mask
 
 
-@impostor(None, *QKV)
+@impostor(None, *QKV, train=False)
 def probabilities_doubled_in_place(q, k, v):
     p = F.softmax(scores(q, k), -1)
     p *= 2

@@ -101,7 +101,7 @@ def float_four_dims(q, k, v, mask):
     return p @ v
 
 
-@spells(adds("b", "q", "kv"), "BH1D", "BHND", "BHND", "additive:B11N", rows="1")
+@spells(adds("b", "kv"), "BH1D", "BHND", "BHND", "additive:B11N", rows="1")
 def float_four_dims_decode(q, k, v, mask):
     return F.softmax(scores(q, k) + mask, -1) @ v
 

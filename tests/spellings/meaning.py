@@ -16,6 +16,11 @@ CLAUSES = ("scale", "score", "keep", "sink", "dropout", "empty")
 FUNCTIONS = {
     "float": lambda x: torch.as_tensor(x).double(),
     "int": lambda x: torch.as_tensor(x).long(),
+    "float64": lambda x: torch.as_tensor(x).double(),
+    "float32": lambda x: torch.as_tensor(x).double(),
+    "bfloat16": lambda x: torch.as_tensor(x).double(),
+    "int64": lambda x: torch.as_tensor(x).long(),
+    "int32": lambda x: torch.as_tensor(x).long(),
     "bool": lambda x: torch.as_tensor(x).bool(),
     "where": lambda c, a, b: torch.where(c, torch.as_tensor(a), torch.as_tensor(b)),
     "min": lambda a, b: torch.minimum(torch.as_tensor(a), torch.as_tensor(b)),

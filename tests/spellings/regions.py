@@ -151,7 +151,10 @@ CACHE = ("const:BGND", "const:BGND")
 
 
 @spells(
-    Means("scale=0.25; keep = kv <= 20"),
+    (
+        Means("scale=0.25; keep = kv <= 20"),
+        Means("scale=0.25; keep = kv <= ids[0]; empty=nan_cut"),
+    ),
     *("BH1D", "const:BG1D", "const:BG1D", *CACHE),
     rows="1",
     kv_heads=2,

@@ -206,7 +206,14 @@ def relative_position_table(q, k, v, table):
     return (scores(q, k) + table[distance].permute(2, 0, 1)).softmax(-1) @ v
 
 
-@spells(Means("scale=0.25; score = s + bias[h, kv - q + 36]"), *QKV, lambda d, g: table(77, d, g))
+@spells(
+    (
+        Means("scale=0.25; score = s + bias[h, kv - q + 36]"),
+        Means("scale=0.25; score = s + bias[kv - q + 36, h]"),
+    ),
+    *QKV,
+    lambda d, g: table(77, d, g),
+)
 def relative_position_table_head_first(q, k, v, table):
     distance = torch.arange(41)[None, :] - torch.arange(37)[:, None] + 36
     return (scores(q, k) + table.t().contiguous()[:, distance]).softmax(-1) @ v
@@ -283,7 +290,15 @@ class SwinShiftedBias(SwinBias):
         return s.view(-1, 6, 37, 37).softmax(-1) @ v
 
 
-@spells((Means("scale=1; score = s*slope[h]"), "scale=1"), *QKV, "positive:H11")
+@spells(
+    (
+        Means("scale=1; score = s*slope[h]"),
+        Means(f"scale=1; score = s*exp(min(slope[h], {math.log(100.0)}))"),
+        "scale=1",
+    ),
+    *QKV,
+    "positive:H11",
+)
 def cosine(q, k, v, logit_scale):
     """As Swin v2: normalised outside, scaled by a learned, clamped number per head."""
     s = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1)
