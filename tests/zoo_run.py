@@ -271,9 +271,9 @@ def attempt(case: Case, options: argparse.Namespace) -> tuple[str, str]:
     seconds = time.perf_counter() - start
     counts = f"sites {want} fused {len(result.sites)} graphs {result.graphs}"
     line = f"{case!s:44} {counts} {errors} {seconds:.1f}s {verdict}"
-    details = Counter(
-        [f"refused {r}" for r in result.refusals] + [f"wrong {w}" for w in result.wrong()]
-    )
+    wrong = result.wrong()
+    shown = wrong if options.verbose else [*wrong[:2], *([f"{len(wrong)} tensors"] * bool(wrong))]
+    details = Counter([f"refused {r}" for r in result.refusals] + [f"wrong {w}" for w in shown])
     if options.verbose:
         details.update(f"spec {s}" for s in result.sites)
     return "\n".join([line, *(f"    {n}x {d}" for d, n in details.items())]), verdict
