@@ -11,6 +11,7 @@ endif
 export CXX
 BIN := $(VENV)/bin
 PROGRAMS ?= 20000
+BENCHMARKS ?= $(basename $(notdir $(filter-out %/__init__.py,$(wildcard benchmarks/[a-z]*.py))))
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check fuzz bench clean
@@ -35,8 +36,8 @@ check: $(VENV)/.test $(VENV)/.dev  ## format, lint, types, layers, size report, 
 fuzz: $(VENV)/.test  ## random attention programs, refused or right (PROGRAMS=20000)
 	TV_FUZZ_PROGRAMS=$(PROGRAMS) $(BIN)/python -m pytest tests/test_fuzz.py -s $(ARGS)
 
-bench: $(VENV)/.test  ## the numbers table of README.md
-	$(BIN)/python -m benchmarks $(ARGS)
+bench: $(VENV)/.test  ## the numbers of README.md (BENCHMARKS=memory ARGS="--heads 2" runs one)
+	@for b in $(BENCHMARKS); do echo "benchmarks.$$b"; $(BIN)/python -m benchmarks.$$b $(ARGS) || exit 1; done
 
 clean:  ## remove the environment and every cache
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import os
 import statistics
 import time
@@ -40,10 +41,18 @@ def lifted(report: tvcompile.Report) -> list[str]:
     return [f"{n} x  {spec}   [{kernel}]" for (spec, kernel), n in counts.items()]
 
 
-def interleaved(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each; taken in turns, so that a noisy minute disturbs all of them alike."""
+def interleaved(
+    runs: dict[str, Callable[[], object]], rounds: int, limit: float = math.inf
+) -> dict[str, float]:
+    """Median seconds of each; taken in turns, so that a noisy minute disturbs all of them alike.
+
+    No new round begins after `limit` seconds.
+    """
     times: dict[str, list[float]] = {name: [] for name in runs}
+    end = time.perf_counter() + limit
     for _ in range(rounds):
+        if time.perf_counter() > end and all(times.values()):
+            break
         for name, run in runs.items():
             start = time.perf_counter()
             run()
@@ -126,7 +135,7 @@ def compare(fn: Callable[..., torch.Tensor], *inputs: torch.Tensor, grad: bool =
     console.print(
         f"{'forward + backward' if grad else 'forward'}, medians of calls taken in turns:"
     )
-    console.print(table(errors, interleaved(runs, size(10, 2))))
+    console.print(table(errors, interleaved(runs, size(10, 2), limit=30)))
     for line in lifted(report):
         console.print("fused " + line, markup=False, soft_wrap=True)
 

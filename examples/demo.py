@@ -99,7 +99,7 @@ def decoder() -> None:
             return [model(**inputs).last_hidden_state]
 
     shape = f"{LAYERS} layers, S={LENGTH}, window {LENGTH // 8}, left-padded, bfloat16"
-    job("b", f"Mistral-shaped decoder, {shape}", model.eval(), forward, size(5, 2))
+    job("b", f"Mistral-shaped decoder, {shape}", model.eval(), forward, size(10, 2))
 
 
 def training() -> None:
@@ -118,7 +118,7 @@ def training() -> None:
         "One training step of the same: loss and all gradients",
         model.train(),
         step,
-        size(3, 1),
+        size(5, 1),
     )
 
 
@@ -156,7 +156,7 @@ def job(
             first = announced(saying, lambda v=variant: work(v))
             errors[name] = error(first, exact)
     runs = {name: lambda v=variant: work(v) for name, variant in variants.items()}
-    seconds = announced("timing, in turns", lambda: interleaved(runs, rounds))
+    seconds = announced("timing, in turns", lambda: interleaved(runs, rounds, limit=8))
 
     for line in lifted(report):
         console.print("fused " + line, style="bold", markup=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 
 # Before torch is imported: a test worker compiles in its own process, not through a pool of more.
@@ -35,13 +36,25 @@ def _fresh_compiler():
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
-    """Skips are never silent: how many, and why."""
+    """Skips are never silent: how many, and why. The slices of the fuzzer add up to one line."""
+    reports = terminalreporter.stats
     reasons = Counter(
         str(report.longrepr[2]).removeprefix("Skipped: ")
-        for report in terminalreporter.stats.get("skipped", [])
+        for report in reports.get("skipped", [])
         if isinstance(report.longrepr, tuple)
     )
     if reasons:
         terminalreporter.section(f"{sum(reasons.values())} skipped, because")
         for reason, count in reasons.most_common():
             terminalreporter.line(f"{count:5d}  {reason}")
+    ran = [*reports.get("passed", []), *reports.get("failed", [])]
+    tallies = [text for report in ran for name, text in report.user_properties if name == "fuzz"]
+    counts = [[int(n) for n in re.findall(r"(?<![\d.(])\d+(?![\d.%])", t)] for t in tallies]
+    if counts:
+        programs, fused, attentions, wrong, near, failures, _ = map(sum, zip(*counts))
+        terminalreporter.section("fuzzer")
+        terminalreporter.line(
+            f"{programs} random programs: {fused} of {attentions} attentions fused "
+            f"({fused / max(attentions, 1):.1%}), {wrong} of {near} near-misses fused, "
+            f"{failures} failures"
+        )
