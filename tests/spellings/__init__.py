@@ -8,6 +8,7 @@ from tests.spellings import (  # noqa: F401  (importing a family registers its s
     contractions,
     grouped,
     input_masks,
+    known,
     modules,
     padding,
     patterns,
