@@ -206,7 +206,9 @@ def le(a: Expr, b: Expr) -> Expr:
     """a <= b for integers, as e <= 0; other kinds keep the comparison as written."""
     if "float" in (kind(a), kind(b)):
         return compare_float("le", a, b)
-    e = sympy.expand(a - b)
+    if is_choice(a, b):
+        return choose(le, a, b)
+    e = sympy.expand(as_int(a) - as_int(b))
     if isinstance(e, sympy.Integer):
         return TRUE if e <= 0 else FALSE
     if op_of(a) == "abs" and not mentions(b, a):
@@ -240,6 +242,8 @@ def eq(a: Expr, b: Expr) -> Expr:
     if "float" in (kind(a), kind(b)):
         return compare_float("eq", a, b)
     a, b = as_int(a), as_int(b)
+    if is_choice(a, b):
+        return choose(eq, a, b)
     e = sympy.expand(a - b)
     if isinstance(e, sympy.Integer):
         return TRUE if e == 0 else FALSE
@@ -247,6 +251,8 @@ def eq(a: Expr, b: Expr) -> Expr:
 
 
 def compare_float(op: str, a: Expr, b: Expr) -> Expr:
+    if is_choice(a, b):
+        return choose(lambda x, y: compare_float(op, x, y), a, b)
     x, y = constant(a), constant(b)
     if x is not None and y is not None:
         return number({"le": x <= y, "lt": x < y, "eq": x == y}[op])
@@ -254,18 +260,45 @@ def compare_float(op: str, a: Expr, b: Expr) -> Expr:
 
 
 def and_(*args: Expr) -> Expr:
-    return sympy.And(*args)
+    """All of them; what another part already says leaves."""
+    return _prune(sympy.And(*args))
 
 
 def or_(*args: Expr) -> Expr:
-    return sympy.Or(*args)
+    """Any of them; what another part already says leaves."""
+    e = sympy.Or(*args)
+    if not isinstance(e, sympy.Or):
+        return e
+    pruned = _prune(sympy.And(*(not_(a) for a in e.args)))
+    return sympy.Or(*(not_(a) for a in (pruned.args if isinstance(pruned, sympy.And) else [pruned])))
+
+
+def _prune(e: Expr) -> Expr:
+    """a & (~a | x) is a & x; of linear bounds that differ by a constant the tighter one stays."""
+    if not isinstance(e, sympy.And):
+        return e
+    bounds, known, redundant = [a for a in e.args if op_of(a) == "le"], set(e.args), set()
+    for i, a in enumerate(bounds):
+        for b in bounds[i + 1 :]:
+            x, y = operands(a)[0], operands(b)[0]
+            if (total := sympy.expand(x + y)).is_Integer and total > 0:
+                return FALSE
+            if (gap := sympy.expand(x - y)).is_Integer:
+                redundant.add(b if gap >= 0 else a)
+    parts = []
+    for a in e.args:
+        if isinstance(a, sympy.Or):
+            a = sympy.Or(*(x for x in a.args if not_(x) not in known))
+        if a not in redundant:
+            parts.append(a)
+    return e if len(parts) == len(e.args) and set(parts) == known else sympy.And(*parts)
 
 
 def not_(a: Expr) -> Expr:
-    if isinstance(a, sympy.And):
-        return or_(*(not_(x) for x in a.args))
-    if isinstance(a, sympy.Or):
-        return and_(*(not_(x) for x in a.args))
+    if a in (TRUE, FALSE):
+        return sympy.Not(a)
+    if isinstance(a, (sympy.And, sympy.Or)):
+        return (sympy.Or if isinstance(a, sympy.And) else sympy.And)(*(not_(x) for x in a.args))
     if op_of(a) == "le":
         return le(1 - operands(a)[0], sympy.Integer(0))
     return sympy.Not(a)
@@ -299,9 +332,8 @@ def as_float(e: Expr, dtype: str = "float32") -> Expr:
     value = constant(e)
     if value is not None:
         return number(float(value))
-    if op_of(e) == "where" and all(constant(x) is not None for x in operands(e)[1:]):
-        c, a, b = operands(e)
-        return where(c, as_float(a), as_float(b))
+    if is_choice(e):
+        return choose(as_float, e)
     if kind(e) == "int":
         return FloatCall(dtype, e)
     return e
@@ -320,6 +352,31 @@ def where(c: Expr, a: Expr, b: Expr) -> Expr:
     return IntCall("where", c, as_int(a), as_int(b))
 
 
+def leaves(e: Expr) -> list[Expr]:
+    """The values that nested choices end in."""
+    if op_of(e) != "where":
+        return [e]
+    _, a, b = operands(e)
+    return leaves(a) + leaves(b)
+
+
+def is_choice(*args: Expr) -> bool:
+    """Is something chosen, and everything chosen a constant? where(c, 1, 0) against 0."""
+    ends = [leaves(a) for a in args]
+    count = math.prod(len(x) for x in ends)
+    return 1 < count <= 8 and all(constant(x) is not None for end in ends for x in end)
+
+
+def choose(make: Callable, *args: Expr) -> Expr:
+    """`make` of constants under every choice of the operands."""
+    for i, a in enumerate(args):
+        if op_of(a) == "where":
+            c, x, y = operands(a)
+            branch = [choose(make, *args[:i], z, *args[i + 1 :]) for z in (x, y)]
+            return where(c, *branch)
+    return make(*args)
+
+
 FOLD: dict[str, Callable] = {
     "add": lambda a, b: a + b,
     "sub": lambda a, b: a - b,
@@ -330,6 +387,8 @@ FOLD: dict[str, Callable] = {
     "exp": lambda a: math.exp(a) if a < 700 else math.inf,
     "min": lambda a, b: math.nan if a != a or b != b else min(a, b),
     "max": lambda a, b: math.nan if a != a or b != b else max(a, b),
+    "log": lambda a: math.log(a) if a > 0 else (-math.inf if a == 0 else math.nan),
+    "sqrt": lambda a: math.sqrt(a) if a >= 0 else math.nan,
 }
 INT_OPS: dict[str, Callable] = {
     "add": lambda a, b: a + b,
@@ -352,6 +411,8 @@ def apply(op: str, *args: Expr) -> Expr:
     if op in FOLD and all(v is not None for v in values):
         folded = FOLD[op](*values)
         return number(float(folded)) if to_float else sympy.Integer(folded)
+    if op in FOLD and is_choice(*args):
+        return choose(lambda *chosen: apply(op, *chosen), *args)
     if to_float:
         return _float(op, *args)
     return IntCall(op, *args)
@@ -367,13 +428,6 @@ def _float(op: str, *args: Expr) -> Expr:
         return _float(op, args[1], args[0])
     if op in ("add", "mul") and _rank(args[0]) < _rank(args[1]):
         return _float(op, args[1], args[0])
-    # A constant meets a choice between constants: (1 - where(c, 1, 0)) * -1e9 is where(c, 0, -1e9).
-    for i, a in enumerate(args):
-        if op in FOLD and op_of(a) == "where" and all(constant(x) is not None for x in operands(a)[1:]):
-            if all(v is not None for j, v in enumerate(values) if j != i):
-                c, x, y = operands(a)
-                branch = [tuple(z if j == i else w for j, w in enumerate(args)) for z in (x, y)]
-                return where(c, apply(op, *branch[0]), apply(op, *branch[1]))
     return FloatCall(op, *args)
 
 

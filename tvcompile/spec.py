@@ -154,7 +154,7 @@ class Match:
     anchor    the contraction with V (or the SDPA node) whose value is replaced
     region    every node between the dot product and the anchor
     q, k, v   operands; out: the anchor's dims in the same words
-    captures  nodes of the captured tensors, in the order of spec.captures()
+    captures  captured tensors and their dims of size 1 that the text leaves out, in the order of spec.captures()
     sizes     formulas of the sizes, in the order of spec.sizes()
     """
 
@@ -165,7 +165,7 @@ class Match:
     k: Operand
     v: Operand
     out: Operand
-    captures: tuple[fx.Node, ...]
+    captures: tuple[tuple[fx.Node, tuple[int, ...]], ...]
     sizes: tuple[Expr, ...]
 
 

@@ -82,7 +82,7 @@ def _call(op: str, e: Expr) -> tuple[str, int]:
     if op in FLOAT_COMPARE:
         return f"{_wrap(args[0], 5)} {FLOAT_COMPARE[op]} {_wrap(args[1], 5)}", PRECEDENCE["cmp"]
     if op == "load":
-        return f"{args[0].name}[{', '.join(text(a) for a in args[1:])}]", ATOM
+        return f"{args[0].name}[{', '.join(text(a) for a in args[1:]) or '()'}]", ATOM
     if op == "neg":
         return "-" + _wrap(args[0], PRECEDENCE["neg"]), PRECEDENCE["neg"]
     if op in INFIX:
@@ -106,8 +106,9 @@ def _compare(op: str, e: Expr) -> tuple[str, int]:
             right -= term
     sign = "<=" if op == "le" else "=="
     if op == "eq":
-        left, right, const = (left, right, const) if const <= 0 else (right, left, -const)
-    if const < 0 and right != 0 and left != 0 and not right.atoms(*E.CALLS):
+        swap = const > 0 or (const == 0 and E.mentions(right, E.Q) and not E.mentions(left, E.Q))
+        left, right, const = (right, left, -const) if swap else (left, right, const)
+    if op == "le" and const < 0 and right.has(E.KV) and left.has(E.Q) and not right.atoms(*E.CALLS):
         left, right = left - right, sympy.Integer(0)
     if right == 0 and op == "le" and const < 0:
         sign, right = "<", sympy.Integer(1 - const)

@@ -200,6 +200,6 @@ def build(r: Reader, s: Sketch, roles: Roles, formulas: list[Expr], scale: float
         if r.changed_between(node, r.used_at.get(node, last), last):
             raise Refuse(f"{node.name} is written to between its use and the sum with V", s.anchor)
     q, k, v, out = operands
-    captures = tuple(roster.nodes[name] for name in spec.captures())
+    captures = tuple((roster.nodes[name], roster.unit_dims[name]) for name in spec.captures())
     sizes = tuple(roster.sizes[name] for name in spec.sizes())
     return Match(spec, s.anchor, s.region, q, k, v, out, captures, sizes)

@@ -40,7 +40,7 @@ class _Retrace(fx.Interpreter):
             return super().call_function(target, args, kwargs)
         self.kept.append(target.name())
         tracer = proxy_tensor.get_proxy_mode().tracer
-        mode = torch._guards.detect_fake_mode((args, kwargs))
+        mode = fake_mode_of((args, kwargs))
 
         def as_argument(x):
             if not isinstance(x, fx.GraphModule):
@@ -53,6 +53,31 @@ class _Retrace(fx.Interpreter):
         proxy = tracer.create_proxy("call_function", target, *named, name=target.name())
         example = pytree.tree_map(lambda x: in_mode(x, mode), self.node.meta["example_value"])
         return proxy_tensor.track_tensor_tree(example, proxy, constant=None, tracer=tracer)
+
+
+class _UnderAutocast(fx.Interpreter):
+    """Pre-dispatch tracing records values as without autocast: computes them anew, with it."""
+
+    def __init__(self, gm: fx.GraphModule, mode):
+        super().__init__(gm)
+        self.mode = mode
+
+    def run_node(self, n: fx.Node):
+        if n.op == "get_attr" or isinstance(n.target, HigherOrderOperator):
+            return n.meta.get("val", self.submodules.get(n.target) if n.op == "get_attr" else None)
+        with self.mode:
+            result = super().run_node(n)
+        if n.op == "call_function" and "val" in n.meta:
+            n.meta["val"] = result
+        return result
+
+
+def fake_mode_of(values):
+    """The mode of the fake tensors themselves; Dynamo has a second one ready for AOTAutograd."""
+    for x in pytree.tree_leaves(values):
+        if isinstance(x, FakeTensor):
+            return x.fake_mode
+    return torch._guards.detect_fake_mode(values)
 
 
 def in_mode(x, mode):
@@ -90,7 +115,7 @@ def canonicalize(gm: fx.GraphModule, fakes: Sequence, bodies: dict) -> tuple[fx.
     fakes: one fake tensor, SymInt or constant per placeholder, in the fake mode Dynamo used.
     bodies: what takes the place of the body of an activation checkpoint.
     """
-    mode = torch._guards.detect_fake_mode(fakes)
+    mode = fake_mode_of(fakes)
     retrace = _Retrace(gm, bodies)
     tracer = proxy_tensor.make_fx(
         retrace.run, pre_dispatch=True, tracing_mode="symbolic", _allow_non_fake_inputs=True
@@ -100,6 +125,9 @@ def canonicalize(gm: fx.GraphModule, fakes: Sequence, bodies: dict) -> tuple[fx.
     with torch.fx.traceback.preserve_node_meta(), fresh:
         traced = tracer(*fakes)
     _keep_dynamo_facts(gm, traced)
+    if any(n.target is torch.amp.autocast_mode._enter_autocast for n in traced.graph.nodes):
+        values = [n.meta["val"] for n in traced.graph.find_nodes(op="placeholder")]
+        _UnderAutocast(traced, fake_mode_of(values)).run(*values)
     functionalize_temporaries(traced.graph)
     traced.graph.eliminate_dead_code()
     traced.recompile()
@@ -155,11 +183,16 @@ def functional_form(target: OpOverload) -> OpOverload | None:
     else:
         return None
     packet = getattr(torch.ops.aten, plain, None)
+    if plain == "copy":
+        return torch.ops.aten.copy.default
     return getattr(packet, target._overloadname, None) if packet is not None else None
 
 
 def functionalize_temporaries(graph: fx.Graph) -> None:
-    """`y = x.op_(...)` becomes `y = x.op(...)` where nobody else can see x's memory."""
+    """`y = x.op_(...)` becomes `y = x.op(...)` where nobody else can see x's memory.
+
+    A write to a slice of a temporary, `x[:, :5] = True`, becomes x = slice_scatter(x, ...).
+    """
     position = {n: i for i, n in enumerate(graph.nodes)}
     aliases: dict[int, list[fx.Node]] = {}
     for n in graph.nodes:
@@ -175,10 +208,41 @@ def functionalize_temporaries(graph: fx.Graph) -> None:
         group, now = aliases[storage_of(x)], position[node]
         if any(a.op in ("placeholder", "get_attr") for a in group):
             continue
-        earlier = [a for a in group if a is not x and position[a] < now]
+        chain = _slices_down_to_base(x)
+        earlier = [a for a in group if a not in chain and position[a] < now]
         if any(position[user] > now for a in earlier for user in a.users):
             continue
-        group.append(_replace_in_place(graph, node, plain, x, position))
+        if len(chain) > 1 and any(position[u] > now for a in chain[:-1] for u in a.users):
+            continue
+        new = _replace_in_place(graph, node, plain, x, position)
+        group.append(new)
+        if len(chain) > 1:
+            group.append(_scatter_back(graph, new, chain, position, now))
+
+
+SCATTER = {"aten::slice": torch.ops.aten.slice_scatter.default, "aten::select": torch.ops.aten.select_scatter.default}
+
+
+def _slices_down_to_base(x: fx.Node) -> list[fx.Node]:
+    """[x, what x is a slice of, ...]; [x] alone where it is no slice of a temporary."""
+    chain = [x]
+    while getattr(getattr(chain[-1].target, "_schema", None), "name", "") in SCATTER:
+        chain.append(chain[-1].args[0])
+    return chain
+
+
+def _scatter_back(graph, new: fx.Node, chain: list[fx.Node], position: dict, now: int) -> fx.Node:
+    """The base with the written slice in it; it takes the base's place from here on."""
+    base, after = chain[-1], new.next
+    for view in chain[:-1]:
+        whole = view.args[0]
+        with graph.inserting_before(after):
+            scattered = graph.call_function(SCATTER[view.target._schema.name], (whole, new, *view.args[1:]))
+        scattered.meta = dict(whole.meta)
+        position[scattered], new = now, scattered
+    for user in [u for u in base.users if position.get(u, now) > now]:
+        user.replace_input_with(base, new)
+    return new
 
 
 def _replace_in_place(graph, node: fx.Node, plain: OpOverload, x: fx.Node, position: dict) -> fx.Node:

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 from collections.abc import Sequence
 
@@ -73,17 +74,28 @@ def _same(n: torch.SymInt, e: Expr) -> bool:
 
 def emit(graph: fx.Graph, matches: Sequence[Match]) -> None:
     """Replace the value of every anchor; what nobody uses afterwards is removed."""
+    replaced: dict[fx.Node, fx.Node] = {}
     for match in matches:
-        _emit(graph, match)
+        replaced[match.anchor] = _emit(graph, _current(match, replaced))
     graph.eliminate_dead_code()
 
 
-def _emit(graph: fx.Graph, m: Match) -> None:
+def _current(m: Match, replaced: dict[fx.Node, fx.Node]) -> Match:
+    """The match with the anchors of earlier matches exchanged for what took their place."""
+
+    def now(o: Operand) -> Operand:
+        return dataclasses.replace(o, node=replaced.get(o.node, o.node))
+
+    captures = tuple((replaced.get(n, n), dims) for n, dims in m.captures)
+    return dataclasses.replace(m, q=now(m.q), k=now(m.k), v=now(m.v), captures=captures)
+
+
+def _emit(graph: fx.Graph, m: Match) -> fx.Node:
     w = Writer(graph, m.anchor)
-    sources = [n for n in graph.find_nodes(op="placeholder")] + [m.q.node, m.k.node, m.v.node, *m.captures]
+    sources = [n for n in graph.find_nodes(op="placeholder")] + [m.q.node, m.k.node, m.v.node, *(n for n, _ in m.captures)]
     dtype = compute_dtype(m)
     q, k, v = (_cast(w, _arrange(w, o, sources), dtype) for o in (m.q, m.k, m.v))
-    captures = [_as_tensor(w, node, q) for node in m.captures]
+    captures = [_captured(w, node, dims, q) for node, dims in m.captures]
     sizes = [w.size(e, sources) for e in m.sizes]
     seed = None
     if m.spec.dropout:
@@ -94,7 +106,7 @@ def _emit(graph: fx.Graph, m: Match) -> None:
     before = m.anchor.meta["val"]
     m.anchor.replace_all_uses_with(result)
     graph.erase_node(m.anchor)
-    keep_strides(graph, result, before)
+    return keep_strides(graph, result, before)
 
 
 def compute_dtype(m: Match) -> torch.dtype:
@@ -109,11 +121,11 @@ def _cast(w: Writer, node: fx.Node, dtype: torch.dtype) -> fx.Node:
     return node if node.meta["val"].dtype == dtype else w.call(aten.to.dtype, node, dtype)
 
 
-def _as_tensor(w: Writer, node: fx.Node, like: fx.Node) -> fx.Node:
-    """A captured float scalar as a 0-d tensor."""
-    if isinstance(node.meta["val"], torch.Tensor):
-        return node
-    return w.call(aten.scalar_tensor.default, node, dtype=torch.float64, device=like.meta["val"].device)
+def _captured(w: Writer, node: fx.Node, unit_dims: tuple[int, ...], like: fx.Node) -> fx.Node:
+    """A captured tensor without its dims of size 1; a float scalar becomes a 0-d tensor."""
+    if not isinstance(node.meta["val"], torch.Tensor):
+        return w.call(aten.scalar_tensor.default, node, dtype=torch.float64, device=like.meta["val"].device)
+    return w.call(aten.squeeze.dims, node, list(unit_dims)) if unit_dims else node
 
 
 def _arrange(w: Writer, o: Operand, sources) -> fx.Node:
@@ -168,26 +180,20 @@ def _arrange_back(w: Writer, o: Operand, node: fx.Node, sources) -> fx.Node:
 STRIDE_FREE = (aten.reshape.default, aten.contiguous.default)
 
 
-def keep_strides(graph: fx.Graph, node: fx.Node, before: torch.Tensor) -> None:
+def keep_strides(graph: fx.Graph, node: fx.Node, before: torch.Tensor) -> fx.Node:
     """Where a reader could tell that strides differ from the program's, copy into the program's."""
     if node.meta["val"].stride() == before.stride() or _strides_absorbed(node, before):
-        return
+        return node
+    users = list(node.users)
     w = Writer(graph, node.next)
-    copy = w.call(aten.clone.default, node, memory_format=torch.contiguous_format)
-    users = [u for u in node.users if u is not copy]
+    order = sorted(range(before.dim()), key=lambda d: (-before.stride()[d], d))
+    copy = w.call(aten.permute.default, node, order) if order != sorted(order) else node
+    copy = w.call(aten.clone.default, copy, memory_format=torch.contiguous_format)
+    if order != sorted(order):
+        copy = w.call(aten.permute.default, copy, [order.index(d) for d in range(len(order))])
     for user in users:
         user.replace_input_with(node, copy)
-    if copy.meta["val"].stride() != before.stride():
-        order = sorted(range(before.dim()), key=lambda d: -before.stride()[d])
-        _permuted_copy(w, node, copy, order)
-
-
-def _permuted_copy(w: Writer, node: fx.Node, copy: fx.Node, order: list[int]) -> None:
-    dense = w.call(aten.permute.default, node, order)
-    dense = w.call(aten.clone.default, dense, memory_format=torch.contiguous_format)
-    back = w.call(aten.permute.default, dense, [order.index(d) for d in range(len(order))])
-    copy.replace_all_uses_with(back)
-    w.graph.erase_node(copy)
+    return copy
 
 
 def _strides_absorbed(node: fx.Node, before: torch.Tensor) -> bool:

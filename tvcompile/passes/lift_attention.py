@@ -21,13 +21,13 @@ from ..spec import Match, Refusal, Refuse, where_of
 from .bind import Sketch, bind
 from .contraction import contraction
 from .masking import Masks, split_scale
-from .movement import MOVEMENT
+from .movement import MOVEMENT, SPLITS
 from .pointwise import POINTWISE
 from .read import Reader, Unreadable
 from .weights import read_weights
 
 SDPA = "scaled_dot_product_attention"
-SOFTMAX = ("softmax", "_softmax", "log_softmax", "_log_softmax")
+SOFTMAX = ("softmax", "_softmax", "special_softmax", "log_softmax", "_log_softmax", "special_log_softmax")
 
 
 def lift_attention(graph: fx.Graph) -> tuple[list[Match], list[Refusal]]:
@@ -89,7 +89,7 @@ def reached(r: Reader, dot: fx.Node) -> list[fx.Node]:
         seen.add(node)
         if is_contraction(r, node):
             result.append(node)
-        elif r.name(node) in MOVEMENT or r.name(node) in POINTWISE:
+        elif r.name(node) in MOVEMENT or r.name(node) in POINTWISE or r.name(node) in SPLITS:
             queue += node.users
     return result
 
@@ -116,12 +116,12 @@ class Facts:
     """What holds for the graph as a whole: gradient mode at each node, and whether anything trains."""
 
     def __init__(self, graph: fx.Graph):
-        self.mode: dict[fx.Node, int] = {}
-        current, self.training = 0, torch.is_grad_enabled()
+        self.grad: dict[fx.Node, bool] = {}
+        self.training = enabled = torch.is_grad_enabled()
         for node in graph.nodes:
-            if node.op == "call_function" and "set_grad_enabled" in str(node.target):
-                current = 1 if node.args and node.args[0] is False else 2 if node.args else current
-            self.mode[node] = current
+            if node.op == "call_function" and node.target is torch._C._set_grad_enabled:
+                enabled = bool(node.args[0])
+            self.grad[node] = enabled
 
 
 def check_region(r: Reader, facts: Facts, start: fx.Node, anchor: fx.Node) -> tuple[fx.Node, ...]:
@@ -133,7 +133,7 @@ def check_region(r: Reader, facts: Facts, start: fx.Node, anchor: fx.Node) -> tu
             if user not in inside:
                 what = "probabilities" if any(r.name(n) in SOFTMAX for n in between(r, start, node)) else "scores"
                 raise Refuse(f"the {what} are used elsewhere too, at {where_of(user)}", node)
-        if facts.mode[node] != facts.mode[anchor]:
+        if facts.grad[node] != facts.grad[anchor]:
             raise Refuse("gradient mode changes between the scores and the sum with V", node)
     return tuple(region)
 
@@ -144,7 +144,7 @@ def lift_product(r: Reader, facts: Facts, anchor: fx.Node, start: fx.Node) -> Ma
     product = contraction(r, anchor, tuple(out))
     if product is None:
         raise Refuse("the contraction has a form that is not read", anchor)
-    weights, value = read_weights(r, anchor, product)
+    weights, value, anchor = read_weights(r, anchor, product, tuple(out))
     if weights is None:
         return None
     dots = {x for x in E.walk(weights.argument) if E.op_of(x) == "dot"}

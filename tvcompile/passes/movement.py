@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import sympy
+import torch
 from torch import fx
 
 from .. import expr as E
@@ -105,7 +106,7 @@ def _permute(reader, a, node, idx) -> Source:
 
 def _transpose(reader, a, node, idx) -> Source:
     rank = len(idx)
-    x, y = axis(a["dim0"], rank), axis(a["dim1"], rank)
+    x, y = (axis(a[k] if k in a else a[k.replace("dim", "axis")], rank) for k in ("dim0", "dim1"))
     new = list(idx)
     new[x], new[y] = new[y], new[x]
     return a["self"], tuple(new)
@@ -192,7 +193,7 @@ def _cat(reader, a, node, idx) -> Source | None:
 
 def _stack(reader, a, node, idx) -> Source | None:
     d = axis(a.get("dim", 0), len(idx))
-    which = E.constant(idx[d])
+    which = 0 if len(set(a["tensors"])) == 1 else E.constant(idx[d])
     return None if which is None else (a["tensors"][which], idx[:d] + idx[d + 1 :])
 
 
@@ -206,7 +207,7 @@ def _part(reader, a, node, idx) -> Source | None:
     if name == "aten::unbind":
         d = axis(b.get("dim", 0), len(idx) + 1)
         return b["self"], (*idx[:d], sympy.Integer(k), *idx[d:])
-    if name not in ("aten::split", "aten::chunk", "aten::split_with_sizes", "aten::tensor_split"):
+    if name.removeprefix("aten::") not in SPLITS:
         return None
     d = axis(b.get("dim", 0), len(idx))
     before = sympy.Integer(0)
@@ -227,6 +228,46 @@ def _squeeze(reader, a, node, idx) -> Source:
     rest = iter(idx)
     return source, tuple(sympy.Integer(0) if d in gone else next(rest) for d in range(len(shape)))
 
+
+def _index(reader, a, node, idx) -> Source | None:
+    """x[i, j] with integer tensors: the element at computed positions."""
+    indices, source = list(a["indices"]), a["self"]
+    tensors = [i for i, t in enumerate(indices) if t is not None]
+    if not tensors or tensors != list(range(tensors[0], tensors[-1] + 1)):
+        return None
+    if any(indices[i].meta["val"].dtype in (torch.bool, torch.uint8) for i in tensors):
+        return None
+    rank = max(len(indices[i].meta["val"].shape) for i in tensors)
+    first, shape, here = tensors[0], reader.shape(source), reader.position[node]
+    block = idx[first : first + rank]
+    at = [_wrapped(reader, reader.operand(indices[i], block, here), shape[i]) for i in tensors]
+    return source, (*idx[:first], *at, *idx[first + rank :])
+
+
+def _wrapped(reader, position: Expr, size: Expr) -> Expr:
+    """A gathered position that may count from the end."""
+    position = E.as_int(position)
+    low, high = reader.bounds(position)
+    return position + size if high is not None and E.at_most(high, -1) else position
+
+
+def _gathered(index: str):
+    """index_select, gather: the position along one dim comes from a tensor."""
+
+    def rule(reader, a, node, idx) -> Source:
+        d, here = axis(a["dim"], len(idx)), reader.position[node]
+        at = reader.operand(a[index], (idx[d],) if reader.name(node) == "index_select" else idx, here)
+        return a["self"], (*idx[:d], E.as_int(at), *idx[d + 1 :])
+
+    return rule
+
+
+def _embedding(reader, a, node, idx) -> Source:
+    return a["weight"], (E.as_int(reader.operand(a["indices"], idx[:-1], reader.position[node])), idx[-1])
+
+
+# Their parts are read through `getitem`.
+SPLITS = ("split", "chunk", "unbind", "split_with_sizes", "tensor_split")
 
 MOVEMENT = {
     **dict.fromkeys(
@@ -249,5 +290,10 @@ MOVEMENT = {
     "repeat_interleave": _repeat_interleave,
     "flip": _flip,
     "stack": _stack,
+    "index": _index,
+    "index_select": _gathered("index"),
+    "gather": _gathered("index"),
+    "take_along_dim": _gathered("indices"),
+    "embedding": _embedding,
     "getitem": _part,
 }

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 
 import sympy
+import torch
 from sympy.core.symbol import Str
 from torch import fx
 
@@ -24,6 +25,7 @@ class Roster:
     """Captured tensors and sizes under their names in the text."""
 
     nodes: dict[str, fx.Node]
+    unit_dims: dict[str, tuple[int, ...]]
     sizes: dict[str, Expr]
     loads: dict[str, str]
     symbols: dict[Expr, Expr]
@@ -36,7 +38,10 @@ class Roster:
                 return x
             args = tuple(a if isinstance(a, Str) else go(a) for a in E.operands(x))
             if E.op_of(x) == "load":
-                return x.func("load", Str(self.loads[args[0].name]), *args[1:])
+                name = self.loads[args[0].name]
+                dropped = self.unit_dims[name]
+                kept = [i for d, i in enumerate(args[1:]) if d not in dropped]
+                return x.func("load", Str(name), *kept)
             return E.rebuild(x, args)
 
         return go(e)
@@ -79,7 +84,7 @@ class Names:
 
     def capture(self, formulas: tuple[Expr, ...]) -> Roster:
         """Give every captured tensor and size of the formulas a name by its role."""
-        roster = Roster({}, {}, {}, {})
+        roster = Roster({}, {}, {}, {}, {})
         taken: dict[str, int] = {}
         for e in formulas:
             for load in sorted(E.loads(e), key=lambda x: self.r.position[self._node(x)]):
@@ -89,7 +94,10 @@ class Names:
                 stem = role_of(load, e is formulas[2] if len(formulas) > 2 else False)
                 taken[stem] = taken.get(stem, -1) + 1
                 name = stem + (str(taken[stem]) if taken[stem] else "")
-                roster.loads[full], roster.nodes[name] = name, self._node(load)
+                node = self._node(load)
+                roster.loads[full], roster.nodes[name] = name, node
+                dims = self.r.shape(node) if isinstance(node.meta["val"], torch.Tensor) else ()
+                roster.unit_dims[name] = tuple(d for d, n in enumerate(dims) if n == 1)
         free = {x for e in formulas for x in e.free_symbols} - {E.B, E.H, E.Q, E.KV, E.S}
         known = {self.lengths[E.KV]: S_KV, self.lengths[E.Q]: S_Q}
         for x in sorted(free, key=str):
@@ -107,7 +115,7 @@ def role_of(load: Expr, in_sink: bool) -> str:
     """pad, mask, ids, slope, sink or bias: what a captured tensor is for, by its dtype and index."""
     idx = [x for x in E.operands(load)[1:] if x != 0]
     if E.kind(load) == "bool":
-        return "pad" if E.KV in idx and E.Q not in idx else "mask"
+        return "mask" if E.mentions(load, E.Q) else "pad"
     if E.kind(load) == "int":
         return "ids"
     if in_sink:

@@ -164,56 +164,50 @@ def _triangle(upper: bool):
     return rule
 
 
+def _eye(r, a, n, idx):
+    return E.where(r.truth(E.eq(idx[-2], idx[-1])), sympy.Integer(1), ZERO)
+
+
+def _index_put(r, a, n, idx):
+    """x[mask] = value."""
+    indices, values = a["indices"], a["values"]
+    mask, here = indices[-1], r.position[n]
+    if any(i is not None for i in indices[:-1]) or a.get("accumulate") or values.meta["val"].numel() != 1:
+        return None
+    lead = len(indices) - 1
+    if mask.meta["val"].dtype != torch.bool or lead + mask.meta["val"].dim() != len(idx):
+        return None
+    value = r.read(values, (ZERO,) * values.meta["val"].dim(), here)
+    return E.where(r.truth(r.read(mask, idx[lead:], here)), value, r.read(a["self"], idx, here))
+
+
+def _scatter(dims):
+    """slice_scatter and select_scatter: x with the elements of one slice exchanged."""
+
+    def rule(r, a, n, idx):
+        d, here = axis(a["dim"], len(idx)), r.position[n]
+        size = r.shape(n)[d]
+        if dims == "select":
+            start, stop, step = r.scalar(a["index"]), None, 1
+            start = start + size if (E.constant(start) or 0) < 0 else start
+            stop = start + 1
+        else:
+            start = r.clamp_start(r.scalar(a["start"]), size) if a.get("start") is not None else ZERO
+            stop, step = start + r.shape(a["src"])[d], a.get("step", 1)
+        if step != 1:
+            return None
+        inside = r.truth(E.and_(E.le(start, idx[d]), E.lt(idx[d], stop)))
+        at = (*idx[:d], *(() if dims == "select" else (sympy.expand(idx[d] - start),)), *idx[d + 1 :])
+        new, old = r.operand(a["src"], at, here), r.read(a["self"], idx, here)
+        if inside not in (E.TRUE, E.FALSE) and E.loads(new):
+            return None
+        return E.where(inside, new, old)
+
+    return rule
+
+
 def _scalar_tensor(r, a, n, idx):
     return r.scalar(a["s"] if "s" in a else a.get("data"))
-
-
-def _index(r, a, n, idx):
-    """x[i, j] with integer tensors: a load at computed positions."""
-    indices = list(a["indices"])
-    tensors = [i for i, t in enumerate(indices) if t is not None]
-    source = a["self"]
-    shape = r.shape(source)
-    if not tensors or tensors != list(range(tensors[0], tensors[-1] + 1)):
-        return None
-    if any(indices[i].meta["val"].dtype in (torch.bool, torch.uint8) for i in tensors):
-        return None
-    rank = max(len(indices[i].meta["val"].shape) for i in tensors)
-    first, here = tensors[0], r.position[n]
-    block = idx[first : first + rank]
-    new = list(idx[:first])
-    for i in tensors:
-        new.append(_wrapped(r, r.operand(indices[i], block, here), shape[i]))
-    new += idx[first + rank :]
-    return r.read(source, tuple(new), here)
-
-
-def _wrapped(r, position, size):
-    """A gathered position; negative ones count from the end."""
-    position = E.as_int(position)
-    low, high = r.bounds(position)
-    if low is not None and E.at_most(0, low):
-        return position
-    if high is not None and E.at_most(high, -1):
-        return position + size
-    return position
-
-
-def _index_select(r, a, n, idx):
-    d = axis(a["dim"], len(idx))
-    at = r.operand(a["index"], (idx[d],), r.position[n])
-    return r.read(a["self"], (*idx[:d], at, *idx[d + 1 :]), r.position[n])
-
-
-def _gather(r, a, n, idx):
-    d = axis(a["dim"], len(idx))
-    at = r.operand(a["index"], idx, r.position[n])
-    return r.read(a["self"], (*idx[:d], at, *idx[d + 1 :]), r.position[n])
-
-
-def _embedding(r, a, n, idx):
-    row = r.operand(a["indices"], idx[:-1], r.position[n])
-    return r.read(a["weight"], (row, idx[-1]), r.position[n])
 
 
 def _pad(r, a, n, idx):
@@ -266,6 +260,12 @@ def _cumsum(r, a, n, idx):
         if E.op_of(c) == "le" and c == E.le(idx[d], ZERO) and E.constant(y) == 0:
             return x
     return None
+
+
+def _detach(r, a, n, idx):
+    """What no gradient could flow through anyway is the same detached."""
+    x = r.operand(a["self"], idx, r.position[n])
+    return None if any(E.op_of(c) in ("load", *ATOMS) and E.kind(c) == "float" for c in E.walk(x)) else x
 
 
 def _softmax(r, a, n, idx):
@@ -354,6 +354,7 @@ POINTWISE = {
     "pow": _binary("pow"),
     "maximum": _binary("max"),
     "minimum": _binary("min"),
+    "logaddexp": _binary("logaddexp"),
     **dict.fromkeys(("div", "divide", "true_divide"), _div),
     "floor_divide": _floor_divide,
     "remainder": _remainder,
@@ -372,22 +373,23 @@ POINTWISE = {
     **dict.fromkeys(("clamp", "clip", "clamp_min", "clamp_max"), _clamp),
     **dict.fromkeys(("to", "_to_copy", "type_as", "float", "half"), _to),
     "arange": _arange,
+    "copy": lambda r, a, n, idx: r.operand(a["src"], idx, r.position[n]),
     **dict.fromkeys(("full", "full_like", "new_full", "fill"), _full),
     **dict.fromkeys(("zeros", "zeros_like", "new_zeros", "zero"), _constant(0)),
     **dict.fromkeys(("ones", "ones_like", "new_ones"), _constant(1)),
     "tril": _triangle(upper=False),
     "triu": _triangle(upper=True),
+    "detach": _detach,
+    "eye": _eye,
+    "index_put": _index_put,
+    "slice_scatter": _scatter("slice"),
+    "select_scatter": _scatter("select"),
     "scalar_tensor": _scalar_tensor,
-    "index": _index,
-    "index_select": _index_select,
-    "gather": _gather,
-    "take_along_dim": _gather,
-    "embedding": _embedding,
     **dict.fromkeys(("constant_pad_nd", "pad"), _pad),
     "diff": _diff,
     "cumsum": _cumsum,
-    **dict.fromkeys(("softmax", "_softmax"), _softmax),
-    **dict.fromkeys(("log_softmax", "_log_softmax"), _log_softmax),
+    **dict.fromkeys(("softmax", "_softmax", "special_softmax"), _softmax),
+    **dict.fromkeys(("log_softmax", "_log_softmax", "special_log_softmax"), _log_softmax),
     **dict.fromkeys(("amax", "amin", "max", "min", "logsumexp", "mean"), _reduce),
     "sum": _sum,
     "getitem": _item,

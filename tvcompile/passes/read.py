@@ -9,6 +9,7 @@ a load of a captured tensor `%node[...]`. Nothing is executed and nothing is wri
 
 from __future__ import annotations
 
+import functools
 import operator
 
 import sympy
@@ -16,6 +17,7 @@ import torch
 from sympy.core.symbol import Str
 from torch import fx
 from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .. import expr as E
 from ..expr import Expr
@@ -206,6 +208,8 @@ class Reader:
         return formula
 
     def _read(self, node: fx.Node, idx: Index) -> Expr:
+        if node.op == "get_attr" and (value := self.constant(node)) is not None:
+            return value
         if node.op != "call_function" or not isinstance(node.meta.get("val"), torch.Tensor):
             return self.leaf(node, idx)
         here = self.position[node]
@@ -220,6 +224,14 @@ class Reader:
         if formula is None:
             return self.leaf(node, idx)
         return self.coerce(formula, node.meta["val"].dtype)
+
+    def constant(self, node: fx.Node) -> Expr | None:
+        """The value of a tensor literal of one element."""
+        held = functools.reduce(getattr, node.target.split("."), node.graph.owning_module)
+        if not isinstance(held, torch.Tensor) or held.numel() != 1 or isinstance(held, torch.nn.Parameter):
+            return None
+        with torch.utils._python_dispatch._disable_current_modes():
+            return None if isinstance(held, FakeTensor) else E.number(held.item())
 
     def coerce(self, e: Expr, dtype: torch.dtype) -> Expr:
         if dtype == torch.bool:

@@ -48,6 +48,8 @@ def candidates(r: Reader, node: fx.Node, idx: Index, at: int) -> list[Candidate]
         if name in ("mul", "div") and (c := _number(r, a.get("other"))) and not a.get("rounding_mode"):
             factor *= c if name == "mul" else 1 / c
             node, idx, at = a["self"], r.broadcast(a["self"], idx), here
+        elif name == "neg":
+            factor, node, at = -factor, a["self"], here
         elif name in ("to", "_to_copy", "type_as", "float") and _widens(a["self"], node):
             node, at, widened = a["self"], here, True
         else:
@@ -150,12 +152,15 @@ def assign(out: list[Expr], in_k: set, in_v: set, in_score: set, in_mask: set) -
     if not q or (len(rows) == 1 and not masked and unit and unit[-1] > q[0]):
         q = unit[-1:]
     outer = [i for i in rest if i not in q]
-    group = [i for i in outer if i in rows]
+    shared = [i for i in outer if i not in rows]
+    # Positions that K and V lack are the group of the head before them, or batch if none is.
+    group = [i for i in outer if i in rows and i > max(shared, default=-1)]
     if len(outer) < 2:
         heads = group
+    elif group and shared:
+        heads = [shared[-1], *group] if shared[-1] != outer[0] else group
     else:
-        batch = [i for i in outer if i not in group]
-        heads = (batch[-1:] if len(batch) > 1 or not group else []) + group
+        heads = outer[-1:]
 
     def real(positions: list[int]) -> tuple[Expr, ...]:
         return tuple(out[i] for i in positions if out[i] != 0)

@@ -16,7 +16,7 @@ from .. import expr as E
 from ..expr import Expr
 from .contraction import Product
 from ..spec import Refuse
-from .movement import axis
+from .movement import Index, axis
 from .read import Reader
 
 
@@ -31,21 +31,40 @@ class Weights:
     node: fx.Node
 
 
-def read_weights(r: Reader, anchor: fx.Node, product: Product):
-    """(weights, (V's node, V's index)) of a contraction, or (None, None) where no side is a softmax."""
+def read_weights(r: Reader, anchor: fx.Node, product: Product, out: Index):
+    """(weights, V's (node, index), the node whose value they give) of a contraction.
+
+    (None, None, anchor) where no side is a softmax; Refuse where one looks like other weights.
+    """
     at = r.position[anchor]
     unlike = None
     for (node, idx), other in ((product.lhs, product.rhs), (product.rhs, product.lhs)):
         formula = r.read(node, idx, at)
         found = _softmax(r, formula, product, anchor)
         if found is not None:
-            return found, other
+            return found, other, anchor
+        late = _normalised_later(r, anchor, formula, product, out)
+        if late is not None:
+            return late[0], other, late[1]
         unlike = unlike or _looks_like_weights(formula, product.over)
     if unlike is not None:
         refusal = Refuse(f"the weights are {unlike} of the scores, not a softmax over the summed position", anchor)
         refusal.weights = True
         raise refusal
-    return None, None
+    return None, None, anchor
+
+
+def _normalised_later(r: Reader, anchor: fx.Node, formula: Expr, product: Product, out: Index):
+    """(exp(x) @ v) / sum(exp(x)): the quotient is the attention."""
+    users = list(anchor.users)
+    if exponent(formula) is None or len(users) != 1 or r.name(users[0]) not in ("div", "true_divide"):
+        return None
+    (quotient,) = users
+    a = r.arguments(quotient)
+    if a["self"] is not anchor or r.shape(quotient) != r.shape(anchor) or a.get("rounding_mode"):
+        return None
+    found = _from_quotient(r, formula, r.operand(a["other"], out, r.position[quotient]), product)
+    return found and (Weights(found[0], found[1], 0.0, False, found[2]), quotient)
 
 
 def _looks_like_weights(e: Expr, over: Expr) -> str | None:
@@ -75,8 +94,8 @@ def _softmax(r: Reader, e: Expr, product: Product, anchor: fx.Node) -> Weights |
         e = args[-1]
     if E.op_of(e) == "softmax":
         found = _from_atom(r, e, product)
-    elif E.op_of(e) == "div":
-        found = _from_quotient(r, *E.operands(e), product)
+    elif (quotient := _as_quotient(e)) is not None:
+        found = _from_quotient(r, *quotient, product)
     elif E.op_of(e) == "exp":
         found = _from_logsumexp(r, E.operands(e)[0], product)
     else:
@@ -116,11 +135,43 @@ def _shifted(e: Expr, over: Expr) -> Expr:
     return e
 
 
+def exponent(e: Expr) -> Expr | None:
+    """x where e is exp(x), perhaps times a mask of ones and zeros: there x is -inf."""
+    op, args = E.op_of(e), E.operands(e)
+    if op == "exp":
+        return args[0]
+    if op == "where" and (E.constant(args[1]) == 0 or E.constant(args[2]) == 0):
+        c, kept = (E.not_(args[0]), args[2]) if E.constant(args[1]) == 0 else (args[0], args[1])
+        x = exponent(kept)
+        return None if x is None else E.where(c, x, -sympy.oo)
+    if op == "mul":
+        for kept, mask in (args, args[::-1]):
+            if E.op_of(mask) == "where" and [E.constant(v) for v in E.operands(mask)[1:]] in ([1, 0], [0, 1]):
+                return exponent(_masked(mask, kept))
+    return None
+
+
+def _masked(mask: Expr, kept: Expr) -> Expr:
+    c, x, _ = E.operands(mask)
+    zero = E.number(0.0)
+    return E.where(c, kept, zero) if E.constant(x) == 1 else E.where(c, zero, kept)
+
+
+def _as_quotient(e: Expr) -> tuple[Expr, Expr] | None:
+    if E.op_of(e) == "div":
+        return E.operands(e)
+    if E.op_of(e) == "mul":
+        for x, y in (E.operands(e), E.operands(e)[::-1]):
+            if E.op_of(y) == "reciprocal":
+                return x, E.operands(y)[0]
+    return None
+
+
 def _from_quotient(r: Reader, top: Expr, bottom: Expr, product: Product):
     """exp(x) / sum(exp(x)), the sum perhaps enlarged by exp(sink)."""
-    if E.op_of(top) != "exp":
+    x, more, over = exponent(top), None, product.over
+    if x is None:
         return None
-    x, more = E.operands(top)[0], None
     if E.op_of(bottom) == "add":
         bottom, more = sorted(E.operands(bottom), key=lambda e: E.op_of(e) != "reduce")
     if E.op_of(bottom) != "reduce":
@@ -129,31 +180,34 @@ def _from_quotient(r: Reader, top: Expr, bottom: Expr, product: Product):
     if r.name(node) != "sum" or _summand(r, node, bottom, product) != top:
         return None
     if more is None:
-        return _shifted(x, product.over), None, node
-    if E.constant(more) == 1.0 and E.op_of(x) != "sub":
-        return x, E.number(0.0), node
-    if E.op_of(more) == "exp" and not E.mentions(more, product.over):
-        sink = E.operands(more)[0]
-        if E.op_of(x) == "sub" and not E.mentions(E.operands(x)[1], product.over):
-            shift = E.operands(x)[1]
-            if sink == E.apply("neg", shift):
-                return E.operands(x)[0], E.number(0.0), node
-            if E.op_of(sink) == "sub" and E.operands(sink)[1] == shift:
-                return E.operands(x)[0], E.operands(sink)[0], node
-            return None
-        return x, sink, node
-    return None
+        return _shifted(x, over), None, node
+    sink = E.number(0.0) if E.constant(more) == 1.0 else exponent(more)
+    if sink is None or E.mentions(sink, over):
+        return None
+    if E.op_of(x) == "sub" and not E.mentions(E.operands(x)[1], over):
+        shift = E.operands(x)[1]
+        if sink == E.apply("neg", shift):
+            return E.operands(x)[0], E.number(0.0), node
+        if E.op_of(sink) == "sub" and E.operands(sink)[1] == shift:
+            return E.operands(x)[0], E.operands(sink)[0], node
+        return None
+    return x, sink, node
 
 
 def _from_logsumexp(r: Reader, e: Expr, product: Product):
-    """exp(x - logsumexp(x))."""
-    if E.op_of(e) != "sub" or E.op_of(E.operands(e)[1]) != "reduce":
+    """exp(x - logsumexp(x)), or exp(x - logaddexp(logsumexp(x), sink))."""
+    if E.op_of(e) != "sub":
         return None
     x, reduced = E.operands(e)
+    sink = None
+    if E.op_of(reduced) == "logaddexp":
+        reduced, sink = sorted(E.operands(reduced), key=lambda y: E.op_of(y) != "reduce")
+    if E.op_of(reduced) != "reduce" or (sink is not None and E.mentions(sink, product.over)):
+        return None
     node = r.nodes[E.operands(reduced)[0].name]
     if r.name(node) != "logsumexp" or _summand(r, node, reduced, product) != x:
         return None
-    return x, None, node
+    return x, sink, node
 
 
 def _summand(r: Reader, node: fx.Node, reduced: Expr, product: Product) -> Expr | None:
