@@ -80,36 +80,44 @@ def generate(seed: int) -> Program:
     rng = random.Random(seed)
     w = parts.Writer(rng)
     parts.inputs(w)
-    parts.scores(w)
-    parts.edits(w)
-    near_miss = rng.choice(sorted(parts.NEAR_MISSES)) if rng.random() < 0.3 else ""
-    change = parts.NEAR_MISSES.get(near_miss)
-    if change and change.when == "scores":
-        change.write(w)
-    parts.softmax(w)
-    if change and change.when == "weights":
-        change.write(w)
-    parts.values(w)
+    near_miss = ""
+    if rng.random() < 0.15:
+        parts.sdpa(w)
+    else:
+        near_miss = rng.choice(sorted(parts.NEAR_MISSES)) if rng.random() < 0.3 else ""
+        steps(w, parts.NEAR_MISSES.get(near_miss))
+    parts.leave(w)
     header = f"def program({', '.join(name for name, _, _ in w.arguments)}):\n"
     source = header + "".join(f"    {line}\n" for line in w.lines)
     dtype = getattr(torch, rng.choices(list(DTYPES), list(DTYPES.values()))[0])
     return Program(seed, source, tuple(w.arguments), dtype, near_miss)
 
 
+def steps(w: parts.Writer, change: parts.NearMiss | None) -> None:
+    """Attention in plain steps, with a near miss before or after the softmax."""
+    parts.scores(w)
+    parts.edits(w)
+    if change and change.when == "scores":
+        change.write(w)
+    parts.softmax(w)
+    if change and change.when == "weights":
+        change.write(w)
+    parts.values(w)
+
+
 def check(program: Program, train: bool, tally: Tally) -> None:
     """Compile and compare one program; count it."""
     call, inputs = program.load(), program.make_inputs()
     try:
-        exact = harness.reference(call, inputs, train, torch.float64)
-        eager = harness.reference(call, inputs, train)
+        for dtype in (torch.float64, None):
+            harness.reference(call, inputs, train, dtype)
     except (RuntimeError, IndexError):
         tally.invalid += 1
         return
     tally.programs += 1
     tally.near_misses += bool(program.near_miss)
     try:
-        got, report = harness.compiled(call, inputs, train)
-        wrong = harness.differences(got, eager, exact)
+        wrong, report = harness.judge(call, inputs, train)
     except Exception:
         tally.failures.append(f"{program}\n{traceback.format_exc(limit=-4)}")
         return

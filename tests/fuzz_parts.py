@@ -22,7 +22,7 @@ class Writer:
     lines: list[str] = field(default_factory=list)
     arguments: list[tuple[str, str, tuple[int, ...]]] = field(default_factory=list)
     sizes: dict[str, int] = field(default_factory=dict)
-    merged: bool = False
+    grouped: bool = False
     order: str = "qk"
     masks: int = 0
 
@@ -119,6 +119,12 @@ CONTRACTIONS = [
     "k.reshape({BH}, {N}, -1).mT, alpha=0.5).view({B}, {H}, {M}, {N})",
 ]  # fmt: skip
 
+GROUPED = [
+    "s = torch.einsum('bgrqd,bgkd->bgrqk', q.reshape({B}, {G}, {R}, {M}, {D}), k).flatten(1, 2)",
+    "s = (q.unflatten(1, ({G}, {R})) @ k.unsqueeze(2).mT).flatten(1, 2)",
+    "s = (q.reshape({B}, {G}, -1, {D}) @ k.mT).reshape({B}, {H}, {M}, {N})",
+]
+
 
 def scores(w: Writer) -> None:
     """s = scaled q k^T, kv heads repeated for the heads of their group."""
@@ -130,10 +136,15 @@ def scores(w: Writer) -> None:
         w(f"q = {scale(w, 'q')}")
     if place in ("k", "both"):
         w(f"k = {scale(w, 'k')}")
-    if w.sizes["R"] > 1:
+    if w.sizes["R"] > 1 and w.chance(0.25):
+        w.grouped = True
+        w(w.rng.choice(GROUPED))
+    elif w.sizes["R"] > 1:
         for x in "kv":
             w(w.rng.choice(REPEATS).format(x=x))
-    if w.chance(0.12):
+    if w.grouped:
+        pass
+    elif w.chance(0.12):
         w("s = k @ q.mT")
         w.order = "kq"
     else:
@@ -167,8 +178,8 @@ APPLY = [
 ]  # fmt: skip
 
 
-def mask(w: Writer) -> None:
-    """One masking: a predicate of positions, of a captured tensor, or both."""
+def keep(w: Writer) -> str:
+    """The name of a bool mask: a predicate of positions, of captured tensors, or both."""
     w.masks += 1
     name = f"keep{w.masks}"
     terms = []
@@ -182,6 +193,12 @@ def mask(w: Writer) -> None:
         ids = w.argument("ids", "ids", "BN")
         terms.append(f"({ids}[:, None, :, None] == {ids}[:, None, None, :])")
     w(f"{name} = " + w.pick(" & ", " & ", " & ", " | ").join(terms))
+    return name
+
+
+def mask(w: Writer) -> None:
+    """One masking of the scores."""
+    name = keep(w)
     fill = w.rng.choices(FILLS, FILL_WEIGHTS)[0]
     w(w.rng.choice(APPLY).format(m=w.four(name), f=fill))
 
@@ -270,22 +287,57 @@ def softmax(w: Writer) -> None:
         )
 
 
+VALUES = [
+    "out = p @ v",
+    "out = torch.matmul(p, v)",
+    "out = torch.einsum('bhqk,bhkd->bhqd', p, v)",
+    "out = torch.einsum('bhqk,bhkd->bqhd', p, v).transpose(1, 2)",
+    "out = torch.bmm(p.flatten(0, 1), v.flatten(0, 1)).view({B}, {H}, {M}, {E})",
+    "out = (p.unsqueeze(-1) * v.unsqueeze(2)).sum(-2)",
+]
+GROUPED_VALUES = [
+    "out = torch.einsum('bgrqk,bgkd->bgrqd', p.unflatten(1, ({G}, {R})), v).flatten(1, 2)",
+    "out = (p.unflatten(1, ({G}, {R})) @ v.unsqueeze(2)).flatten(1, 2)",
+    "out = (p.reshape({B}, {G}, -1, {N}) @ v).reshape({B}, {H}, {M}, {E})",
+]
+
+
 def values(w: Writer) -> None:
-    """out = p v, and how it leaves."""
-    w(
-        w.pick(
-            "out = p @ v",
-            "out = torch.matmul(p, v)",
-            "out = torch.einsum('bhqk,bhkd->bhqd', p, v)",
-            "out = torch.einsum('bhqk,bhkd->bqhd', p, v).transpose(1, 2)",
-            "out = torch.bmm(p.flatten(0, 1), v.flatten(0, 1)).view({B}, {H}, {M}, {E})",
-            "out = (p.unsqueeze(-1) * v.unsqueeze(2)).sum(-2)",
-        )
-    )
-    leave = w.pick(
-        "out", "out.transpose(1, 2)", "out.transpose(1, 2).reshape({B}, {M}, -1)", "out * 2"
-    )
-    w(f"return ({leave}, extra)" if any("extra = " in x for x in w.lines) else f"return {leave}")
+    """out = p v."""
+    w(w.rng.choice(GROUPED_VALUES if w.grouped else VALUES))
+
+
+def leave(w: Writer) -> None:
+    """How out leaves, and what else."""
+    out = w.pick("out", "out.transpose(1, 2)", "out.transpose(1, 2).flatten(2)", "out * 2")
+    extra = any("extra = " in line for line in w.lines)
+    w(f"return {out}, extra" if extra else f"return {out}")
+
+
+def sdpa(w: Writer) -> None:
+    """out by one scaled_dot_product_attention."""
+    if w.chance(0.3):
+        w(f"q = {scale(w, 'q')}")
+    given = ["q", "k", "v"]
+    masked = w.pick("", "", "causal", "bool", "bool", "float", "bias")
+    if masked == "causal":
+        given.append("is_causal=True")
+    elif masked == "bias":
+        given.append("attn_mask=" + w.argument("bias", "", w.pick("MN", "HMN", "BHMN", "B1MN")))
+    elif masked:
+        name = keep(w)
+        if masked == "float":
+            fill = w.rng.choices(FILLS, FILL_WEIGHTS)[0].replace("s.dtype", "q.dtype")
+            w(f"{name} = torch.zeros_like({name}, dtype=q.dtype).masked_fill(~{name}, {fill})")
+        given.append(f"attn_mask={name}")
+    if w.chance(0.4):
+        given.append(w.pick("scale=0.3", "scale=1.0", "scale={D} ** -0.5", "dropout_p=0.0"))
+    if w.sizes["R"] > 1 and w.chance(0.5):
+        given.append("enable_gqa=True")
+    elif w.sizes["R"] > 1:
+        for x in "kv":
+            w(w.rng.choice(REPEATS).format(x=x))
+    w(f"out = F.scaled_dot_product_attention({', '.join(given)})")
 
 
 @dataclass(frozen=True)
@@ -332,7 +384,7 @@ NEAR_MISSES: dict[str, NearMiss] = {
     "nan removed": weights("p = torch.nan_to_num(p)", "p = torch.nan_to_num(p, 0.0)"),
     "scores negated": of_scores("s = -s", "s = s * -0.5", "s = s * 0.0"),
     "scores scaled to little": of_scores("s = s * 1e-9", "s = s * 1e-3"),
-    "scores bent": of_scores("s = torch.tanh(s)", "s = s.abs()", "s = s * s", "s = F.relu(s)"),
+    "scores bent": of_scores("s = torch.tanh(s)", "s = s.abs()", "s = F.silu(s)", "s = F.relu(s)"),
     "scores rounded": of_scores("s = s.round()", "s = s.int().to(v.dtype)", "s = s.trunc()"),
     "scores reordered": of_scores("s = s.roll(1, -1)", "s = s.flip(-1)", "s = s.flip(1)"),
     "scores transposed": _square_only("scores", "s = s.mT"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -56,8 +57,8 @@ def rewrite(gm: fx.GraphModule, fakes: Sequence[Any], record: report.GraphRecord
     chosen = []
     for match in matches:
         device = match.q.node.meta["val"].device
-        kernel, reasons = select(match.spec, device, compute_dtype(match))
-        if kernel is None:
+        kernel, reasons = select(match.spec, device, compute_dtype(match), scores_of(match))
+        if reasons:
             record.refusals.append(Refusal(str(match.anchor.target), reasons, where_of(match.anchor)))
         else:
             chosen.append(match)
@@ -71,6 +72,12 @@ def rewrite(gm: fx.GraphModule, fakes: Sequence[Any], record: report.GraphRecord
         verify(program, "emit")
     record.keep(program, before)
     return program
+
+
+def scores_of(match: Match) -> int:
+    """B*H*S_q*S_kv, or 0 where a size is not a number."""
+    sizes = [match.q.sizes[a] for group in (*match.q.groups[:3], match.k.groups[2]) for a in group]
+    return math.prod(map(int, sizes)) if all(n.is_Integer for n in sizes) else 0
 
 
 def hand_off(program: fx.GraphModule, example_inputs: Sequence[Any], mode: str | None, options: dict) -> Callable:

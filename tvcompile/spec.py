@@ -34,7 +34,8 @@ class AttentionSpec:
     keep     formula of b, h, q, kv and captured tensors; True: the pair attends
     sink     formula of b, h, q: one more logit that only enlarges the denominator, or None
     dropout  probability of dropping a softmax weight (the others grow by 1/(1-p))
-    empty    what a row without any kept kv gives: a key of EMPTY_KINDS, or None where none can exist
+    empty    what a row gives in which nothing is kept or every score is -inf: a key of EMPTY_KINDS, or
+             None where softmax itself says it (a row without any kept kv cannot exist)
     """
 
     scale: float = 1.0

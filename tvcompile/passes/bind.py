@@ -191,6 +191,8 @@ def build(r: Reader, s: Sketch, roles: Roles, formulas: list[Expr], scale: float
         empty = empty_meaning(s.parts.fills, s.training)
         if empty.startswith("nan") and (s.zeroed or sink):
             empty = "zero"
+    if empty is None and s.zeroed and any(E.kind(x) == "float" for x in E.loads(score)):
+        empty = "zero"  # a captured bias may be -inf in a whole row
     roster = names.capture((score, keep, *sink))
     score, keep, *sink = [roster.rename(e) for e in (score, keep, *sink)]
     rounded = float(f"{scale:.12g}")
