@@ -35,6 +35,13 @@ class _Retrace(fx.Interpreter):
         self.node = n
         return super().run_node(n)
 
+    def call_method(self, target, args, kwargs):
+        # With dynamic shapes a Python float is a 0-d input whose item() Dynamo has already named.
+        known = self.node.meta.get("example_value")
+        if target == "item" and isinstance(known, torch.SymFloat) and isinstance(args[0], FakeTensor):
+            args[0].item_memo = known
+        return super().call_method(target, args, kwargs)
+
     def call_function(self, target, args, kwargs):
         if not isinstance(target, HigherOrderOperator):
             return super().call_function(target, args, kwargs)
@@ -143,6 +150,7 @@ def _keep_dynamo_facts(old: fx.GraphModule, new: fx.GraphModule) -> None:
             after._dynamo_source = before._dynamo_source
         after._rename(before.name)
     new.meta = dict(old.meta)
+    new.__dict__.pop("shape_env", None)  # make_fx leaves it; a cache key cannot hold it
     for name in ("_param_name_to_source", "_backward_prologue_debug_name"):
         if hasattr(old, name):
             setattr(new, name, getattr(old, name))

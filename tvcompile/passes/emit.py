@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import operator
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from torch import fx
 from .. import expr as E
 from ..expr import Expr
 from ..spec import Match, Operand
+from .canonicalize import fake_mode_of
 from .read import Reader
 
 aten = torch.ops.aten
@@ -28,6 +30,7 @@ class Writer:
 
     def __init__(self, graph: fx.Graph, before: fx.Node):
         self.graph, self.before = graph, before
+        self.mode = fake_mode_of(before.meta.get("val")) or contextlib.nullcontext()
         self.sizes: dict[Expr, fx.Node | int] = {}
 
     def call(self, target, *args, **kwargs) -> fx.Node:
@@ -36,7 +39,8 @@ class Writer:
         if trace := self.before.meta.get("stack_trace"):
             node.meta["stack_trace"] = trace
         fake_args, fake_kwargs = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
-        node.meta["val"] = target(*fake_args, **fake_kwargs)
+        with self.mode:
+            node.meta["val"] = target(*fake_args, **fake_kwargs)
         return node
 
     def size(self, e: Expr, sources: Sequence[fx.Node]):
@@ -124,7 +128,9 @@ def _cast(w: Writer, node: fx.Node, dtype: torch.dtype) -> fx.Node:
 def _captured(w: Writer, node: fx.Node, unit_dims: tuple[int, ...], like: fx.Node) -> fx.Node:
     """A captured tensor without its dims of size 1; a float scalar becomes a 0-d tensor."""
     if not isinstance(node.meta["val"], torch.Tensor):
-        return w.call(aten.scalar_tensor.default, node, dtype=torch.float64, device=like.meta["val"].device)
+        # A product is a form in which AOTAutograd keeps a float an input; as a scalar it would specialise.
+        one = w.call(aten.full.default, [], 1.0, dtype=torch.float64, device=like.meta["val"].device)
+        return w.call(aten.mul.Tensor, one, node)
     return w.call(aten.squeeze.dims, node, list(unit_dims)) if unit_dims else node
 
 

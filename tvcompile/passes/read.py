@@ -34,6 +34,7 @@ class Reader:
     """Formulas of one graph. Memoized: layers that share a mask share its formula."""
 
     def __init__(self, graph: fx.Graph):
+        fix_feature_sizes(graph)
         self.position = {n: i for i, n in enumerate(graph.nodes)}
         self.ranges: dict[sympy.Symbol, Expr] = {}
         self.used_at: dict[fx.Node, int] = {}
@@ -68,7 +69,8 @@ class Reader:
             if isinstance(held, torch.SymInt):
                 return self.size(held)
             if isinstance(held, torch.SymFloat):
-                return self.leaf(value, ())
+                known = held.node.maybe_as_float()
+                return E.number(known) if known is not None else self.leaf(value, ())
             raise Unreadable(f"the scalar {value.name} has no formula")
         if isinstance(value, torch.SymInt):
             return self.size(value)
@@ -260,6 +262,19 @@ class Reader:
     def atom(self, op: str, node: fx.Node, idx: Index) -> Expr:
         """An operation that the reader does not open: `dot`, `softmax`, `reduce`, `dropout`."""
         return E.FloatCall(op, Str(node.name), *idx)
+
+
+def fix_feature_sizes(graph: fx.Graph) -> None:
+    """Guard on D where a scale is computed from it: kernels are made for one D, and D seldom changes."""
+    for n in graph.nodes:
+        val = n.meta.get("val")
+        if isinstance(val, torch.SymFloat):
+            e = val.node.expr
+            sizes = [str(x) for x in e.free_symbols]
+            if len(sizes) == 1 and sizes[0].startswith("s") and "log" not in str(e):
+                val.node.shape_env.evaluate_expr(next(iter(e.free_symbols)))
+        elif "scaled_dot_product_attention" in str(n.target) and n.kwargs.get("scale") is None:
+            int(n.args[0].meta["val"].shape[-1])
 
 
 def from_shape_env(e: sympy.Expr) -> Expr:
