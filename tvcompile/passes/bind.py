@@ -24,7 +24,8 @@ class Sketch:
 
     out       the atoms of each dim of the anchor
     q, k, v   (node, index, position where it is used); kv and d: the summed positions
-    parts     score edit and keep, in those positions; zeroed: fully masked rows are set to zero
+    parts     score edit and keep, in those positions; whole: the edit with the masks still in it
+    zeroed    fully masked rows are set to zero
     """
 
     anchor: fx.Node
@@ -37,6 +38,7 @@ class Sketch:
     d: Expr
     parts: Masked
     scale: float
+    whole: Expr
     sink: Expr | None = None
     dropout: float = 0.0
     zeroed: bool = False
@@ -45,7 +47,7 @@ class Sketch:
 
 def bind(r: Reader, s: Sketch) -> Match:
     """Split merged positions, give roles, choose the tensors to read from, build the Spec."""
-    formulas = [s.parts.value, s.parts.keep, *([s.sink] if s.sink is not None else [])]
+    formulas = [s.parts.value, s.parts.keep, s.whole, *([s.sink] if s.sink is not None else [])]
     last = r.position[s.anchor]
     sides = {}
     for name in "qkv":
@@ -183,13 +185,13 @@ def _smallest(r: Reader, options: list[tuple[Candidate, Operand | None]], narrow
 def build(r: Reader, s: Sketch, roles: Roles, formulas: list[Expr], scale: float, operands: tuple) -> Match:
     """Name the positions, decide what an empty row means, collect the captured tensors."""
     names = Names(r, roles, s.kv, operands)
-    score, keep, *sink = [names.rename(e) for e in formulas]
+    score, keep, whole, *sink = [names.rename(e) for e in formulas]
     empty = None
     if keep is not E.TRUE and s.parts.fills and names.may_be_empty(keep):
-        if s.parts.later_bias and s.training:
-            raise Refuse("a captured term is added after the mask, and a row may be fully masked", s.anchor)
-        empty = empty_meaning(s.parts.fills, s.training)
-        if empty.startswith("nan") and (s.zeroed or sink):
+        empty = empty_meaning(s.parts, s.training)
+        if empty is None:
+            score, keep = whole, E.TRUE
+        elif empty.startswith("nan") and (s.zeroed or sink):
             empty = "zero"
     if empty is None and s.zeroed and any(E.kind(x) == "float" for x in E.loads(score)):
         empty = "zero"  # a captured bias may be -inf in a whole row

@@ -132,7 +132,8 @@ def check_region(r: Reader, facts: Facts, start: fx.Node, anchor: fx.Node) -> tu
         for user in node.users:
             if user not in inside:
                 what = "probabilities" if any(r.name(n) in SOFTMAX for n in between(r, start, node)) else "scores"
-                raise Refuse(f"the {what} are used elsewhere too, at {where_of(user)}", node)
+                how = "returned" if user.op == "output" else f"used elsewhere too, at {where_of(user)}"
+                raise Refuse(f"the {what} are {how}", node)
         if facts.grad[node] != facts.grad[anchor]:
             raise Refuse("gradient mode changes between the scores and the sum with V", node)
     return tuple(region)
@@ -163,11 +164,11 @@ def lift_product(r: Reader, facts: Facts, anchor: fx.Node, start: fx.Node) -> Ma
     score = strip_casts(E.substitute(weights.argument, {dot: E.S}), anchor)
     check_edit(score, weights.node)
     parts = Masks(widest(dot_node, weights.node)).split(score)
-    scale, edit = split_scale(parts.value)
+    (scale, edit), (_, whole) = split_scale(parts.value), split_scale(score)
     sketch = Sketch(
         anchor, region, [[x] if x != 0 else [] for x in out], sides[0], sides[1],
         (*value, r.position[anchor]), product.over, inner.over, parts.edit(edit), scale,
-        weights.sink, weights.dropout, weights.zeroed, facts.training,
+        whole, weights.sink, weights.dropout, weights.zeroed, facts.training,
     )  # fmt: skip
     return bind(r, sketch)
 
@@ -185,6 +186,8 @@ def strip_casts(e: Expr, anchor: fx.Node) -> Expr:
 def check_edit(e: Expr, node: fx.Node) -> None:
     """A score edit is a float function of the score; what it decides does not depend on the score."""
     for x in E.walk(e):
+        if E.op_of(x) in ("reduce", "softmax", "dropout", "dot"):
+            raise Refuse(f"the scores are edited by a {E.op_of(x)} before the softmax", node)
         if isinstance(x, (E.IntCall, E.BoolCall)) and E.mentions(x, E.S):
             raise Refuse("the scores are compared, truncated or used as an index before the softmax", node)
 
@@ -216,7 +219,7 @@ def lift_sdpa(r: Reader, facts: Facts, anchor: fx.Node) -> Match:
     if scale is None:
         raise Refuse("the scale is not a number that is known at compile time", anchor)
     parts = Masks(anchor.meta["val"].dtype).split(score)
-    factor, edit = split_scale(parts.value)
+    (factor, edit), (_, whole) = split_scale(parts.value), split_scale(score)
     dropout = E.constant(r.scalar(a.get("dropout_p", 0.0)))
     if dropout is None:
         raise Refuse("the dropout probability is not known at compile time", anchor)
@@ -227,6 +230,6 @@ def lift_sdpa(r: Reader, facts: Facts, anchor: fx.Node) -> Match:
     sketch = Sketch(
         anchor, (anchor,), [[x] if x != 0 else [] for x in out],
         side(q, *lead, row, d), side(k, *kv_lead, kv, d), side(v, *kv_lead, kv, out[-1]),
-        kv, d, parts.edit(edit), factor * scale, None, dropout, True, facts.training,
+        kv, d, parts.edit(edit), factor * scale, whole, None, dropout, True, facts.training,
     )  # fmt: skip
     return bind(r, sketch)

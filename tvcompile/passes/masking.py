@@ -33,12 +33,15 @@ class Fill:
 
 @dataclasses.dataclass(frozen=True)
 class Masked:
-    """`value` where `keep`, some fill elsewhere. `later_bias`: captured terms were added after a fill."""
+    """`value` where `keep`, some fill elsewhere; `fills` from the inside out.
+
+    caveat: why fully masked rows get other gradients than the fills say, or ""
+    """
 
     value: Expr
     keep: Expr = E.TRUE
     fills: tuple[Fill, ...] = ()
-    later_bias: bool = False
+    caveat: str = ""
 
     def edit(self, value: Expr, **changes) -> Masked:
         return dataclasses.replace(self, value=value, **changes)
@@ -65,9 +68,8 @@ class Masks:
         if op in ("mul", "div") and _has_score(args[0]) and not _has_score(args[1]):
             return self._scaled(op, e, *args)
         if op == "max" and self.is_fill(args[1], cut=True):
-            return self.split(args[0])
-        if op in E.CASTS:
-            return self.split(args[0])
+            inner = self.split(args[0])
+            return inner.edit(inner.value, caveat="a maximum shares the gradient where both sides are the fill")
         return Masked(e)
 
     def _choice(self, e: Expr, c: Expr, x: Expr, y: Expr) -> Masked:
@@ -77,7 +79,7 @@ class Masks:
             return Masked(e)
         inner = self.split(x)
         fill = Fill(float(E.constant(y)), cut=True)
-        return inner.edit(inner.value, keep=E.and_(c, inner.keep), fills=(*inner.fills, fill), later_bias=False)
+        return inner.edit(inner.value, keep=E.and_(c, inner.keep), fills=(*inner.fills, fill), caveat="")
 
     def _sum(self, op: str, x: Expr, y: Expr) -> Masked:
         if _has_score(y):
@@ -87,7 +89,7 @@ class Masks:
             E.apply(op, inner.value, mask.value),
             keep=E.and_(inner.keep, mask.keep),
             fills=inner.fills + mask.fills,
-            later_bias=inner.later_bias or (bool(inner.fills) and bool(E.loads(mask.value))),
+            caveat=inner.caveat or ("a captured term is added after the mask" if inner.fills and E.loads(mask.value) else ""),
         )
 
     def additive(self, e: Expr) -> Masked:
@@ -105,8 +107,6 @@ class Masks:
             x, y = (self.additive(a) for a in args)
             return Masked(E.apply("add", x.value, y.value), E.and_(x.keep, y.keep), x.fills + y.fills)
         if op == "max" and self.is_fill(args[1], cut=True):
-            return self.additive(args[0])
-        if op in E.CASTS:
             return self.additive(args[0])
         return Masked(e)
 
@@ -130,21 +130,24 @@ def _has_score(e: Expr) -> bool:
     return E.mentions(e, E.S)
 
 
-def empty_meaning(fills: tuple[Fill, ...], training: bool) -> str:
-    """The `empty` kind of rows in which every pair is masked by `fills`, or Refuse."""
-    infinite = [f for f in fills if math.isinf(f.value)]
-    if len(infinite) == len(fills):
+def empty_meaning(parts: Masked, training: bool) -> str | None:
+    """The `empty` kind of rows in which every pair is masked; None where only the formula as written says it.
+
+    Raises Refuse where an infinite and a finite masking meet: then a row's meaning is neither's.
+    """
+    fills = parts.fills
+    if all(math.isinf(f.value) for f in fills):
         return "nan_cut" if all(f.cut for f in fills) else "nan"
-    if infinite or len({f.value for f in fills}) > 1:
-        raise Refuse("two maskings that do not commute: their fills differ, and a row may be fully masked")
-    cuts = {f.cut for f in fills}
-    if cuts == {True}:
+    if any(math.isinf(f.value) for f in fills):
+        raise Refuse("two maskings that do not commute: -inf and a finite fill, and a row may be fully masked")
+    if parts.caveat and training:
+        return None
+    cuts = [f.cut for f in fills]
+    if len({f.value for f in fills}) > 1 or not all(cuts[1:]):
+        return None  # a pair masked twice is lower than one masked once
+    if all(cuts):
         return "mean_cut"
-    if len(fills) == 1:
-        return "mean"
-    if cuts == {True, False} and not training:
-        return "mean_cut"
-    raise Refuse("two maskings that do not commute: both are finite, one is added, and a row may be fully masked")
+    return "mean" if len(fills) == 1 else None if training else "mean_cut"
 
 
 def split_scale(e: Expr) -> tuple[float, Expr]:
