@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import sympy
 import torch
@@ -24,7 +25,7 @@ class Sketch:
 
     out       the atoms of each dim of the anchor
     q, k, v   (node, index, position where it is used); kv and d: the summed positions
-    parts     score edit and keep, in those positions; whole: the edit with the masks still in it
+    parts     score edit and keep, in those positions; whole: scale and edit with the masks still in it
     zeroed    fully masked rows are set to zero
     """
 
@@ -38,21 +39,24 @@ class Sketch:
     d: Expr
     parts: Masked
     scale: float
-    whole: Expr
+    whole: tuple[float, Expr]
     sink: Expr | None = None
     dropout: float = 0.0
     zeroed: bool = False
+    written: str = "softmax"
     training: bool = False
 
 
 def bind(r: Reader, s: Sketch) -> Match:
     """Split merged positions, give roles, choose the tensors to read from, build the Spec."""
-    formulas = [s.parts.value, s.parts.keep, s.whole, *([s.sink] if s.sink is not None else [])]
+    formulas = [s.parts.value, s.parts.keep, s.whole[1], *([s.sink] if s.sink is not None else [])]
     last = r.position[s.anchor]
     sides = {}
     for name in "qkv":
         found = candidates(r, *getattr(s, name))
         sides[name] = [c for c in found if not r.changed_between(c.node, c.at, last)]
+        if name == "v":
+            sides[name] = [c for c in sides[name] if c.factor == 1]
         if not sides[name]:
             raise Refuse(f"{name.upper()} is written to before the sum with V", s.anchor)
     formulas = split_positions(r, s, formulas, sides)
@@ -60,7 +64,7 @@ def bind(r: Reader, s: Sketch) -> Match:
     q, k, v = choose_operands(r, s, roles, sides, sizes)
     factors = [next(c.factor for c in sides[n] if c.node is o.node) for n, o in (("q", q), ("k", k))]
     out = Operand(s.anchor, tuple(tuple(d) for d in s.out), (roles.b, roles.h, roles.q, roles.dv), sizes)
-    return build(r, s, roles, formulas, s.scale * factors[0] * factors[1], (q, k, v, out))
+    return build(r, s, roles, formulas, factors[0] * factors[1], (q, k, v, out))
 
 
 def split_positions(r: Reader, s: Sketch, formulas: list[Expr], sides: dict) -> list[Expr]:
@@ -182,23 +186,33 @@ def _smallest(r: Reader, options: list[tuple[Candidate, Operand | None]], narrow
     return result
 
 
-def build(r: Reader, s: Sketch, roles: Roles, formulas: list[Expr], scale: float, operands: tuple) -> Match:
+def meaning_of_empty_rows(s: Sketch) -> str | None:
+    """As `empty_meaning`, for a softmax that is written by hand: it may not subtract the maximum."""
+    finite = any(not math.isinf(f.value) for f in s.parts.fills)
+    if s.written == "logsumexp" and finite:
+        raise Refuse("in a fully masked row exp(x - logsumexp(x)) is not a softmax: the fill's rounding hides log S")
+    if s.written == "plain" and finite:
+        fills = tuple(dataclasses.replace(f, value=-math.inf) for f in s.parts.fills)  # exp(fill) is 0: 0 / 0
+        return empty_meaning(dataclasses.replace(s.parts, fills=fills), s.training)
+    return empty_meaning(s.parts, s.training)
+
+
+def build(r: Reader, s: Sketch, roles: Roles, formulas: list[Expr], factor: float, operands: tuple) -> Match:
     """Name the positions, decide what an empty row means, collect the captured tensors."""
     names = Names(r, roles, s.kv, operands)
     score, keep, whole, *sink = [names.rename(e) for e in formulas]
-    empty = None
+    empty, scale = None, s.scale
     if keep is not E.TRUE and s.parts.fills and names.may_be_empty(keep):
-        empty = empty_meaning(s.parts, s.training)
+        empty = meaning_of_empty_rows(s)
         if empty is None:
-            score, keep = whole, E.TRUE
+            scale, score, keep = s.whole[0], whole, E.TRUE
         elif empty.startswith("nan") and (s.zeroed or sink):
             empty = "zero"
     if empty is None and s.zeroed and any(E.kind(x) == "float" for x in E.loads(score)):
         empty = "zero"  # a captured bias may be -inf in a whole row
     roster = names.capture((score, keep, *sink))
     score, keep, *sink = [roster.rename(e) for e in (score, keep, *sink)]
-    rounded = float(f"{scale:.12g}")
-    spec = AttentionSpec(rounded, score, keep, sink[0] if sink else None, s.dropout, empty)
+    spec = AttentionSpec(float(f"{scale * factor:.12g}"), score, keep, sink[0] if sink else None, s.dropout, empty)
     last = r.position[s.anchor]
     for node in roster.nodes.values():
         if r.changed_between(node, r.used_at.get(node, last), last):

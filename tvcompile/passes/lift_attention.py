@@ -132,7 +132,7 @@ def check_region(r: Reader, facts: Facts, start: fx.Node, anchor: fx.Node) -> tu
         for user in node.users:
             if user not in inside:
                 what = "probabilities" if any(r.name(n) in SOFTMAX for n in between(r, start, node)) else "scores"
-                how = "returned" if user.op == "output" else f"used elsewhere too, at {where_of(user)}"
+                how = "used elsewhere too, " + ("as a result" if user.op == "output" else f"at {where_of(user)}")
                 raise Refuse(f"the {what} are {how}", node)
         if facts.grad[node] != facts.grad[anchor]:
             raise Refuse("gradient mode changes between the scores and the sum with V", node)
@@ -164,11 +164,11 @@ def lift_product(r: Reader, facts: Facts, anchor: fx.Node, start: fx.Node) -> Ma
     score = strip_casts(E.substitute(weights.argument, {dot: E.S}), anchor)
     check_edit(score, weights.node)
     parts = Masks(widest(dot_node, weights.node)).split(score)
-    (scale, edit), (_, whole) = split_scale(parts.value), split_scale(score)
+    (scale, edit), whole = split_scale(parts.value), split_scale(score)
     sketch = Sketch(
         anchor, region, [[x] if x != 0 else [] for x in out], sides[0], sides[1],
         (*value, r.position[anchor]), product.over, inner.over, parts.edit(edit), scale,
-        whole, weights.sink, weights.dropout, weights.zeroed, facts.training,
+        whole, weights.sink, weights.dropout, weights.zeroed, weights.written, facts.training,
     )  # fmt: skip
     return bind(r, sketch)
 
@@ -218,8 +218,10 @@ def lift_sdpa(r: Reader, facts: Facts, anchor: fx.Node) -> Match:
     scale = E.constant(r.scalar(scale)) if scale is not None else int(q.meta["val"].shape[-1]) ** -0.5
     if scale is None:
         raise Refuse("the scale is not a number that is known at compile time", anchor)
+    if not E.mentions(score, E.S):
+        raise Refuse("nothing may attend", anchor)
     parts = Masks(anchor.meta["val"].dtype).split(score)
-    (factor, edit), (_, whole) = split_scale(parts.value), split_scale(score)
+    (factor, edit), whole = split_scale(parts.value), split_scale(score)
     dropout = E.constant(r.scalar(a.get("dropout_p", 0.0)))
     if dropout is None:
         raise Refuse("the dropout probability is not known at compile time", anchor)
@@ -230,6 +232,6 @@ def lift_sdpa(r: Reader, facts: Facts, anchor: fx.Node) -> Match:
     sketch = Sketch(
         anchor, (anchor,), [[x] if x != 0 else [] for x in out],
         side(q, *lead, row, d), side(k, *kv_lead, kv, d), side(v, *kv_lead, kv, out[-1]),
-        kv, d, parts.edit(edit), factor * scale, whole, None, dropout, True, facts.training,
+        kv, d, parts.edit(edit), factor * scale, (whole[0] * scale, whole[1]), None, dropout, True, "softmax", facts.training,
     )  # fmt: skip
     return bind(r, sketch)

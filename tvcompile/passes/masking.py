@@ -135,19 +135,20 @@ def empty_meaning(parts: Masked, training: bool) -> str | None:
 
     Raises Refuse where an infinite and a finite masking meet: then a row's meaning is neither's.
     """
-    fills = parts.fills
+    fills, cuts = parts.fills, {f.cut for f in parts.fills}
     if all(math.isinf(f.value) for f in fills):
-        return "nan_cut" if all(f.cut for f in fills) else "nan"
+        if len(cuts) > 1 and training:
+            return None  # an added -inf passes gradients, a filled one does not
+        return "nan_cut" if cuts == {True} else "nan"
     if any(math.isinf(f.value) for f in fills):
         raise Refuse("two maskings that do not commute: -inf and a finite fill, and a row may be fully masked")
-    if parts.caveat and training:
+    twice = len({f.value for f in fills}) > 1 or any(not f.cut for f in fills[1:])
+    if twice or (training and (parts.caveat or len(cuts) > 1)):
+        # The formula as written is evaluated in float32: there too the score must vanish beside the fill.
+        if any(-f.value < VANISH[torch.float32] for f in fills):
+            raise Refuse("what a fully masked row means depends on the rounding of two maskings that do not commute")
         return None
-    cuts = [f.cut for f in fills]
-    if len({f.value for f in fills}) > 1 or not all(cuts[1:]):
-        return None  # a pair masked twice is lower than one masked once
-    if all(cuts):
-        return "mean_cut"
-    return "mean" if len(fills) == 1 else None if training else "mean_cut"
+    return "mean" if cuts == {False} else "mean_cut"
 
 
 def split_scale(e: Expr) -> tuple[float, Expr]:

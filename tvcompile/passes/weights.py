@@ -22,12 +22,16 @@ from .read import Reader
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """softmax of `argument` over the summed position, with `sink` as one more logit."""
+    """softmax of `argument` over the summed position, with `sink` as one more logit.
+
+    written: "softmax" where the maximum is subtracted, else "plain" (exp over sum of exp) or "logsumexp"
+    """
 
     argument: Expr
     sink: Expr | None
     dropout: float
     zeroed: bool
+    written: str
     node: fx.Node
 
 
@@ -64,7 +68,7 @@ def _normalised_later(r: Reader, anchor: fx.Node, formula: Expr, product: Produc
     if a["self"] is not anchor or r.shape(quotient) != r.shape(anchor) or a.get("rounding_mode"):
         return None
     found = _from_quotient(r, formula, r.operand(a["other"], out, r.position[quotient]), product)
-    return found and (Weights(found[0], found[1], 0.0, False, found[2]), quotient)
+    return found and (Weights(found[0], found[1], 0.0, False, _written(r, formula, product), found[2]), quotient)
 
 
 def _looks_like_weights(e: Expr, over: Expr) -> str | None:
@@ -92,15 +96,16 @@ def _softmax(r: Reader, e: Expr, product: Product, anchor: fx.Node) -> Weights |
             raise Refuse(f"the weights are rounded to {op} on the way", anchor)
         zeroed = zeroed or op == "nan_to_zero"
         e = args[-1]
+    written = "softmax"
     if E.op_of(e) == "softmax":
         found = _from_atom(r, e, product)
     elif (quotient := _as_quotient(e)) is not None:
-        found = _from_quotient(r, *quotient, product)
+        found, written = _from_quotient(r, *quotient, product), _written(r, quotient[0], product)
     elif E.op_of(e) == "exp":
-        found = _from_logsumexp(r, E.operands(e)[0], product)
+        found, written = _from_logsumexp(r, E.operands(e)[0], product), "logsumexp"
     else:
         return None
-    return found and Weights(found[0], found[1], dropout, zeroed, found[2])
+    return found and Weights(found[0], found[1], dropout, zeroed, written, found[2])
 
 
 def _from_atom(r: Reader, atom: Expr, product: Product):
@@ -192,6 +197,20 @@ def _from_quotient(r: Reader, top: Expr, bottom: Expr, product: Product):
             return E.operands(x)[0], E.operands(sink)[0], node
         return None
     return x, sink, node
+
+
+def _written(r: Reader, top: Expr, product: Product) -> str:
+    """Does exp(x - c) subtract the maximum of that same x?"""
+    x = exponent(top)
+    if x is not None and E.op_of(x) == "sub" and E.op_of(E.operands(x)[1]) in ("reduce", "max"):
+        inner, shift = E.operands(x)
+        shift = E.operands(shift)[0] if E.op_of(shift) == "max" else shift
+        node = r.nodes[E.operands(shift)[0].name] if E.op_of(shift) == "reduce" else None
+        if node is not None and r.name(node) == "getitem":
+            node = node.args[0]
+        if node is not None and r.name(node) in ("amax", "max") and _summand(r, node, shift, product) == inner:
+            return "softmax"
+    return "plain"
 
 
 def _from_logsumexp(r: Reader, e: Expr, product: Product):
