@@ -310,8 +310,7 @@ def values(w: Writer) -> None:
 def leave(w: Writer) -> None:
     """How out leaves, and what else."""
     out = w.pick("out", "out.transpose(1, 2)", "out.transpose(1, 2).flatten(2)", "out * 2")
-    extra = any("extra = " in line for line in w.lines)
-    w(f"return {out}, extra" if extra else f"return {out}")
+    w(f"return {out}, extra" if any("extra = " in line for line in w.lines) else f"return {out}")
 
 
 def sdpa(w: Writer) -> None:

@@ -7,7 +7,9 @@ import re
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+import tvcompile
 from tests import harness
 from tests.impostors import IMPOSTORS
 from tests.spellings import CORPUS, clauses, same_meaning
@@ -110,6 +112,45 @@ def evaluate_attention(text: str, q: torch.Tensor, k: torch.Tensor, v: torch.Ten
     sink = torch.as_tensor(evaluate(parts["sink"], scope)).to(q.dtype)
     weights = torch.cat([logits, sink.expand(*logits.shape[:-1], 1)], -1).softmax(-1)
     return weights[..., :-1] @ v
+
+
+def dropped_weights(q, k, v):
+    return F.dropout(F.softmax(q @ k.mT / 4, -1), 0.25) @ v
+
+
+def dropped_by_sdpa(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=0.25)
+
+
+def dropped_scores(q, k, v):
+    return F.softmax(F.dropout(q @ k.mT / 4, 0.25), -1) @ v
+
+
+@pytest.mark.parametrize("program", [dropped_weights, dropped_by_sdpa])
+def test_dropout_is_unbiased_and_its_gradient_sees_the_same_weights(program):
+    """out is linear in v: sum(out * d) == sum(v * grad of v), if both drop the same weights."""
+    make = CORPUS["softmaxes.functional"].make_inputs
+    inputs = [harness.fresh(x, None, True) for x in make(torch.float32)]
+    call = torch.compile(program, backend="tv", options=harness.STRICT, fullgraph=True)
+    with tvcompile.collect() as report:
+        out = call(*inputs)
+    assert [site.spec for site in report.sites] == ["scale=0.25; dropout=0.25"]
+    direction = torch.randn(out.shape)
+    (grad,) = torch.autograd.grad(out, inputs[2:], direction)
+    torch.testing.assert_close(
+        (out * direction).sum(), (inputs[2] * grad).sum(), rtol=1e-3, atol=1e-2
+    )
+    with torch.no_grad():
+        plain = F.scaled_dot_product_attention(*inputs)
+        draws = torch.stack([call(*inputs) for _ in range(200)])
+    assert not torch.equal(draws[0], draws[1])
+    assert float((draws.mean(0) - plain).abs().mean()) < 3 * float(draws.std(0).mean()) / 200**0.5
+
+
+def test_dropped_scores_are_refused():
+    inputs = CORPUS["softmaxes.functional"].make_inputs(torch.float32)
+    _, report = harness.compiled(dropped_scores, inputs, True)
+    assert not report.sites and report.refusals
 
 
 def test_meaning_tells_texts_apart():

@@ -141,3 +141,84 @@ def scores_mutated_after_softmax(q, k, v):
     p = F.softmax(s, -1)
     s.add_(1)
     return p @ v, s
+
+
+@impostor(None, *QKV)
+def copy_of_v_mutated_between(q, k, v):
+    """The written tensor is a copy, so that its gradient flows."""
+    s = scores(q, k)
+    v = v * 1
+    v.mul_(2)
+    return F.softmax(s, dim=-1) @ v
+
+
+@impostor(None, *QKV)
+def copy_of_k_mutated_between(q, k, v):
+    k = k.clone()
+    s = scores(q, k)
+    k = k.clone()
+    k.mul_(2)
+    return F.softmax(s, dim=-1) @ v, k
+
+
+@impostor(None, *SELF, train=False)
+def written_through_a_view(q, k, v):
+    v = v.clone()
+    s = scores(q, k)
+    v[:, :, :5] = 0.0
+    return F.softmax(s, dim=-1) @ v
+
+
+@impostor(None, *SELF)
+def smallest_number_and_logsumexp(q, k, v):
+    """In a row of finfo.min, min + log(S) rounds to min: every weight is 1, not 1 / S."""
+    s = scores(q, k).masked_fill(~tril().tril(-1), torch.finfo(q.dtype).min)
+    return torch.exp(s - s.logsumexp(-1, keepdim=True)) @ v
+
+
+@impostor(None, *SELF)
+def smallest_number_and_shifted_sum(q, k, v):
+    """The same with the maximum subtracted is a softmax: the mean."""
+    s = scores(q, k).masked_fill(~tril().tril(-1), torch.finfo(q.dtype).min)
+    e = torch.exp(s - s.amax(-1, keepdim=True))
+    return (e / e.sum(-1, keepdim=True)) @ v
+
+
+@impostor(None, *SELF)
+def smallest_number_and_plain_sum(q, k, v):
+    """Without the shift it is 0 / 0."""
+    s = scores(q, k).masked_fill(~tril().tril(-1), torch.finfo(q.dtype).min)
+    e = torch.exp(s)
+    return (e / e.sum(-1, keepdim=True)) @ v
+
+
+@impostor(None, *SELF)
+def infinity_and_plain_sum(q, k, v):
+    s = scores(q, k).masked_fill(~tril().tril(-1), INF)
+    e = torch.exp(s)
+    return (e / e.sum(-1, keepdim=True)) @ v
+
+
+@impostor(None, *SELF)
+def sdpa_of_nothing(q, k, v):
+    """A mask that is False everywhere gives 0."""
+    keep = torch.arange(37) < 0
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=keep[None, :].expand(37, -1))
+
+
+@impostor(None, *SELF)
+def nothing_attends(q, k, v):
+    return scores(q, k).masked_fill(torch.ones(37, 37, dtype=torch.bool), INF).softmax(-1) @ v
+
+
+@impostor(None, *SELF, "ids:BM")
+def documents_compared_to_zero(q, k, v, ids):
+    keep = tril() & (ids[:, None, :, None] == ids[:, None, None, :])
+    return scores(q, k).masked_fill(keep == 0, INF).softmax(-1) @ v
+
+
+@impostor(None, *SELF, "left:BM")
+def added_and_filled_infinity(q, k, v, pad):
+    """An added -inf passes gradients (NaN in an empty row), a filled one does not."""
+    s = scores(q, k) + torch.zeros(4, 37, dtype=q.dtype).masked_fill(~pad, INF)[:, None, None]
+    return s.masked_fill(~tril(), INF).softmax(-1) @ v

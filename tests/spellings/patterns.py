@@ -165,7 +165,7 @@ def diagonal(q, k, v):
     return fill(q, k, v, torch.eye(37, dtype=torch.bool))
 
 
-@square(Means("scale=0.25; keep = q != kv"))
+@square((Means("scale=0.25; keep = q != kv"), Means("scale=0.25; keep = q != kv; empty=nan_cut")))
 def all_but_itself(q, k, v):
     return fill(q, k, v, ~torch.eye(37, dtype=torch.bool))
 

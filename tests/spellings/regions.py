@@ -172,7 +172,7 @@ def static_cache(q, k, v, k_cache, v_cache):
 
 
 @spells(
-    Means("scale=0.25; keep = kv <= ids[q]; empty=mean"),
+    tuple(Means(f"scale=0.25; keep = kv <= ids[{i}]; empty=mean") for i in ("q", "0")),
     *("BH1D", "const:BG1D", "const:BG1D", *CACHE, lambda d, g: torch.tensor([20])),
     rows="1",
     kv_heads=2,

@@ -134,13 +134,6 @@ def reciprocal_of_sum(q, k, v):
 
 
 @spells(PLAIN, *QKV)
-def normalize_l1(q, k, v):
-    """e is positive, so its 1-norm is its sum."""
-    e = torch.exp(q @ k.mT / 4)
-    return F.normalize(e, p=1.0, dim=-1) @ v
-
-
-@spells(PLAIN, *QKV)
 def dropout_zero(q, k, v):
     return F.dropout(F.softmax(q @ k.mT / 4, dim=-1), p=0.0) @ v
 
