@@ -211,9 +211,11 @@ def le(a: Expr, b: Expr) -> Expr:
     e = sympy.expand(as_int(a) - as_int(b))
     if isinstance(e, sympy.Integer):
         return TRUE if e <= 0 else FALSE
-    if op_of(a) == "abs" and not mentions(b, a):
-        (x,) = operands(a)
-        return and_(le(x, b), le(-x, b))
+    for term in sympy.Add.make_args(e):
+        sign, magnitude = term.as_coeff_Mul()
+        if op_of(magnitude) == "abs" and abs(sign) == 1:
+            (x,), rest = operands(magnitude), e - term
+            return (and_ if sign > 0 else or_)(*(le(rest + sign * y, sympy.Integer(0)) for y in (x, -x)))
     content, e = _divide_content(e)
     return BoolCall("le", e)
 

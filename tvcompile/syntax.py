@@ -39,7 +39,7 @@ def _text(e: Expr) -> tuple[str, int]:
     if isinstance(e, sympy.Not):
         inner = e.args[0]
         if E.op_of(inner) in ("eq", "feq"):
-            return _text(inner)[0].replace(" == ", " != ", 1), PRECEDENCE["cmp"]
+            return _call(E.op_of(inner), inner, negated=True)
         return "~" + _wrap(inner, ATOM), PRECEDENCE["~"]
     op = E.op_of(e)
     if op is not None:
@@ -49,7 +49,7 @@ def _text(e: Expr) -> tuple[str, int]:
         return str(value), ATOM
     if value is not None:
         return repr(value), ATOM if value >= 0 or value != value else PRECEDENCE["neg"]
-    if isinstance(e, (sympy.Add, sympy.Mul)):
+    if isinstance(e, (sympy.Add, sympy.Mul, sympy.Pow)):
         return _polynomial(e)
     return str(e), ATOM
 
@@ -68,19 +68,21 @@ def _polynomial(e: Expr) -> tuple[str, int]:
         magnitude = abs(coefficient)
         factors = [] if magnitude == 1 and rest != 1 else [str(magnitude)]
         if rest != 1:
-            factors += [_wrap(f, PRECEDENCE["*"] + 1) for f in sympy.Mul.make_args(rest)]
+            for base, power in (f.as_base_exp() for f in sympy.Mul.make_args(rest)):
+                factors += [_wrap(base, PRECEDENCE["*"] + 1)] * int(power)
         sign = "-" if coefficient < 0 else "+"
         body = "*".join(factors)
         parts.append(f" {sign} {body}" if parts else (f"-{body}" if sign == "-" else body))
     return "".join(parts), PRECEDENCE["+"] if len(terms) > 1 else PRECEDENCE["*"]
 
 
-def _call(op: str, e: Expr) -> tuple[str, int]:
+def _call(op: str, e: Expr, negated: bool = False) -> tuple[str, int]:
     args = E.operands(e)
     if op in ("le", "eq"):
-        return _compare(op, args[0])
+        return _compare(op, args[0], "!=" if negated else "==")
     if op in FLOAT_COMPARE:
-        return f"{_wrap(args[0], 5)} {FLOAT_COMPARE[op]} {_wrap(args[1], 5)}", PRECEDENCE["cmp"]
+        sign = "!=" if negated else FLOAT_COMPARE[op]
+        return f"{_wrap(args[0], 5)} {sign} {_wrap(args[1], 5)}", PRECEDENCE["cmp"]
     if op == "load":
         return f"{args[0].name}[{', '.join(text(a) for a in args[1:]) or '()'}]", ATOM
     if op == "neg":
@@ -93,7 +95,7 @@ def _call(op: str, e: Expr) -> tuple[str, int]:
     return f"{op}({inner})", ATOM
 
 
-def _compare(op: str, e: Expr) -> tuple[str, int]:
+def _compare(op: str, e: Expr, equal: str) -> tuple[str, int]:
     """e <= 0 or e == 0 with every term on the side where it is positive."""
     const, left, right = 0, sympy.Integer(0), sympy.Integer(0)
     for term in sympy.Add.make_args(e):
@@ -104,7 +106,7 @@ def _compare(op: str, e: Expr) -> tuple[str, int]:
             left += term
         else:
             right -= term
-    sign = "<=" if op == "le" else "=="
+    sign = "<=" if op == "le" else equal
     if op == "eq":
         swap = const > 0 or (const == 0 and E.mentions(right, E.Q) and not E.mentions(left, E.Q))
         left, right, const = (right, left, -const) if swap else (left, right, const)

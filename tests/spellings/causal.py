@@ -246,7 +246,7 @@ def exp_times_mask(q, k, v):
     return (e / e.sum(-1, keepdim=True)) @ v
 
 
-@causal
+@spells("scale=0.25; keep = bias[q, kv] != 0; empty=nan_cut", *SELF)  # a buffer may change between calls
 class RegisteredBuffer(nn.Module):
     def __init__(self):
         super().__init__()
@@ -258,7 +258,7 @@ class RegisteredBuffer(nn.Module):
         return F.softmax(s, dim=-1) @ v
 
 
-@causal
+@spells("scale=0.25; keep = ~mask[q, kv]; empty=nan_cut", *SELF)
 class RegisteredBoolBuffer(nn.Module):
     def __init__(self):
         super().__init__()
@@ -288,7 +288,7 @@ def bottom_right_arange(q, k, v):
     return scores(q, k).masked_fill(torch.arange(41) > i[:, None], INF).softmax(-1) @ v
 
 
-@spells(Means("scale=0.25; keep = kv <= q + 4"), *QKV)
+@spells("scale=0.25; keep = mask[q + 4, kv]; empty=mean_cut", *QKV)
 class BottomRightBuffer(nn.Module):
     """As GPT-2 with a cache: rows S_kv - S_q .. S_kv of a square buffer."""
 

@@ -111,7 +111,7 @@ class Fairseq(Projected):
         return self.o(attn)
 
 
-@spells(CAUSAL, X, columns="M")
+@spells("scale=0.25; score = s + bias[q, kv]", X, columns="M")
 class Whisper(Projected):
     def __init__(self):
         super().__init__()
@@ -142,7 +142,7 @@ class LlamaReference(Projected):
         return self.o(out)
 
 
-@spells(CAUSAL, "BMC", columns="M")
+@spells("scale=0.25; keep = bias[q, kv] != 0; empty=nan_cut", "BMC", columns="M")
 class OneHeadOfALecture(nn.Module):
     """A single head with its tril buffer."""
 

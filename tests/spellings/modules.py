@@ -159,7 +159,7 @@ class DecoderLayer(nn.Module):
         return self.layer(x, memory, tgt_mask=mask, tgt_is_causal=True)
 
 
-@spells(CAUSAL, X, columns="M")
+@spells("scale=0.25; keep = bias[q, kv] != 0; empty=nan_cut", X, columns="M")
 class NanoGPT(nn.Module):
     def __init__(self):
         super().__init__()

@@ -103,7 +103,7 @@ def give_roles(r: Reader, s: Sketch, formulas: list[Expr], sides: dict) -> tuple
     stray = {x for x in (top["q"] | top["k"] | top["v"] | in_mask) & set(r.ranges) if x not in positions}
     if stray or s.kv in top["q"] or s.d in top["v"] | in_mask:
         raise Refuse("the positions of the scores do not pair Q with K, and K with V", s.anchor)
-    roles = assign(out, top["k"], top["v"], top["q"] | in_mask, in_mask)
+    roles = assign(out, top["k"], top["v"], top["q"] | in_mask, in_mask, r.ranges)
     if set(roles.dv) & (in_mask | top["q"] | top["k"]) or set(roles.q) & (top["k"] | top["v"]):
         raise Refuse("the scores depend on the feature position of V, or K and V on the query's", s.anchor)
     return roles, {x: r.ranges[x] for x in positions}

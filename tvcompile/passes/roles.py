@@ -136,7 +136,12 @@ class Roles:
     dv: tuple[Expr, ...]
 
 
-def assign(out: list[Expr], in_k: set, in_v: set, in_score: set, in_mask: set) -> Roles:
+def _length(size: Expr) -> tuple[bool, int]:
+    """Queries are many and of changing number, the heads of a group few."""
+    return not size.is_Integer, int(size) if size.is_Integer else 0
+
+
+def assign(out: list[Expr], in_k: set, in_v: set, in_score: set, in_mask: set, sizes: dict) -> Roles:
     """Parts of the positions `out` of the result; a position of size 1 is 0 there.
 
     in_k, in_v: positions that index K, V; in_score: that the scores depend on; in_mask: that they
@@ -148,7 +153,7 @@ def assign(out: list[Expr], in_k: set, in_v: set, in_score: set, in_mask: set) -
     rows = [i for i in rest if out[i] != 0 and out[i] not in in_k | in_v]
     unit = [i for i in rest if out[i] == 0]
     masked = [i for i in rows if out[i] in in_mask]
-    q = (masked or rows)[-1:]
+    q = sorted(masked or rows, key=lambda i: _length(sizes[out[i]]))[-1:]
     if not q or (len(rows) == 1 and not masked and unit and unit[-1] > q[0]):
         q = unit[-1:]
     outer = [i for i in rest if i not in q]
