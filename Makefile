@@ -1,8 +1,8 @@
 # `make demo` and `make test` do all of their own set-up. `make help` lists the rest.
 
 VENV ?= .venv
-# The newest Python that runs here and can make a virtual environment and compile C++ against itself.
-PYTHON ?= $(shell for p in python3.14 python3.13 python3.12 python3.11 python3.10; do \
+# The first Python here that is new enough and can make a virtual environment and compile C++ against itself.
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python3.10; do \
 	$$p tools/doctor.py python >/dev/null 2>&1 && { echo $$p; exit; }; done; echo python3)
 # Inductor takes its C++ compiler from CXX, and only g++ without it.
 ifeq ($(origin CXX),default)

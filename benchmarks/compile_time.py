@@ -93,9 +93,7 @@ def median(runs: list[dict[str, Any]]) -> tuple[float, float]:
 def table(options: argparse.Namespace) -> None:
     """Measures all sizes and prints a line for each."""
     print(f"Llama, {options.impl}, {'training' if options.train else 'inference'}; seconds, median")
-    print(
-        f"{'layers':>6} {'inductor':>9} {'tv':>7} {'tv/ind':>7} {'passes':>7} {'share':>6} ms/layer"
-    )
+    print(f"{'layers':>6} {'inductor':>9} {'tv':>7} {'tv/ind':>7} {'passes':>7} {'share':>6} ms/layer")
     rates, slowest = {}, {}
     for layers in options.layers:
         runs: dict[str, list] = {backend: [] for backend in BACKENDS}

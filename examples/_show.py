@@ -41,9 +41,7 @@ def lifted(report: tvcompile.Report) -> list[str]:
     return [f"{n} x  {spec}   [{kernel}]" for (spec, kernel), n in counts.items()]
 
 
-def interleaved(
-    runs: dict[str, Callable[[], object]], rounds: int, limit: float = math.inf
-) -> dict[str, float]:
+def interleaved(runs: dict[str, Callable[[], object]], rounds: int, limit: float = math.inf) -> dict[str, float]:
     """Median seconds of each; taken in turns, so that a noisy minute disturbs all of them alike.
 
     No new round begins after `limit` seconds.
@@ -129,12 +127,8 @@ def compare(fn: Callable[..., torch.Tensor], *inputs: torch.Tensor, grad: bool =
         "inductor": _runner(torch.compile(fn), args, grad),
         "tv": _runner(torch.compile(fn, backend="tv", options=STRICT), args, grad),
     }
-    errors = {
-        name: error(announced(f"{name}, first call", run), exact) for name, run in runs.items()
-    }
-    console.print(
-        f"{'forward + backward' if grad else 'forward'}, medians of calls taken in turns:"
-    )
+    errors = {name: error(announced(f"{name}, first call", run), exact) for name, run in runs.items()}
+    console.print(f"{'forward + backward' if grad else 'forward'}, medians of calls taken in turns:")
     console.print(table(errors, interleaved(runs, size(10, 2), limit=30)))
     for line in lifted(report):
         console.print("fused " + line, markup=False, soft_wrap=True)

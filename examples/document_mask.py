@@ -11,9 +11,7 @@ import torch.nn.functional as F
 from _show import compare, size
 
 
-def attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor
-) -> torch.Tensor:
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """[B, H, S, D], positions [B, S] -> [B, H, S, D]"""
     starts = positions == 0
     document = starts.cumsum(dim=1)

@@ -144,10 +144,7 @@ def differences(got: Observed, eager: Observed, exact: Observed) -> list[str]:
     if got.tensors.keys() != eager.tensors.keys():
         return [f"results {sorted(got.tensors)} instead of {sorted(eager.tensors)}"]
     around = max([0.0, *(largest(t) for t in exact.tensors.values())])
-    verdicts = {
-        name: tolerated(t, eager.tensors[name], exact.tensors[name], around)
-        for name, t in got.tensors.items()
-    }
+    verdicts = {name: tolerated(t, eager.tensors[name], exact.tensors[name], around) for name, t in got.tensors.items()}
     return [f"{name}: {verdict}" for name, verdict in verdicts.items() if verdict]
 
 
@@ -189,9 +186,7 @@ def square_nodes(report: Any, rows: int, columns: int) -> list[str]:
             if not any(is_square(v, rows, columns) for v in values):
                 continue
             view = getattr(node.target, "_opname", None) in VIEWS
-            if node.op in ("placeholder", "get_attr") or (
-                view and node.all_input_nodes[0] in given
-            ):
+            if node.op in ("placeholder", "get_attr") or (view and node.all_input_nodes[0] in given):
                 given.add(node)
             elif node.op != "output":
                 found.append(f"{node.name}: {node.target} {[list(v.shape) for v in values]}")

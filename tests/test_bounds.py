@@ -23,9 +23,7 @@ ids = st.sampled_from([E.load("ids", "int", E.B, E.Q), E.load("ids", "int", E.B,
 
 def _deeper(inner):
     return st.one_of(
-        st.tuples(st.sampled_from(["add", "sub", "min", "max"]), inner, inner).map(
-            lambda t: E.apply(*t)
-        ),
+        st.tuples(st.sampled_from(["add", "sub", "min", "max"]), inner, inner).map(lambda t: E.apply(*t)),
         st.tuples(st.sampled_from(["abs", "neg"]), inner).map(lambda t: E.apply(*t)),
         st.tuples(st.just("mul"), inner, small).map(lambda t: E.apply(*t)),
         st.tuples(st.sampled_from(["//", "%"]), inner, step).map(lambda t: E.apply(*t)),

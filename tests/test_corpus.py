@@ -137,9 +137,7 @@ def test_dropout_is_unbiased_and_its_gradient_sees_the_same_weights(program):
     assert [site.spec for site in report.sites] == ["scale=0.25; dropout=0.25"]
     direction = torch.randn(out.shape)
     (grad,) = torch.autograd.grad(out, inputs[2:], direction)
-    torch.testing.assert_close(
-        (out * direction).sum(), (inputs[2] * grad).sum(), rtol=1e-3, atol=1e-2
-    )
+    torch.testing.assert_close((out * direction).sum(), (inputs[2] * grad).sum(), rtol=1e-3, atol=1e-2)
     with torch.no_grad():
         plain = F.scaled_dot_product_attention(*inputs)
         draws = torch.stack([call(*inputs) for _ in range(200)])

@@ -29,7 +29,9 @@ def value(e, at):
     if op is not None:
         return table[op](*x)
     name = type(e).__name__
-    return {"Add": sum, "And": all, "Or": any, "Not": lambda y: not y[0], "Pow": lambda y: y[0] ** y[1]}.get(name, lambda y: _product(y))(x)
+    return {"Add": sum, "And": all, "Or": any, "Not": lambda y: not y[0], "Pow": lambda y: y[0] ** y[1]}.get(
+        name, lambda y: _product(y)
+    )(x)
 
 
 def _product(values):
@@ -134,7 +136,9 @@ def test_a_spec_reads_back_as_itself(text):
     assert str(AttentionSpec.parse(text)) == text
 
 
-@pytest.mark.parametrize("text", ["scale=0.1; kep = kv <= q", "keep = kv <== q", "keep = import os", "scale=0.1; empty=maybe"])
+@pytest.mark.parametrize(
+    "text", ["scale=0.1; kep = kv <= q", "keep = kv <== q", "keep = import os", "scale=0.1; empty=maybe"]
+)
 def test_a_text_that_cannot_be_read_says_so(text):
     with pytest.raises(ValueError):
         AttentionSpec.parse(text)

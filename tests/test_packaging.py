@@ -64,9 +64,7 @@ def test_the_commands_of_the_documents_exist():
     targets = set(re.findall(r"^([a-z]+):", read("Makefile"), re.MULTILINE))
     for document in DOCUMENTS:
         text = read(document)
-        named = set(re.findall(r"`make ([a-z]+)", text)) | set(
-            re.findall(r"^    make ([a-z]+)", text, re.MULTILINE)
-        )
+        named = set(re.findall(r"`make ([a-z]+)", text)) | set(re.findall(r"^    make ([a-z]+)", text, re.MULTILINE))
         assert named and named <= targets, (document, named - targets)
 
 
@@ -95,9 +93,7 @@ def test_a_missing_compiler_is_one_clear_sentence(tmp_path):
     done = make(f"PYTHON={sys.executable}", "CXX=no-such-compiler", folder=tmp_path)
     said = [line for line in done.stderr.splitlines() if not line.startswith("make")]
     assert done.returncode != 0 and len(said) == 1
-    assert said[0].startswith(
-        "tvcompile needs a C++ compiler, and `no-such-compiler` was not found"
-    )
+    assert said[0].startswith("tvcompile needs a C++ compiler, and `no-such-compiler` was not found")
     assert not (tmp_path / "venv").exists()
 
 

@@ -30,7 +30,9 @@ class Reports(TestCase):
 
     def test_diff_of_a_padded_window(self):
         report = tvcompile.explain(windowed, options=NO_CODEGEN)(*inputs(), torch.ones(2, 8, dtype=torch.bool))
-        self.assertExpectedInline(report.diff(), """\
+        self.assertExpectedInline(
+            report.diff(),
+            """\
 --- written
 +++ fused
  l_v_: float32[2, 4, 8, 16] = placeholder
@@ -58,7 +60,8 @@ class Reports(TestCase):
 +attention_default: (float32[2, 4, 8, 16], float32[2, 4, 8]) = tv.attention(l_q_, permute_default, l_v_, [l_pad_], [], 'scale=0.25; keep = kv <= q & q - kv < 4 & pad[b, kv]; empty=mean_cut', None)
 +getitem: float32[2, 4, 8, 16] = getitem(attention_default, 0)
 +clone_default: float32[2, 4, 8, 16] = clone(getitem, memory_format=torch.contiguous_format)
-+return [clone_default]""")
++return [clone_default]""",
+        )
 
     def test_no_square_node_is_left(self):
         report = tvcompile.explain(windowed, options=NO_CODEGEN)(*inputs(), torch.ones(2, 8, dtype=torch.bool))
@@ -78,7 +81,10 @@ class Reports(TestCase):
         report = tvcompile.explain(wrong_dim, options=NO_CODEGEN)(*inputs())
         (refusal,) = report.refusals
         self.assertEqual(report.sites, [])
-        self.assertExpectedInline(refusal.reason, """the weights are a softmax over another dim of the scores, not a softmax over the summed position""")
+        self.assertExpectedInline(
+            refusal.reason,
+            """the weights are a softmax over another dim of the scores, not a softmax over the summed position""",
+        )
         self.assertIn("test_report.py", refusal.where)
         self.assertIn("softmax(-2)", refusal.where)
         self.assertEqual(refusal.anchor, "aten.softmax.int")

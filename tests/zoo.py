@@ -125,9 +125,7 @@ ENTRIES: tuple[Entry, ...] = (
         dict(_DECODER, head_dim=16, moe_intermediate_size=32, num_experts=2, num_experts_per_tok=2),
         2,
     ),
-    Entry(
-        "gpt_oss", "GptOssForCausalLM", dict(_sliding_pair(head_dim=16), **_EXPERTS), 2, impls=EAGER
-    ),
+    Entry("gpt_oss", "GptOssForCausalLM", dict(_sliding_pair(head_dim=16), **_EXPERTS), 2, impls=EAGER),
     Entry(
         "llama4",
         "Llama4ForCausalLM",
@@ -159,9 +157,7 @@ ENTRIES: tuple[Entry, ...] = (
     Entry("gpt_neox", "GPTNeoXForCausalLM", _ENCODER, 2),
     Entry("gptj", "GPTJForCausalLM", dict(_BASE, n_positions=64, rotary_dim=8), 2, impls=EAGER),
     Entry("gpt_bigcode", "GPTBigCodeForCausalLM", dict(_BASE, n_positions=64, multi_query=True), 2),
-    Entry(
-        "codegen", "CodeGenForCausalLM", dict(_BASE, n_positions=64, rotary_dim=8), 2, impls=EAGER
-    ),
+    Entry("codegen", "CodeGenForCausalLM", dict(_BASE, n_positions=64, rotary_dim=8), 2, impls=EAGER),
     Entry("opt", "OPTForCausalLM", dict(_ENCODER, ffn_dim=96, word_embed_proj_dim=64), 2),
     Entry("biogpt", "BioGptForCausalLM", _ENCODER, 2),
     Entry(
@@ -256,9 +252,7 @@ ENTRIES: tuple[Entry, ...] = (
         "encoder",
         impls=EAGER,
     ),
-    Entry(
-        "roformer", "RoFormerModel", dict(_ENCODER, embedding_size=64), 2, "encoder", impls=EAGER
-    ),
+    Entry("roformer", "RoFormerModel", dict(_ENCODER, embedding_size=64), 2, "encoder", impls=EAGER),
     Entry("layoutlm", "LayoutLMModel", _ENCODER, 2, "encoder"),
     Entry(
         "squeezebert",

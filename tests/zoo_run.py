@@ -164,7 +164,8 @@ def _compare(result: Result, exact: dict, eager: dict, ours: dict) -> None:
     assert exact.keys() == eager.keys() == ours.keys(), exact.keys() ^ ours.keys()
     # Some gradients are zero by symmetry (a bias on keys); noise there has no scale of its own.
     largest = max(
-        (x.abs().nan_to_num().max().item() for n, x in exact.items() if "grad" in n), default=0
+        (x.abs().nan_to_num().max().item() for n, x in exact.items() if "grad" in n and x.numel()),
+        default=0,
     )
     for name, x in exact.items():
         known = ~eager[name].isnan()
@@ -173,10 +174,7 @@ def _compare(result: Result, exact: dict, eager: dict, ours: dict) -> None:
         known &= ~x.isnan()
         size = x[known].abs().max().item() if known.any() else 0.0
         size += 1e-2 * largest if name.startswith("grad") else 0.0
-        error = [
-            (y.double() - x)[known].abs().max().item() if known.any() else 0.0
-            for y in (ours[name], eager[name])
-        ]
+        error = [(y.double() - x)[known].abs().max().item() if known.any() else 0.0 for y in (ours[name], eager[name])]
         result.errors[name] = tuple(e / size if size else e for e in error)
 
 
@@ -200,9 +198,7 @@ def census(case: Case) -> tuple[int, Counter, list[str]]:
                 tracing_mode="symbolic",
                 _allow_non_fake_inputs=True,
             )(*fakes).graph
-        anchors.update(
-            str(n.target) for n in graph.nodes if any(a in str(n.target) for a in ANCHORS)
-        )
+        anchors.update(str(n.target) for n in graph.nodes if any(a in str(n.target) for a in ANCHORS))
         return gm.forward
 
     model = case.entry.model(case.impl, case.dtype)
@@ -265,9 +261,7 @@ def attempt(case: Case, options: argparse.Namespace) -> tuple[str, str]:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
         return f"{case!s:44} CRASH {type(error).__name__}: {' | '.join(lines[:3])[:400]}", "crash"
     verdict = verdict_of(result)
-    errors = " ".join(
-        f"{kind} {t:.0e}/{e:.0e}" for kind in ("out", "grad") for t, e in [result.worst(kind)]
-    )
+    errors = " ".join(f"{kind} {t:.0e}/{e:.0e}" for kind in ("out", "grad") for t, e in [result.worst(kind)])
     seconds = time.perf_counter() - start
     counts = f"sites {want} fused {len(result.sites)} graphs {result.graphs}"
     line = f"{case!s:44} {counts} {errors} {seconds:.1f}s {verdict}"

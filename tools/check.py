@@ -116,9 +116,7 @@ def violations(root: Path = ROOT) -> list[str]:
             if inside and LAYERS.get(part_of(name), -1) > LAYERS[part]:
                 broken.add((line, f"{part} comes before {part_of(name)} and may not import it"))
         if part != "options":
-            broken |= {
-                (n, "only options.py reads the environment") for n in _reads_environment(file)
-            }
+            broken |= {(n, "only options.py reads the environment") for n in _reads_environment(file)}
         found += [f"{here}:{line}: {why}" for line, why in sorted(broken)]
     return found
 
@@ -141,15 +139,11 @@ def oversized(root: Path = ROOT) -> list[str]:
                 continue
             length = (node.end_lineno or node.lineno) - node.lineno + 1
             if length > MAX_FUNCTION:
-                found.append(
-                    f"{here}:{node.lineno}: {node.name} has {length} lines ({MAX_FUNCTION})"
-                )
+                found.append(f"{here}:{node.lineno}: {node.name} has {length} lines ({MAX_FUNCTION})")
             a = node.args
             count = len(a.posonlyargs) + len(a.args) + len(a.kwonlyargs)
             if count > MAX_PARAMETERS:
-                found.append(
-                    f"{here}:{node.lineno}: {node.name} has {count} parameters ({MAX_PARAMETERS})"
-                )
+                found.append(f"{here}:{node.lineno}: {node.name} has {count} parameters ({MAX_PARAMETERS})")
     return found
 
 

@@ -16,7 +16,7 @@ import tempfile
 
 def python_trouble():
     """The sentence that says what is wrong with this Python, or None."""
-    here = "%s is Python %d.%d" % ((sys.executable,) + tuple(sys.version_info[:2]))
+    here = "%s is Python %s.%s" % (sys.executable, sys.version_info[0], sys.version_info[1])
     choose = "choose another with `make PYTHON=/path/to/python3`"
     if sys.version_info < (3, 10):
         return "tvcompile needs Python 3.10 or newer, but " + here + "; " + choose + "."
@@ -24,14 +24,10 @@ def python_trouble():
         import ensurepip  # noqa: F401
         import venv  # noqa: F401
     except ImportError:
-        return (
-            here + " without the venv module: install it (Debian: python3-venv), or " + choose + "."
-        )
+        return here + " without the venv module: install it (Debian: python3-venv), or " + choose + "."
     include = sysconfig.get_paths()["include"]
     if not os.path.exists(os.path.join(include, "Python.h")):
-        return (
-            here + " without its C headers: install them (Debian: python3-dev), or " + choose + "."
-        )
+        return here + " without its C headers: install them (Debian: python3-dev), or " + choose + "."
     return None
 
 
@@ -51,12 +47,7 @@ def compiler_trouble():
         command = cxx.split() + ["-std=c++17", source, "-o", os.path.join(folder, "hello")]
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     if done.returncode != 0:
-        return (
-            "tvcompile needs a C++ compiler, and `"
-            + cxx
-            + "` cannot build a small C++17 program: "
-            + install
-        )
+        return "tvcompile needs a C++ compiler, and `" + cxx + "` cannot build a small C++17 program: " + install
     return None
 
 

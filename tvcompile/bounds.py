@@ -31,7 +31,7 @@ EXACT = float(1 << 50)  # beyond it float64 is no safe home for an integer
 
 def blocks(size: int, step: int, axis: int) -> Interval:
     """First and last position of each block of `step`, along dim -1 (axis 0) or -2 (axis 1)."""
-    low = np.arange(0, size, step, dtype=np.float64)
+    low: np.ndarray = np.arange(0, size, step, dtype=np.float64)
     high = np.minimum(low + step, size) - 1
     return (low[:, None], high[:, None]) if axis else (low, high)
 

@@ -17,12 +17,13 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
 
 import sympy
 from sympy.core.symbol import Str
 from sympy.logic.boolalg import Boolean
 
-Expr = sympy.Basic
+Expr: TypeAlias = Any  # a sympy.Basic, which carries no types
 TRUE, FALSE = sympy.true, sympy.false
 
 
@@ -59,7 +60,7 @@ B, H, Q, KV = (index(n) for n in ("b", "h", "q", "kv"))
 S = sympy.Symbol("s", real=True)
 
 
-def op_of(e: Expr) -> str | None:
+def op_of(e: Expr) -> Any:
     """The operation of a call, or None for anything else."""
     return e.args[0].name if isinstance(e, CALLS) else None
 
@@ -69,7 +70,7 @@ def operands(e: Expr) -> tuple[Expr, ...]:
 
 
 def kind(e: Expr) -> str:
-    """"bool", "float" or "int"."""
+    """ "bool", "float" or "int"."""
     if isinstance(e, Boolean) and not isinstance(e, sympy.Symbol):
         return "bool"
     if isinstance(e, (FloatCall, sympy.Float)) or e is S or e in (sympy.oo, -sympy.oo, sympy.nan):
@@ -88,7 +89,7 @@ def number(value: bool | int | float) -> Expr:
     return sympy.Float(value + 0.0)
 
 
-def constant(e: Expr) -> bool | int | float | None:
+def constant(e: Expr) -> Any:
     """The Python value of a constant, or None."""
     if e is TRUE or e is FALSE:
         return e is TRUE
@@ -457,7 +458,8 @@ def rebuild(e: Expr, args: tuple[Expr, ...], bounds: Callable | None = None) -> 
             return recombine(sympy.expand(e.func(*args)))
         return e.func(*args)
     if op in ("//", "%"):
-        return (floordiv if op == "//" else mod)(*args, bounds)
+        a, b = args
+        return floordiv(a, b, bounds) if op == "//" else mod(a, b, bounds)
     if op in ("le", "eq"):
         return {"le": le, "eq": eq}[op](args[0], sympy.Integer(0))
     if op in ("fle", "flt", "feq"):

@@ -27,7 +27,9 @@ class Options:
     def __post_init__(self):
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
-                raise ValueError(f"tv.{name} must be one of {', '.join(map(repr, allowed))}; got {getattr(self, name)!r}")
+                raise ValueError(
+                    f"tv.{name} must be one of {', '.join(map(repr, allowed))}; got {getattr(self, name)!r}"
+                )
 
     @staticmethod
     def parse(options: Mapping[str, Any] | None) -> tuple[Options, dict[str, Any]]:

@@ -96,7 +96,9 @@ class Report:
 
 def _sections(report: Report) -> Iterator[Any]:
     seconds = sum(report.pass_seconds.values())
-    yield Text(f"{report.graphs} graphs, {len(report.sites)} attention fused, {len(report.refusals)} left; {seconds:.2f} s")
+    yield Text(
+        f"{report.graphs} graphs, {len(report.sites)} attention fused, {len(report.refusals)} left; {seconds:.2f} s"
+    )
     by_text: dict[tuple, list[Site]] = {}
     for site in report.sites:
         by_text.setdefault((site.spec, site.where, site.kernel, site.shapes, site.cost), []).append(site)
@@ -198,7 +200,11 @@ def lines_of(graph: fx.Graph) -> list[str]:
             lines.append(f"return {_argument(node.args[0])}")
         else:
             name = getattr(node.target, "_schema", None)
-            name = name.name.replace("aten::", "").replace("::", ".") if name else getattr(node.target, "__name__", node.target)
+            name = (
+                name.name.replace("aten::", "").replace("::", ".")
+                if name
+                else getattr(node.target, "__name__", node.target)
+            )
             args = [_argument(a) for a in node.args] + [f"{k}={_argument(v)}" for k, v in node.kwargs.items()]
             lines.append(f"{node.name}: {_value(node)} = {name}({', '.join(args)})")
     return lines

@@ -84,9 +84,7 @@ def two_dims(q, k, v):
 
 @spells(PLAIN, "BMD", "BND", "BND")
 def baddbmm_beta_zero(q, k, v):
-    scores = torch.baddbmm(
-        torch.empty(4, 37, 41, dtype=q.dtype), q, k.transpose(1, 2), beta=0, alpha=0.25
-    )
+    scores = torch.baddbmm(torch.empty(4, 37, 41, dtype=q.dtype), q, k.transpose(1, 2), beta=0, alpha=0.25)
     return torch.bmm(scores.softmax(-1), v)
 
 

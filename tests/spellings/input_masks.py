@@ -74,10 +74,7 @@ def bool_and_causal(q, k, v, mask):
 
 
 @spells(
-    tuple(
-        Means(f"scale=0.25; keep = {test}; empty=mean_cut")
-        for test in ("ids[b, q, kv] != 0", "mask[b, q, kv]")
-    ),
+    tuple(Means(f"scale=0.25; keep = {test}; empty=mean_cut") for test in ("ids[b, q, kv] != 0", "mask[b, q, kv]")),
     *QKV,
     lambda dtype, gen: (torch.rand(4, 1, 37, 41, generator=gen) < 0.7).long(),
 )
@@ -125,9 +122,7 @@ def float_sliced_by_length(q, k, v, mask):
 @spells(
     Means("scale=0.25; score = s + bias[b, q, kv]"),
     *QKV,
-    lambda dtype, gen: torch.where(torch.rand(4, 1, 37, 60, generator=gen) < 0.7, 0.0, -3e4).to(
-        dtype
-    ),
+    lambda dtype, gen: torch.where(torch.rand(4, 1, 37, 60, generator=gen) < 0.7, 0.0, -3e4).to(dtype),
 )
 def float_longer_than_kv(q, k, v, mask):
     return F.softmax(scores(q, k) + mask[..., :41], -1) @ v

@@ -78,9 +78,7 @@ def latent_diffusion(q, k, v):
 
 @spells(PLAIN, "BMC", "BNC", "BNC")
 def diffusers_baddbmm(query, key, value):
-    query, key, value = (
-        x.reshape(4, -1, 6, 16).permute(0, 2, 1, 3).reshape(24, -1, 16) for x in (query, key, value)
-    )
+    query, key, value = (x.reshape(4, -1, 6, 16).permute(0, 2, 1, 3).reshape(24, -1, 16) for x in (query, key, value))
     scores = torch.baddbmm(
         torch.empty(query.shape[0], query.shape[1], key.shape[1], dtype=query.dtype),
         query,

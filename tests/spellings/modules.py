@@ -242,9 +242,7 @@ class Llama(nn.Module):
         k, v = (t[:, :, None].expand(B, 2, 3, S, 16).reshape(B, 6, S, 16) for t in (k, v))
         i = torch.arange(S)
         keep = i[None, :] <= i[:, None]
-        mask = torch.where(keep, torch.tensor(0.0, dtype=x.dtype), torch.finfo(x.dtype).min)[
-            None, None
-        ]
+        mask = torch.where(keep, torch.tensor(0.0, dtype=x.dtype), torch.finfo(x.dtype).min)[None, None]
         w = torch.matmul(q, k.transpose(2, 3)) * 16**-0.5 + mask
         w = F.softmax(w, dim=-1, dtype=torch.float32).to(q.dtype)
         w = F.dropout(w, p=0.0, training=self.training)

@@ -46,9 +46,7 @@ def fill_finfo_min(q, k, v, mask):
 
 @spells(PADDED + "mean", *QKV, "right:BN")
 def additive_finfo_min(q, k, v, mask):
-    bias = torch.where(
-        mask[:, None, None, :], torch.tensor(0.0, dtype=q.dtype), torch.finfo(q.dtype).min
-    )
+    bias = torch.where(mask[:, None, None, :], torch.tensor(0.0, dtype=q.dtype), torch.finfo(q.dtype).min)
     return F.softmax(scores(q, k) + bias, dim=-1) @ v
 
 

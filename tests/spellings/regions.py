@@ -187,9 +187,7 @@ def static_cache_position_tensor(q, k, v, k_cache, v_cache, position):
     return F.softmax(q @ k.mT / 4 + bias, dim=-1) @ v
 
 
-@spells(
-    PLAIN, "BH1D", "const:BH1D", "const:BH1D", "const:BHND", "const:BHND", rows="1", train=False
-)
+@spells(PLAIN, "BH1D", "const:BH1D", "const:BH1D", "const:BHND", "const:BHND", rows="1", train=False)
 def cache_by_slice(q, k, v, k_cache, v_cache):
     k_cache[:, :, 20:21] = k
     v_cache[:, :, 20:21] = v

@@ -113,9 +113,7 @@ def alibi_slopes_of_a_list(q, k, v):
     return causal(scores(q, k) + slopes[:, None, None] * (i - i[:, None])).softmax(-1) @ v
 
 
-@spells(
-    Means("scale=0.25; score = s + slope[h]*float(kv); keep = kv <= q"), *SELF, "H", columns="M"
-)
+@spells(Means("scale=0.25; score = s + slope[h]*float(kv); keep = kv <= q"), *SELF, "H", columns="M")
 def alibi_of_kv_alone(q, k, v, slopes):
     """As Bloom: a row's constant drops out, so only kv counts."""
     bias = slopes[:, None, None] * torch.arange(37).to(q.dtype)[None, None, :]

@@ -1,9 +1,9 @@
 """The kernels, in the order they are asked. Importing this package registers the ops of `tv`."""
 
-from .cpu import PRODUCTS
+from . import cpu, cpu_flash
 from .problem import Kernel, Problem
 
-KERNELS: tuple[Kernel, ...] = (PRODUCTS,)
+KERNELS: tuple[Kernel, ...] = (cpu_flash.KERNEL, cpu.KERNEL)
 
 from . import attention  # noqa: E402  registers the op, which looks through KERNELS
 

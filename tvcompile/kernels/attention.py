@@ -23,7 +23,7 @@ from torch import Tensor
 
 from . import KERNELS, mods
 from .dropout import keep_weights
-from .problem import Kernel, Need, Problem, compute_dtype, heads_last
+from .problem import Given, Kernel, Need, Problem, compute_dtype, heads_last
 
 LIB = torch.library.Library("tv", "DEF")
 TENSORS = "Tensor q, Tensor k, Tensor v, Tensor[] captures, SymInt[] sizes, str spec, Tensor? seed"
@@ -50,7 +50,7 @@ def attention_ref(
     s = p.spec.scale * (q.to(scope.dtype) @ k.mT)
     x = mods.tensor(p.spec.score, scope.at(s=s)).expand_as(s)
     keep = mods.tensor(p.spec.keep, scope).expand_as(s)
-    kept = keep.any(-1, keepdim=True)
+    kept = (keep & (x.detach() != -math.inf)).any(-1, keepdim=True)
     logits = x = _mask(x, keep, kept, p.empty or "nan")
     if p.spec.sink is not None:
         sink = mods.tensor(p.spec.sink, scope).expand(*s.shape[:3], 1)
@@ -88,7 +88,7 @@ def choose(need: Need, device: str) -> Kernel:
     raise NotImplementedError(f"no kernel for `{need.spec}` on {device}: " + "; ".join(reasons))
 
 
-def _kernel(p: Problem, wanted: tuple[str, ...] = ()) -> Kernel:
+def _kernel(p: Problem, wanted: tuple[str, ...] | None = None) -> Kernel:
     scores = p.q.shape[0] * p.q.shape[1] * p.q.shape[2] * p.k.shape[2]
     return choose(Need(p.spec, p.q.dtype, wanted, scores), p.q.device.type)
 
@@ -110,7 +110,7 @@ def _forward(q, k, v, captures, sizes, spec, seed):
 def _backward(grad_out, q, k, v, captures, sizes, spec, seed, out, lse, wanted):
     p = Problem.of(q, k, v, captures, sizes, spec, seed)
     names = tuple(p.spec.captures()[i] for i in wanted)
-    found = _kernel(p, names).backward(p, grad_out, out, lse, names)
+    found = _kernel(p, names).backward(p, Given(grad_out, out, lse), names)
     grads = zip((q, k, v), (found.dq, found.dk, found.dv))
     dq, dk, dv = (heads_last(x, x.shape).copy_(g) for x, g in grads)
     return dq, dk, dv, [found.captures[n].to(p.scope.captures[n].dtype) for n in names]

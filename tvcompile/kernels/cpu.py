@@ -26,7 +26,7 @@ from . import mods
 from .dropout import keep_weights
 from .masks import hide
 from .mods import Tap
-from .problem import Gradients, Kernel, Need, Problem
+from .problem import Given, Gradients, Kernel, Need, Problem
 from .tiles import Tile, tiles
 
 ForwardTile = Callable[[Problem, Tile], tuple[Tensor, Tensor]]
@@ -87,8 +87,9 @@ class Weights:
 
 
 def _scores(p: Problem, tile: Tile, q: Tensor, k: Tensor) -> Tensor:
-    """s [X,H,M,N] in the compute dtype, freshly made."""
-    return unfold(tile, product(q, k.mT, p.spec.scale), tile.height).to(p.scope.dtype)
+    """s [X,H,M,N], freshly made: in the products' dtype if nothing edits it, else the compute dtype."""
+    s = unfold(tile, product(q, k.mT, p.spec.scale), tile.height)
+    return s if p.spec.score == E.S and not p.spec.dropout else s.to(p.scope.dtype)
 
 
 def _edited(p: Problem, tile: Tile, s: Tensor) -> Tensor:
@@ -102,11 +103,21 @@ def _edited(p: Problem, tile: Tile, s: Tensor) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
+def _row_max(x: Tensor) -> Tensor:
+    """[..,N] -> [..,1]. 16-bit floats are compared as integers, which is eight times as fast: positive
+    ones are in the order of their bits, negative ones in the opposite order."""
+    if x.element_size() != 2:
+        return x.amax(-1, keepdim=True)
+    bits = x.view(torch.int16)
+    high, low = bits.amax(-1, keepdim=True), bits.amin(-1, keepdim=True)
+    return torch.where(high >= 0, high, low).view(x.dtype).float()
+
+
 def _softmax(p: Problem, tile: Tile, x: Tensor) -> Weights:
     """The weights of scores with -inf where dropped; rows without any kept kv get 0."""
-    top = x.amax(-1, keepdim=True)
+    top = _row_max(x)
     P = torch.softmax(x, -1)
-    lse = top - P.amax(-1, keepdim=True).log_()
+    lse = top - _row_max(P).log_()
     empty = None if p.empty is None else top == -math.inf
     if empty is not None and bool(empty.any()):
         P.masked_fill_(empty, 0.0)
@@ -131,13 +142,13 @@ def forward_tile(p: Problem, tile: Tile) -> tuple[Tensor, Tensor]:
     x = _edited(p, tile, _scores(p, tile, q, k))
     w = _softmax(p, tile, hide(p, tile, x.contiguous()))
     P = w.P * _dropout(p, tile) if p.spec.dropout else w.P
-    return unfold(tile, product(fold(p, P), v), tile.height), w.lse[..., 0]
+    return unfold(tile, product(fold(p, P), v), tile.height), w.lse.squeeze(-1)
 
 
-def backward_tile(p: Problem, tile: Tile, grad_out: Tensor, sums: Gradients) -> None:
+def backward_tile(p: Problem, tile: Tile, given: Given, sums: Gradients) -> None:
     """Adds the gradients of one tile."""
     p = dataclasses.replace(p, scope=p.scope.at(wanted=tuple(sums.captures), taps=[]))
-    q, d_out = (fold(p, tile.rows(x, p.group)) for x in (p.q, grad_out))
+    q, d_out = (fold(p, tile.rows(x, p.group)) for x in (p.q, given.grad_out))
     k, v = (fold_keys(p, tile.keys(x)) for x in (p.k, p.v))
     s = _scores(p, tile, q, k)
     with torch.enable_grad():
@@ -155,8 +166,11 @@ def backward_tile(p: Problem, tile: Tile, grad_out: Tensor, sums: Gradients) -> 
     if p.empty in ("nan_cut", "mean_cut"):
         d_x.masked_fill_(w.empty, 0.0)
     if w.sink is not None and w.sink.requires_grad:
-        _sink_gradient(p, w, (P * d_P).sum(-1, keepdim=True), sums)
-    d_s = fold(p, d_x if x is s else _score_gradient(p, x, s, d_x, sums))
+        # dsink = -exp(sink - lse) * rowsum(dO out)
+        delta = (P * d_P).sum(-1, keepdim=True, dtype=p.scope.dtype)
+        pull(w.sink, -(w.sink.detach() - w.lse).exp() * delta, p.scope.taps, sums)
+    d_s = d_x if x is s else pull(x, d_x, p.scope.taps, sums, s)
+    d_s = fold(p, torch.zeros_like(d_x) if d_s is None else d_s)
     d_q = product(d_s, k, p.spec.scale)
     tile.put_rows(sums.dq, unfold(tile, d_q, tile.height), p.group)
     tile.add_keys(sums.dk, unfold(tile, product(d_s.mT, q, p.spec.scale), tile.width))
@@ -164,33 +178,24 @@ def backward_tile(p: Problem, tile: Tile, grad_out: Tensor, sums: Gradients) -> 
 
 def _weighed(p: Problem, w: Weights) -> Tensor:
     """P, where rows without any kept kv have the weights that `empty` says; w sees every kv then."""
-    if p.empty in (None, "zero") or not bool(w.empty.any()):
+    if w.empty is None or p.empty in (None, "zero") or not bool(w.empty.any()):
         return w.P
     return w.P.masked_fill_(w.empty, math.nan if "nan" in p.empty else 1.0 / w.P.shape[-1])
 
 
-def _score_gradient(p: Problem, x: Tensor, s: Tensor, d_x: Tensor, sums: Gradients) -> Tensor:
-    """ds; what the captures get goes to the sums."""
-    if not x.requires_grad:
-        return torch.zeros_like(s)
-    leaves = [s, *(tap.leaf for tap in p.scope.taps)]
-    d_s, *found = torch.autograd.grad(x, leaves, d_x, allow_unused=True)
-    _collect(p.scope.taps, found, sums)
-    return torch.zeros_like(s) if d_s is None else d_s
-
-
-def _sink_gradient(p: Problem, w: Weights, delta: Tensor, sums: Gradients) -> None:
-    """dsink = -exp(sink - lse) * rowsum(dO out)"""
-    d_sink = -(w.sink.detach() - w.lse).exp() * delta
-    leaves = [tap.leaf for tap in p.scope.taps]
-    found = torch.autograd.grad(w.sink, leaves, d_sink, allow_unused=True)
-    _collect(p.scope.taps, found, sums)
-
-
-def _collect(taps: list[Tap], found: list[Tensor | None], sums: Gradients) -> None:
+def pull(
+    value: Tensor, d_value: Tensor, taps: list[Tap] | None, sums: Gradients, s: Tensor | None = None
+) -> Tensor | None:
+    """Differentiates a formula's value: the captures' part goes to the sums, that of s is returned."""
+    taps = taps or []
+    leaves = [tap.leaf for tap in taps] + ([] if s is None else [s])
+    if not value.requires_grad or not leaves:
+        return None
+    found = torch.autograd.grad(value, leaves, d_value, allow_unused=True)
     for tap, g in zip(taps, found):
         if g is not None:
             tap.add(sums.captures[tap.name], g)
+    return None if s is None else found[-1]
 
 
 # All tiles
@@ -201,14 +206,20 @@ def forward(p: Problem, one_tile: ForwardTile = forward_tile) -> tuple[Tensor, T
     if p.k.shape[2] == 0 or lse.numel() == 0:
         return out.zero_(), lse.fill_(math.inf)
     for tile in tiles(p):
-        if tile.spans:
-            rows, tile_lse = one_tile(p, tile)
-            tile.put_rows(out, rows, p.group)
-            tile.put_rows(lse, tile_lse, p.group)
-        else:
-            tile.rows(out, p.group).zero_()
-            tile.rows(lse, p.group).fill_(math.inf)
+        rows, tile_lse = (one_tile if tile.spans else _blind_tile)(p, tile)
+        tile.put_rows(out, rows, p.group)
+        tile.put_rows(lse, tile_lse, p.group)
     return fill_empty(p, out, lse), lse
+
+
+def _blind_tile(p: Problem, tile: Tile) -> tuple[Tensor, Tensor]:
+    """(0, log(exp(sink)) or +inf): rows that see no kv at all."""
+    heads = (tile.h_kv[1] - tile.h_kv[0]) * p.group
+    shape = ((tile.b[1] - tile.b[0]) * tile.stack, heads, tile.height, 1)
+    lse = p.q.new_full(shape, math.inf, dtype=p.scope.dtype)
+    if p.spec.sink is not None:
+        lse = mods.tensor(p.spec.sink, tile.scope(p, (0, 0))).expand(shape)
+    return p.q.new_zeros((*shape[:3], p.v.shape[3])), lse.reshape(shape[:3])
 
 
 def fill_empty(p: Problem, out: Tensor, lse: Tensor) -> Tensor:
@@ -237,27 +248,35 @@ def _fill_dropped_mean(p: Problem, out: Tensor, empty: Tensor) -> Tensor:
     return out
 
 
+BackwardTile = Callable[[Problem, Tile, Given, Gradients], None]
+
+
 def backward(
-    p: Problem, grad_out: Tensor, out: Tensor, lse: Tensor, wanted: tuple[str, ...]
+    p: Problem,
+    given: Given,
+    wanted: tuple[str, ...],
+    one_tile: BackwardTile = backward_tile,
+    spoilt: Callable[[Tensor], Tensor] | None = None,
 ) -> Gradients:
+    """`spoilt` tells from lse the rows whose tiles backward_tile serves instead of `one_tile`."""
     sums = Gradients.zeros(p, wanted)
-    if p.k.shape[2] == 0 or lse.numel() == 0:
+    if p.k.shape[2] == 0 or given.lse.numel() == 0:
         return sums
-    for tile in seeing_tiles(p, lse):
-        backward_tile(p, tile, grad_out, sums)
+    averaging = None if p.empty in (None, "zero") else _some(given.lse == math.inf)
+    apart = None if spoilt is None else _some(spoilt(given.lse))
+    for tile in tiles(p):
+        if averaging is not None and bool(tile.rows(averaging, p.group).any()):
+            for dense in tile.everything(p):
+                backward_tile(p, dense, given, sums)
+        elif tile.spans and apart is not None and bool(tile.rows(apart, p.group).any()):
+            backward_tile(p, tile, given, sums)
+        elif tile.spans:
+            one_tile(p, tile, given, sums)
     return sums
 
 
-def seeing_tiles(p: Problem, lse: Tensor) -> list[Tile]:
-    """The tiles for backward: one with a row that averages over every kv, kept or not, sees them all."""
-    empty = lse == math.inf
-    if p.empty in (None, "zero") or not bool(empty.any()):
-        return [tile for tile in tiles(p) if tile.spans]
-    found: list[Tile] = []
-    for tile in tiles(p):
-        dense = bool(tile.rows(empty, p.group).any())
-        found += tile.everything(p) if dense else [tile] * bool(tile.spans)
-    return found
+def _some(rows: Tensor) -> Tensor | None:
+    return rows if bool(rows.any()) else None
 
 
-PRODUCTS = Kernel("cpu.products", "cpu", supports, forward, backward)
+KERNEL = Kernel("cpu.products", "cpu", supports, forward, backward)

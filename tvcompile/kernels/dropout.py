@@ -8,7 +8,6 @@ mix is the finalizer `lowbias32` of C. Wellons (2018), applied to each row once 
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .mods import Scope

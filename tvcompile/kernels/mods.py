@@ -291,7 +291,7 @@ FUNCTIONS: dict[str, Callable] = {
     "flt": operator.lt,
     "feq": operator.eq,
 }
-FORMS: dict[type, Callable] = {
+FORMS: dict[Any, Callable] = {
     sympy.Add: _fold(operator.add),
     sympy.Mul: _fold(operator.mul),
     sympy.Pow: operator.pow,

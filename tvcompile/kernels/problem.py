@@ -76,6 +76,15 @@ class Problem:
 
 
 @dataclasses.dataclass(frozen=True)
+class Given:
+    """What backward gets beside the problem: grad_out, out [B,H,S_q,D_v], lse [B,H,S_q]."""
+
+    grad_out: Tensor
+    out: Tensor
+    lse: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
 class Gradients:
     """dq, dk, dv, and by name one for every capture that wants it; shapes as the tensors'."""
 
@@ -95,12 +104,15 @@ class Gradients:
 
 @dataclasses.dataclass(frozen=True)
 class Need:
-    """What a kernel is asked: the Spec, a dtype, which captures need gradients, about how many scores
-    (B*H*S_q*S_kv; 0: not known)."""
+    """What a kernel is asked.
+
+    wanted  None: forward; in backward the captures that need a gradient
+    scores  about B*H*S_q*S_kv, 0 if not known
+    """
 
     spec: AttentionSpec
     dtype: torch.dtype
-    wanted: tuple[str, ...] = ()
+    wanted: tuple[str, ...] | None = None
     scores: int = 0
 
 
@@ -110,11 +122,11 @@ class Kernel:
 
     supports  need -> None or the reason why it does not serve
     forward   problem -> (out, lse)
-    backward  problem, grad_out, out, lse, names of captures that need a gradient -> Gradients
+    backward  problem, given, names of captures that need a gradient -> Gradients
     """
 
     name: str
     device: str
     supports: Callable[[Need], str | None]
     forward: Callable[[Problem], tuple[Tensor, Tensor]]
-    backward: Callable[[Problem, Tensor, Tensor, Tensor, tuple[str, ...]], Gradients]
+    backward: Callable[[Problem, Given, tuple[str, ...]], Gradients]

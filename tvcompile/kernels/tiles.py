@@ -28,7 +28,7 @@ from .problem import Problem
 
 EDGE = 32  # kv ranges begin and end at its multiples
 HEIGHTS = (32, 64, 128, 256)
-BUDGET = 1 << 20  # scores that a tile holds at once
+BUDGET = 1 << 19  # scores that a tile holds at once
 TILE_COST = 40_000  # of a tile, in scores
 INDEXED = {(E.B,), (E.Q,), (E.KV,), (E.B, E.Q), (E.B, E.KV)}
 LARGE = 1 << 21  # scores from which captured data is searched for EMPTY and FULL blocks
@@ -65,7 +65,7 @@ class Tile:
 
     def put_rows(self, x: Tensor, value: Tensor, group: int) -> None:
         rows = self._rows(x, group)
-        rows.copy_(value.view(rows.shape))
+        rows.copy_(value.reshape(rows.shape))
 
     def _span(self, x: Tensor, span: Span) -> Tensor:
         """A view [b,stack,H_kv,N,D] of [B,H_kv,S_kv,D]"""
@@ -99,11 +99,11 @@ class Tile:
                 c0, c1 = max(c0, start), min(c1, start + k1 - k0)
                 if c0 < c1:
                     kv = (k0 + c0 - start, k0 + c1 - start)
-                    found.append(((c0, c1), self._scope(p, kv)))
+                    found.append(((c0, c1), self.scope(p, kv)))
             start += k1 - k0
         return found
 
-    def _scope(self, p: Problem, kv: Span) -> Scope:
+    def scope(self, p: Problem, kv: Span) -> Scope:
         h = self.h_kv[0] * p.group, self.h_kv[1] * p.group
         return p.scope.at(b=self.b, h=h, q=self.q, kv=kv, stack=self.stack)
 
@@ -256,8 +256,6 @@ def _follows(last: Tile, tile: Tile) -> bool:
 
 
 def _cost(plan: tuple[Tile, ...], group: int) -> int:
-    area = sum(
-        (t.b[1] - t.b[0]) * (t.h_kv[1] - t.h_kv[0]) * group * t.stack * t.height * t.width
-        for t in plan
-    )
-    return area + TILE_COST * len(plan)
+    area = sum((t.b[1] - t.b[0]) * (t.h_kv[1] - t.h_kv[0]) * group * t.stack * t.height * t.width for t in plan)
+    large = any(group * t.height * t.width > 2 * BUDGET for t in plan)
+    return area * (2 if large else 1) + TILE_COST * len(plan)

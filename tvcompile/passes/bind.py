@@ -119,7 +119,7 @@ def choose_operands(r: Reader, s: Sketch, roles: Roles, sides: dict, sizes: dict
     narrow = sides["v"][0].node.meta["val"].dtype
     q = _smallest(r, [(c, operand(r, c, (roles.b, roles.h, roles.q, d), sizes)) for c in sides["q"]], narrow)
     groups, sizes = _head_groups(r, roles, sides, sizes)
-    heads = {a: None for a in (*roles.h, *groups.values())}
+    heads = dict.fromkeys((*roles.h, *groups.values()))
     k_by, v_by = (
         _by_heads(r, sides[name], (roles.b, tuple(heads), kv, feature), groups, sizes, narrow)
         for name, feature in (("k", d), ("v", roles.dv))
@@ -128,9 +128,9 @@ def choose_operands(r: Reader, s: Sketch, roles: Roles, sides: dict, sizes: dict
     for signature in shared:
         if signature != roles.h[: len(signature)] and not set(signature) & set(groups.values()):
             continue
-        pair = [_with_heads(by, signature, roles, groups) for by in (k_by, v_by)]
-        if q is not None and all(pair):
-            return q, *pair
+        k, v = (_with_heads(by, signature, roles, groups) for by in (k_by, v_by))
+        if q is not None and k is not None and v is not None:
+            return q, k, v
     raise Refuse("Q, K or V is not a plain arrangement of batch, head, position and feature", s.anchor)
 
 

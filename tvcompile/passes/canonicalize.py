@@ -124,9 +124,7 @@ def canonicalize(gm: fx.GraphModule, fakes: Sequence, bodies: dict) -> tuple[fx.
     """
     mode = fake_mode_of(fakes)
     retrace = _Retrace(gm, bodies)
-    tracer = proxy_tensor.make_fx(
-        retrace.run, pre_dispatch=True, tracing_mode="symbolic", _allow_non_fake_inputs=True
-    )
+    tracer = proxy_tensor.make_fx(retrace.run, pre_dispatch=True, tracing_mode="symbolic", _allow_non_fake_inputs=True)
     shape_env = mode.shape_env if mode is not None else None
     fresh = shape_env.ignore_fresh_unbacked_symbols() if shape_env else contextlib.nullcontext()
     with torch.fx.traceback.preserve_node_meta(), fresh:
@@ -211,9 +209,10 @@ def functionalize_temporaries(graph: fx.Graph) -> None:
         if len(written) != 1 or written[0] is not node.args[0] or node.target.namespace != "aten":
             continue
         plain, x = functional_form(node.target), written[0]
-        if plain is None or storage_of(x) != storage_of(node):
+        memory = storage_of(x)
+        if plain is None or memory is None or memory != storage_of(node):
             continue
-        group, now = aliases[storage_of(x)], position[node]
+        group, now = aliases[memory], position[node]
         if any(a.op in ("placeholder", "get_attr") for a in group):
             continue
         chain = _slices_down_to_base(x)

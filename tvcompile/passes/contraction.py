@@ -1,7 +1,7 @@
 """Sums of products: which element of which operand every term of a contraction reads.
 
-    matmul(x, y)[b, i, j]              = sum_r x[b, i, r] * y[b, r, j]
-    einsum("bqhd,bkhd->bhqk", x, y)[b, h, i, j] = sum_r x[b, i, h, r] * y[b, j, h, r]
+matmul(x, y)[b, i, j]              = sum_r x[b, i, r] * y[b, r, j]
+einsum("bqhd,bkhd->bhqk", x, y)[b, h, i, j] = sum_r x[b, i, h, r] * y[b, j, h, r]
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ def _einsum(r: Reader, a: dict, node: fx.Node, idx: Index) -> Product | None:
         return None
     length = shapes[0][terms[0].index(letter)]
     at = {**dict(zip(out, idx)), letter: r.fresh(length, "r")}
-    sides = [(t, r.broadcast(t, tuple(at[c] for c in term))) for t, term in zip(tensors, terms)]
-    return Product(*sides, at[letter], length)
+    x, y = ((t, r.broadcast(t, tuple(at[c] for c in term))) for t, term in zip(tensors, terms))
+    return Product(x, y, at[letter], length)
 
 
 def _letters(equation: str, ranks: list[int]) -> tuple[list[str], str]:

@@ -1,8 +1,8 @@
 """Writes one tv.attention node for each Match. The only pass that changes a graph.
 
-    dot -> scale -> mask -> softmax -> matmul(p, v)
-    ->  q4, k4, v4 = arrange(q), arrange(k), arrange(v)
-        tv.attention(q4, k4, v4, captures, sizes, "scale=0.125; keep = kv <= q", None)[0] -> arrange back
+dot -> scale -> mask -> softmax -> matmul(p, v)
+->  q4, k4, v4 = arrange(q), arrange(k), arrange(v)
+    tv.attention(q4, k4, v4, captures, sizes, "scale=0.125; keep = kv <= q", None)[0] -> arrange back
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .. import expr as E
 from ..expr import Expr
 from ..spec import Match, Operand
 from .canonicalize import fake_mode_of
-from .read import Reader
+from .read import size
 
 aten = torch.ops.aten
 
@@ -73,7 +73,7 @@ class Writer:
 
 
 def _same(n: torch.SymInt, e: Expr) -> bool:
-    return Reader.size(None, n) == e
+    return size(n) == e
 
 
 def emit(graph: fx.Graph, matches: Sequence[Match]) -> None:
@@ -96,7 +96,12 @@ def _current(m: Match, replaced: dict[fx.Node, fx.Node]) -> Match:
 
 def _emit(graph: fx.Graph, m: Match) -> fx.Node:
     w = Writer(graph, m.anchor)
-    sources = [n for n in graph.find_nodes(op="placeholder")] + [m.q.node, m.k.node, m.v.node, *(n for n, _ in m.captures)]
+    sources = [n for n in graph.find_nodes(op="placeholder")] + [
+        m.q.node,
+        m.k.node,
+        m.v.node,
+        *(n for n, _ in m.captures),
+    ]
     dtype = compute_dtype(m)
     q, k, v = (_cast(w, _arrange(w, o, sources), dtype) for o in (m.q, m.k, m.v))
     captures = [_captured(w, node, dims, q) for node, dims in m.captures]

@@ -24,7 +24,7 @@ from .masking import Masks, split_scale
 from .movement import MOVEMENT, SPLITS
 from .pointwise import POINTWISE
 from .read import Reader, Unreadable
-from .weights import read_weights
+from .weights import NotASoftmax, read_weights
 
 SDPA = "scaled_dot_product_attention"
 SOFTMAX = ("softmax", "_softmax", "special_softmax", "log_softmax", "_log_softmax", "special_log_softmax")
@@ -43,7 +43,7 @@ def lift_attention(graph: fx.Graph) -> tuple[list[Match], list[Refusal]]:
         except (Refuse, Unreadable) as refusal:
             place = getattr(refusal, "node", None) or anchor
             softmax = next((n for n in between(r, start, anchor) if r.name(n) in SOFTMAX), None) if start else anchor
-            if softmax is not None or getattr(refusal, "weights", False):
+            if softmax is not None or isinstance(refusal, NotASoftmax):
                 about = softmax or anchor
                 refusals.setdefault(about, Refusal(str(about.target), str(refusal), where_of(place)))
             continue

@@ -89,7 +89,8 @@ class Masks:
             E.apply(op, inner.value, mask.value),
             keep=E.and_(inner.keep, mask.keep),
             fills=inner.fills + mask.fills,
-            caveat=inner.caveat or ("a captured term is added after the mask" if inner.fills and E.loads(mask.value) else ""),
+            caveat=inner.caveat
+            or ("a captured term is added after the mask" if inner.fills and E.loads(mask.value) else ""),
         )
 
     def additive(self, e: Expr) -> Masked:

@@ -212,7 +212,7 @@ def _part(reader, a, node, idx) -> Source | None:
     d = axis(b.get("dim", 0), len(idx))
     before = sympy.Integer(0)
     for part in whole.meta["val"][:k]:
-        before += reader.size(part.shape[d])
+        before += reader.shape_of(part)[d]
     return b["self"], (*idx[:d], sympy.expand(before + idx[d]), *idx[d + 1 :])
 
 
@@ -270,9 +270,7 @@ def _embedding(reader, a, node, idx) -> Source:
 SPLITS = ("split", "chunk", "unbind", "split_with_sizes", "tensor_split")
 
 MOVEMENT = {
-    **dict.fromkeys(
-        ("view", "reshape", "_unsafe_view", "unflatten", "flatten", "view_as", "reshape_as"), _view
-    ),
+    **dict.fromkeys(("view", "reshape", "_unsafe_view", "unflatten", "flatten", "view_as", "reshape_as"), _view),
     **dict.fromkeys(
         ("contiguous", "clone", "alias", "lift_fresh_copy", "lift_fresh", "expand_copy", "positive"), _same
     ),

@@ -288,7 +288,9 @@ def _reduce(r, a, n, idx):
 
 
 def _sum(r, a, n, idx):
-    return r.atom("dot" if is_product_sum(r, n) else "reduce", n, idx) if n.meta["val"].dtype.is_floating_point else None
+    return (
+        r.atom("dot" if is_product_sum(r, n) else "reduce", n, idx) if n.meta["val"].dtype.is_floating_point else None
+    )
 
 
 def is_product_sum(r, n: fx.Node) -> bool:
@@ -298,7 +300,13 @@ def is_product_sum(r, n: fx.Node) -> bool:
     is_mul = isinstance(source, fx.Node) and r.name(source) == "mul" and len(source.users) == 1
     if not (is_mul and dims is not None and len(dims) == 1):
         return False
-    return all(isinstance(x, fx.Node) and isinstance(x.meta["val"], torch.Tensor) and x.meta["val"].dim() > 1 for x in source.args[:2]) and source.args[0] is not source.args[1]
+    return (
+        all(
+            isinstance(x, fx.Node) and isinstance(x.meta["val"], torch.Tensor) and x.meta["val"].dim() > 1
+            for x in source.args[:2]
+        )
+        and source.args[0] is not source.args[1]
+    )
 
 
 def _item(r, a, n, idx):

@@ -50,15 +50,11 @@ class Reader:
 
     # Sizes and scalars
 
-    def size(self, value) -> Expr:
-        """The formula of a Python int or SymInt."""
-        if isinstance(value, torch.SymInt):
-            shape_env = value.node.shape_env
-            return from_shape_env(shape_env.replace(value.node.expr) if shape_env else value.node.expr)
-        return sympy.Integer(int(value))
-
     def shape(self, node: fx.Node) -> tuple[Expr, ...]:
-        return tuple(self.size(n) for n in node.meta["val"].shape)
+        return self.shape_of(node.meta["val"])
+
+    def shape_of(self, tensor: torch.Tensor) -> tuple[Expr, ...]:
+        return tuple(size(n) for n in tensor.shape)
 
     def scalar(self, value) -> Expr:
         """The formula of a scalar argument: a number or a node that holds one."""
@@ -67,13 +63,13 @@ class Reader:
             if isinstance(held, (int, float, bool)):
                 return E.number(held)
             if isinstance(held, torch.SymInt):
-                return self.size(held)
+                return size(held)
             if isinstance(held, torch.SymFloat):
                 known = held.node.maybe_as_float()
                 return E.number(known) if known is not None else self.leaf(value, ())
             raise Unreadable(f"the scalar {value.name} has no formula")
         if isinstance(value, torch.SymInt):
-            return self.size(value)
+            return size(value)
         return E.number(value)
 
     def clamp_start(self, start: Expr, size: Expr) -> Expr:
@@ -175,11 +171,11 @@ class Reader:
 
     def changed(self, node: fx.Node, before: int) -> bool:
         """Is the memory of `node` written after it is made and before position `before`?"""
-        writes = self._writes.get(storage_of(node), ())
-        return any(self.position[node] < w < before for w in writes)
+        return self.changed_between(node, self.position[node], before)
 
     def changed_between(self, node: fx.Node, start: int, stop: int) -> bool:
-        return any(start < w < stop for w in self._writes.get(storage_of(node), ()))
+        key = storage_of(node)
+        return key is not None and any(start < w < stop for w in self._writes.get(key, ()))
 
     def operand(self, value, idx: Index, at: int) -> Expr:
         """The formula of an argument of a pointwise operation whose result has index `idx`."""
@@ -262,6 +258,14 @@ class Reader:
     def atom(self, op: str, node: fx.Node, idx: Index) -> Expr:
         """An operation that the reader does not open: `dot`, `softmax`, `reduce`, `dropout`."""
         return E.FloatCall(op, Str(node.name), *idx)
+
+
+def size(value: int | torch.SymInt) -> Expr:
+    """The formula of a size."""
+    if isinstance(value, torch.SymInt):
+        shape_env = value.node.shape_env
+        return from_shape_env(shape_env.replace(value.node.expr) if shape_env else value.node.expr)
+    return sympy.Integer(int(value))
 
 
 def fix_feature_sizes(graph: fx.Graph) -> None:

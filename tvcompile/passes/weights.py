@@ -1,7 +1,7 @@
 """Attention weights: the softmax in every way it is written.
 
-    softmax(x, -1), log_softmax(x).exp(), exp(x - amax(x)) / sum(exp(x - amax(x))), exp(x - logsumexp(x)),
-    softmax(cat([x, sink]), -1)[..., :-1], exp(x) / (1 + sum(exp(x)))   ->   (x, sink, dropout)
+softmax(x, -1), log_softmax(x).exp(), exp(x - amax(x)) / sum(exp(x - amax(x))), exp(x - logsumexp(x)),
+softmax(cat([x, sink]), -1)[..., :-1], exp(x) / (1 + sum(exp(x)))   ->   (x, sink, dropout)
 """
 
 from __future__ import annotations
@@ -14,10 +14,14 @@ from torch import fx
 
 from .. import expr as E
 from ..expr import Expr
-from .contraction import Product
 from ..spec import Refuse
+from .contraction import Product
 from .movement import Index, axis
 from .read import Reader
+
+
+class NotASoftmax(Refuse):
+    """The scores are weighted by something else: worth a word even where there is no softmax."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,9 +56,8 @@ def read_weights(r: Reader, anchor: fx.Node, product: Product, out: Index):
             return late[0], other, late[1]
         unlike = unlike or _looks_like_weights(formula, product.over)
     if unlike is not None:
-        refusal = Refuse(f"the weights are {unlike} of the scores, not a softmax over the summed position", anchor)
-        refusal.weights = True
-        raise refusal
+        reason = f"the weights are {unlike} of the scores, not a softmax over the summed position"
+        raise NotASoftmax(reason, anchor)
     return None, None, anchor
 
 

@@ -1,0 +1,260 @@
+"""Every CPU kernel against the formula in float64: outputs, lse and all gradients, tile by tile."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.harness import tolerated
+from tvcompile.kernels import KERNELS, Problem, mods, tiles
+from tvcompile.kernels.attention import attention_ref
+from tvcompile.kernels.problem import Given, Need
+from tvcompile.spec import AttentionSpec
+
+B, H, H_KV, D = 2, 4, 2, 16
+EMPTY = ("nan", "nan_cut", "mean", "mean_cut", "zero")
+PADDED = "scale=0.25; keep = kv <= q & pad[b, kv]; empty="
+SPECS = {
+    "plain": "scale=0.25",
+    "causal": "scale=0.25; keep = kv <= q",
+    "window": "scale=0.25; keep = kv <= q & q - kv < 40; empty=nan",
+    "two_sided": "scale=0.25; keep = abs(q - kv) <= 17; empty=mean_cut",
+    "dilated": "scale=0.25; keep = kv <= q & (q - kv)%2 == 0",
+    "global_and_local": "scale=0.25; keep = kv <= q & (kv < 5 | q - kv < 33)",
+    "chunks": "scale=0.25; keep = kv//48 == q//48; empty=zero",
+    "prefix": "scale=0.25; keep = kv <= q | kv < ids[b]",
+    "documents": "scale=0.25; keep = kv <= q & ids[b, q] == ids[b, kv]; empty=zero",
+    "mask": "scale=0.25; keep = mask[b, h, q, kv]; empty=zero",
+    "softcap": "scale=0.25; score = 5.0*tanh(s/5.0); keep = kv <= q",
+    "alibi": "scale=0.25; score = s + slope[h]*float32(kv - q); keep = kv <= q",
+    "table": "scale=0.25; score = s + bias[min(abs(q - kv), 31), h]",
+    "bias": "scale=0.25; score = s + bias[h, q, kv]; keep = kv <= q",
+    "row_bias_and_temperature": "scale=0.25; score = s*slope[h]/1.5 - bias[b, kv]; keep = kv <= q",
+    "sink": "scale=0.25; keep = kv <= q & q - kv < 40; sink = sink[h]",
+    "off_by_one": "scale=0.25; keep = kv <= q; sink = 0.0",
+    "padded_sink": "scale=0.25; keep = kv <= q & pad[b, kv]; sink = sink[h]; empty=zero",
+    "dropout": "scale=0.25; keep = kv <= q; dropout=0.3",
+    "dropout_padded": "scale=0.25; keep = kv <= q & pad[b, kv]; dropout=0.3; empty=mean",
+    "alibi_padded": "scale=0.25; score = s + slope[h]*float32(kv - q); keep = kv <= q & pad[b, kv]; empty=mean",
+    "table_padded": "scale=0.25; score = s + bias[min(abs(q - kv), 31), h]; keep = pad[b, kv]; empty=nan",
+} | {f"padded_{e}": PADDED + e for e in EMPTY}
+SHAPES = {
+    "square": (130, 130),
+    "odd": (67, 131),
+    "few_rows": (3, 100),
+    "few_keys": (90, 21),
+}
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    """Tiles of many heights and stacks although the problems are small."""
+    monkeypatch.setattr(tiles, "BUDGET", 4000)
+    monkeypatch.setattr(tiles, "TILE_COST", 300)
+    monkeypatch.setattr(tiles, "LARGE", 0)
+    tiles._static_tiles.cache_clear()
+    yield
+    tiles._static_tiles.cache_clear()
+
+
+def captures_of(spec: str, S_q: int, S_kv: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    gen = torch.Generator().manual_seed(3)
+    S = max(S_q, S_kv)
+    pad = torch.ones(B, S, dtype=torch.bool)
+    pad[0, : S // 3] = False
+    pad[1, S // 2 + 3 :] = False
+    documents = torch.randint(0, 4, (B, S), generator=gen).sort(-1).values
+    loads = {E: i for E, i in _loads(spec)}
+    bias = {2: (32, H), 3: (H, S, S)}.get(loads.get("bias", 0), (1,))
+    bias = (B, S) if "bias[b, kv]" in spec else bias
+    made = {
+        "pad": pad,
+        "ids": torch.tensor([5, 60]) if loads.get("ids") == 1 else documents,
+        "mask": torch.rand(B, H, S, S, generator=gen) < 0.4,
+        "slope": torch.rand(H, generator=gen).to(dtype),
+        "bias": torch.randn(bias, generator=gen).to(dtype),
+        "sink": torch.randn(H, generator=gen).to(dtype),
+    }
+    return [made[name] for name in AttentionSpec.parse(spec).captures()]
+
+
+def _loads(spec: str) -> list[tuple[str, int]]:
+    from tvcompile import expr as E
+
+    formulas = AttentionSpec.parse(spec).formulas()
+    return [(E.operands(x)[0].name, len(E.operands(x)) - 1) for f in formulas for x in E.loads(f)]
+
+
+def eager(q, k, v, captures, spec, seed):
+    """The formula with both matrix products in the tensors' dtype, as eager programs make them."""
+    p = Problem.of(q, k, v, captures, [], spec, seed)
+    k, v = (x.repeat_interleave(p.group, 1) for x in (k, v))
+    s = (q @ k.mT).to(p.scope.dtype)
+    unit = torch.eye(s.shape[-1], dtype=s.dtype).expand(B, H, -1, -1)
+    weights, lse = attention_ref(s, unit, unit, captures, [], spec, seed)
+    return weights.to(q.dtype) @ v, lse
+
+
+def results(run, q, k, v, captures, direction):
+    """out, lse and the gradients of q, k, v and the float captures, by autograd."""
+    leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+    held = [c.detach().requires_grad_(c.is_floating_point()) for c in captures]
+    out, lse = run(*leaves, held)
+    sources = leaves + [c for c in held if c.requires_grad]
+    grads = torch.autograd.grad(out, sources, direction.to(out.dtype), allow_unused=True)
+    return [out.detach().to(q.dtype), lse.detach(), *grads]
+
+
+def by_kernel(kernel, q, k, v, captures, spec, seed, direction):
+    """The same by a kernel, as far as it serves; None for what it does not give."""
+    p = Problem.of(q, k, v, captures, [], spec, seed)
+    floats = [n for n, c in p.scope.captures.items() if c.is_floating_point()]
+    reason = kernel.supports(Need(p.spec, q.dtype))
+    if reason is not None:
+        pytest.skip(f"{kernel.name}: {reason}")
+    out, lse = kernel.forward(p)
+    for wanted in (tuple(floats), ()):
+        if kernel.supports(Need(p.spec, q.dtype, wanted)) is None:
+            g = kernel.backward(p, Given(direction, out, lse), wanted)
+            grads = [x.to(q.dtype) for x in (g.dq, g.dk, g.dv)]
+            held = [g.captures[n].to(q.dtype) if n in wanted else None for n in floats]
+            return [out, lse, *grads, *held]
+    return [out, lse]
+
+
+def compare(kernel, spec, shape, dtype, D_v=D):
+    S_q, S_kv = shape
+    gen = torch.Generator().manual_seed(1)
+    q = torch.randn(B, H, S_q, D, generator=gen).to(dtype)
+    k = torch.randn(B, H_KV, S_kv, D, generator=gen).to(dtype)
+    v = torch.randn(B, H_KV, S_kv, D_v, generator=gen).to(dtype)
+    direction = torch.randn(B, H, S_q, D_v, generator=gen).to(dtype)
+    captures, seed = captures_of(spec, S_q, S_kv, dtype), torch.tensor(11)
+    got = by_kernel(kernel, q, k, v, captures, spec, seed, direction)
+    own = results(lambda a, b, c, d: eager(a, b, c, d, spec, seed), q, k, v, captures, direction)
+    wide = [x.double() if x.is_floating_point() else x for x in captures]
+    exact = results(
+        lambda a, b, c, d: attention_ref(a, b, c, d, [], spec, seed),
+        q.double(), k.double(), v.double(), wide, direction.double(),
+    )  # fmt: skip
+    names = ["out", "lse", "dq", "dk", "dv", "dcapture", "dcapture"]
+    for name, g, e, x in zip(names, got, own, exact):
+        if g is None or e is None:
+            continue
+        verdict = tolerated(g, e.to(g.dtype), x)
+        assert not verdict, f"{kernel.name} {name}: {verdict}"
+
+
+by_name = pytest.mark.parametrize("kernel", KERNELS, ids=lambda k: k.name)
+
+
+@by_name
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_outputs_and_gradients_agree_with_the_formula(kernel, spec, shape):
+    compare(kernel, spec, shape, torch.float32)
+
+
+@by_name
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_other_dtypes_keep_eagers_accuracy(kernel, spec, dtype):
+    compare(kernel, spec, SHAPES["square"], dtype)
+
+
+@by_name
+@pytest.mark.parametrize("D_v", [8, 24])
+@pytest.mark.parametrize("spec", [SPECS["plain"], SPECS["window"]], ids=["plain", "window"])
+def test_values_may_be_narrower_or_wider_than_keys(kernel, spec, D_v):
+    compare(kernel, spec, SHAPES["odd"], torch.float32, D_v)
+
+
+@by_name
+def test_rows_shifted_to_finfo_min_keep_their_gradients(kernel):
+    """Softmax of equal scores is uniform however low they are; lse alone cannot tell."""
+    S = 64
+    bias = torch.zeros(S)
+    bias[: S // 2] = torch.finfo(torch.float32).min
+    spec = "scale=0.25; score = s + bias[q]"
+    q, k, v = (torch.randn(1, 1, S, D) for _ in range(3))
+    direction = torch.randn(1, 1, S, D)
+    exact = results(lambda a, b, c, d: attention_ref(a, b, c, d, [], spec), q, k, v, [bias], direction)
+    p = Problem.of(q, k, v, [bias], [], spec, None)
+    out, lse = kernel.forward(p)
+    g = kernel.backward(p, Given(direction, out, lse), ())
+    for got, want in zip((out, g.dq, g.dk, g.dv), (exact[0], *exact[2:5])):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@by_name
+@pytest.mark.parametrize("spec", [SPECS["causal"], SPECS["padded_mean"]], ids=["causal", "padded"])
+def test_strided_and_expanded_inputs(kernel, spec):
+    S = 70
+    q = torch.randn(B, S, H, D).transpose(1, 2)
+    k = torch.randn(1, 1, S, D).expand(B, H_KV, S, D)
+    v = torch.randn(B, H_KV, D, S).mT
+    captures = captures_of(spec, S, S, torch.float32)
+    out, lse = kernel.forward(Problem.of(q, k, v, captures, [], spec, None))
+    want = attention_ref(q, k, v, captures, [], spec)
+    torch.testing.assert_close((out, lse), want)
+
+
+def test_a_sliding_window_is_a_stack_of_equal_blocks(monkeypatch):
+    monkeypatch.setattr(tiles, "BUDGET", 1 << 30)
+    monkeypatch.setattr(tiles, "TILE_COST", 40_000)
+    q, k = torch.empty(1, 8, 4096, 64), torch.empty(1, 2, 4096, 64)
+    p = Problem.of(q, k, k, [], [], "scale=1; keep = kv <= q & q - kv < 256", None)
+    found = tiles.tiles(p)
+    rows = sum(t.stack * t.height for t in found)
+    area = sum(t.stack * t.height * t.width for t in found)
+    assert rows == 4096 and max(t.stack for t in found) > 10
+    assert area < 1.3 * 4096 * 256
+
+
+def test_left_padding_is_skipped_per_batch_element():
+    pad = torch.ones(2, 512, dtype=torch.bool)
+    pad[0, :384] = False
+    q = torch.empty(2, 2, 512, 16)
+    p = Problem.of(q, q, q, [pad], [], "scale=1; keep = kv <= q & pad[b, kv]; empty=mean", None)
+    seen = [sum(t.height * t.width * t.stack for t in tiles.tiles(p) if t.b[0] <= b < t.b[1]) for b in (0, 1)]
+    assert seen[0] < 0.15 * seen[1]
+
+
+def test_dropout_keeps_the_right_share_independently_in_every_direction():
+    from tvcompile.kernels.dropout import keep_weights
+
+    p = Problem.of(*[torch.empty(4, 4, 256, 8)] * 3, [], [], "scale=1; dropout=0.25", None)
+    found = [keep_weights(torch.tensor(s), p.scope, 0.25) for s in (0, 1, 2**40)]
+    kept = [(f > 0).float() for f in found]
+    assert found[0].unique().tolist() == pytest.approx([0.0, 4 / 3])
+    for i, x in enumerate(kept):
+        assert abs(float(x.mean()) - 0.75) < 2e-3
+        for dim in range(4):
+            near = (x * x.roll(1, dim)).mean()
+            assert abs(float(near) - 0.75**2) < 3e-3
+            spread = x.mean([d for d in range(4) if d != dim])
+            assert float((spread - 0.75).abs().max()) < 0.03
+        for other in kept[:i]:
+            assert abs(float((x * other).mean()) - 0.75**2) < 3e-3
+
+
+def test_a_dropout_block_is_a_part_of_the_whole():
+    from tvcompile.kernels.dropout import keep_weights
+
+    p = Problem.of(*[torch.empty(2, 3, 40, 8)] * 3, [], [], "scale=1; dropout=0.5", None)
+    whole = keep_weights(torch.tensor(9), p.scope, 0.5)
+    part = keep_weights(torch.tensor(9), p.scope.at(b=(1, 2), q=(7, 20), kv=(3, 33)), 0.5)
+    assert torch.equal(part, whole[1:2, :, 7:20, 3:33])
+
+
+def test_a_formula_over_a_stack_is_that_over_its_blocks():
+    from tvcompile import syntax
+
+    p = Problem.of(*[torch.empty(2, 3, 40, 8)] * 3, [], [], "scale=1", None)
+    ids = torch.arange(80).view(2, 40)
+    e = syntax.parse("ids[b, kv] + 100*q + 7*h")
+    scope = p.scope.at(q=(4, 8), kv=(2, 12), captures={"ids": ids}, stack=3)
+    blocks = [
+        mods.tensor(e, p.scope.at(q=(4 + i, 8 + i), kv=(2 + i, 12 + i), captures={"ids": ids})) for i in (0, 4, 8)
+    ]
+    assert torch.equal(mods.tensor(e, scope), torch.stack(blocks, 1).flatten(0, 1))

@@ -1,0 +1,217 @@
+"""PyTorch's own CPU flash kernel, called per tile; its mask argument takes what keep hides and the bias.
+
+    score = a*s + c      a: free of kv, folded into q      c: free of s, a float mask [X,H,M,N]
+    plain causal and unmasked attention: one call for all rows
+
+It is chosen where it is faster than cpu.py: small problems, and 16-bit forwards on a CPU with AMX.
+Backward needs lse to be exact: tiles with empty rows, and with scores so large that lse has lost its
+fraction (an added finfo.min), go to cpu.py, which recomputes the softmax.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import expr as E
+from ..expr import Expr
+from . import cpu, mods
+from .masks import dropped_columns
+from .problem import Given, Gradients, Kernel, Need, Problem
+from .tiles import Tile
+
+FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+CAUSAL = E.le(E.KV, E.Q)
+SMALL = 1 << 19  # scores up to which the fixed cost of a call decides
+INEXACT = 1e4  # |lse| from which float32 leaves less than three digits for the softmax
+
+
+def supports(need: Need) -> str | None:
+    if need.spec.dropout:
+        return "no dropout inside"
+    parts = affine(need.spec.score)
+    if parts is None:
+        return f"the score is not a*s + c: {need.spec.score}"
+    short = need.dtype in (torch.bfloat16, torch.float16)
+    if need.wanted is not None and short:
+        return "its backward adds up dk and dv in 16 bits"
+    loaded = {E.operands(x)[0].name for part in parts for x in E.loads(part)}
+    if loaded & set(need.wanted or ()):
+        return f"gives no gradient of {', '.join(sorted(loaded & set(need.wanted or ())))}"
+    if need.scores > SMALL and not (short and _has_amx()):
+        return "matrix products are faster here"
+    return None
+
+
+@functools.lru_cache(maxsize=1)
+def _has_amx() -> bool:
+    check = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return bool(check and check())
+
+
+@functools.lru_cache(maxsize=512)
+def affine(e: Expr) -> tuple[Expr, Expr] | None:
+    """(a, c) with e == a*s + c where a is free of s and kv, c is free of s; None if there are none."""
+    zero, one = E.number(0.0), E.number(1.0)
+    if e == E.S:
+        return one, zero
+    if not E.mentions(e, E.S):
+        return zero, e
+    op, args = E.op_of(e), E.operands(e)
+    if op not in ("add", "sub", "mul", "div", "neg") or E.kind(e) != "float":
+        return None
+    parts = [part for x in args if (part := affine(x)) is not None]
+    if len(parts) < len(args):
+        return None
+    (a, c), *others = parts
+    if op == "neg":
+        return E.apply("neg", a), E.apply("neg", c)
+    ((b, d),) = others
+    if op in ("add", "sub"):
+        return E.apply(op, a, b), E.apply(op, c, d)
+    if op == "mul" and a == zero:
+        (a, c), (b, d) = (b, d), (a, c)
+    if b != zero or E.mentions(d, E.KV):
+        return None
+    return E.apply(op, a, d), c if c == zero else E.apply(op, c, d)
+
+
+def _parts(p: Problem) -> tuple[Expr, Expr]:
+    parts = affine(p.spec.score)
+    assert parts is not None, "supports() admits affine scores only"
+    return parts
+
+
+def _factor(p: Problem, tile: Tile) -> Tensor | float:
+    a, _ = _parts(p)
+    if E.constant(a) is not None:
+        return E.constant(a)
+    (_, scope), *_ = tile.scopes(p)
+    return mods.tensor(a, scope)
+
+
+def _mask(p: Problem, tile: Tile) -> Tensor | None:
+    """c, with -inf where keep hides the pair; None if nothing is added and nothing hidden."""
+    _, c = _parts(p)
+    columns = dropped_columns(p, tile)
+    if E.constant(c) == 0.0:
+        if not columns:
+            return None
+        parts = [dropped for _, dropped in columns]
+        shape = [max(x.shape[i] for x in parts) for i in range(3)]
+        mask = torch.zeros(*shape, tile.width, dtype=p.scope.dtype)
+    else:
+        parts = [mods.tensor(c, scope) for _, scope in tile.scopes(p)]
+        hidden = [dropped for _, dropped in columns]
+        shape = [max(x.shape[i] for x in parts + hidden) for i in range(3)]
+        spans = [c1 - c0 for (c0, c1), _ in tile.scopes(p)]
+        mask = torch.cat([x.expand(*shape, n) for x, n in zip(parts, spans)], -1)
+        mask = mask.clone() if len(parts) == 1 else mask
+    for (c0, c1), dropped in columns:
+        mask[..., c0:c1].masked_fill_(dropped, -math.inf)
+    return mask
+
+
+def _padded(p: Problem, x: Tensor) -> Tensor:
+    """Zeros up to max(D, D_v): the kernel wants D == D_v."""
+    missing = max(p.q.shape[3], p.v.shape[3]) - x.shape[3]
+    return F.pad(x, (0, missing)) if missing else x
+
+
+def _operands(p: Problem, tile: Tile) -> tuple[Tensor, Tensor, Tensor]:
+    q = tile.rows(p.q, p.group) * _factor(p, tile) if p.spec.score != E.S else tile.rows(p.q, p.group)
+    return (
+        _padded(p, q.to(p.q.dtype)),
+        _padded(p, tile.keys(p.k)),
+        _padded(p, tile.keys(p.v)),
+    )
+
+
+def forward_tile(p: Problem, tile: Tile) -> tuple[Tensor, Tensor]:
+    """(out [X,H,M,D_v], lse [X,H,M])"""
+    mask = _mask(p, tile)
+    out, lse = FLASH(*_operands(p, tile), attn_mask=mask, scale=p.spec.scale)
+    out = out[..., : p.v.shape[3]]
+    if mask is not None and (p.empty is not None or p.spec.score != E.S):
+        out, lse = _without_empty(p, mask, out, lse)
+    if p.spec.sink is None:
+        return out, lse
+    (_, scope), *_ = tile.scopes(p)
+    total = torch.logaddexp(lse, mods.tensor(p.spec.sink, scope)[..., 0].to(lse.dtype))
+    return out * (lse - total).exp_().unsqueeze(-1).to(out.dtype), total
+
+
+def _without_empty(p: Problem, mask: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows where everything is hidden get what cpu.py gives them."""
+    empty = (mask.amax(-1) == -math.inf).expand(lse.shape)
+    if not bool(empty.any()):
+        return out, lse
+    level = -math.inf if p.spec.sink is not None else (math.nan if p.empty is None else math.inf)
+    value = math.nan if p.empty is None else 0.0
+    return out.masked_fill(empty.unsqueeze(-1), value), lse.masked_fill(empty, level)
+
+
+def backward_tile(p: Problem, tile: Tile, given: Given, sums: Gradients) -> None:
+    q, k, v = _operands(p, tile)
+    grad_out, out = (tile.rows(x, p.group) for x in (given.grad_out, given.out))
+    lse = tile.rows(given.lse, p.group)
+    if sums.captures:
+        _sink_gradient(p, tile, (grad_out * out).sum(-1, dtype=lse.dtype), lse, sums)
+    d_q, d_k, d_v = FLASH_BACKWARD(
+        _padded(p, grad_out), q, k, v, _padded(p, out), lse.contiguous(), 0.0, False,
+        attn_mask=_mask(p, tile), scale=p.spec.scale,
+    )  # fmt: skip
+    d_q = d_q[..., : p.q.shape[3]]
+    d_q = d_q * _factor(p, tile) if p.spec.score != E.S else d_q
+    tile.put_rows(sums.dq, d_q, p.group)
+    tile.add_keys(sums.dk, d_k[..., : p.q.shape[3]])
+    tile.add_keys(sums.dv, d_v[..., : p.v.shape[3]])
+
+
+def _sink_gradient(p: Problem, tile: Tile, delta: Tensor, lse: Tensor, sums: Gradients) -> None:
+    (_, scope), *_ = tile.scopes(p)
+    taps: list[mods.Tap] = []
+    scope = scope.at(wanted=tuple(sums.captures), taps=taps)
+    with torch.enable_grad():
+        sink = mods.tensor(p.spec.sink, scope).expand(*lse.shape, 1)
+    d_sink = -(sink.detach() - lse.unsqueeze(-1)).exp() * delta.unsqueeze(-1)
+    cpu.pull(sink, d_sink, taps, sums)
+
+
+# All tiles
+
+
+def forward(p: Problem) -> tuple[Tensor, Tensor]:
+    if not _one_call(p):
+        return cpu.forward(p, forward_tile)
+    out, lse = FLASH(p.q, p.k, p.v, is_causal=p.spec.keep == CAUSAL, scale=p.spec.scale)
+    wanted, _ = p.results()
+    out = out if out.stride() == wanted.stride() else wanted.copy_(out)
+    return out, lse.contiguous()
+
+
+def _one_call(p: Problem) -> bool:
+    """Whether the kernel itself knows the mask and serves the shapes."""
+    plain = p.spec.score == E.S and p.spec.sink is None and p.spec.keep in (E.TRUE, CAUSAL)
+    return plain and p.q.shape[3] == p.v.shape[3] and 0 not in (*p.q.shape, *p.k.shape)
+
+
+def _spoilt(lse: Tensor) -> Tensor:
+    return (lse.abs() > INEXACT) & (lse != math.inf)
+
+
+def backward(p: Problem, given: Given, wanted: tuple[str, ...]) -> Gradients:
+    if not _one_call(p) or bool(_spoilt(given.lse).any()):
+        return cpu.backward(p, given, wanted, backward_tile, _spoilt)
+    causal = p.spec.keep == CAUSAL
+    grads = FLASH_BACKWARD(given.grad_out, p.q, p.k, p.v, given.out, given.lse, 0.0, causal, scale=p.spec.scale)
+    d_q, d_k, d_v = grads
+    return Gradients(d_q, d_k, d_v, {})
+
+
+KERNEL = Kernel("cpu.flash", "cpu", supports, forward, backward)
