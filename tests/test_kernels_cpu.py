@@ -64,7 +64,7 @@ def captures_of(spec: str, S_q: int, S_kv: int, dtype: torch.dtype) -> list[torc
     pad[0, : S // 3] = False
     pad[1, S // 2 + 3 :] = False
     documents = torch.randint(0, 4, (B, S), generator=gen).sort(-1).values
-    loads = {E: i for E, i in _loads(spec)}
+    loads = dict(_loads(spec))
     bias = {2: (32, H), 3: (H, S, S)}.get(loads.get("bias", 0), (1,))
     bias = (B, S) if "bias[b, kv]" in spec else bias
     made = {

@@ -187,7 +187,8 @@ def _cost(match: Match) -> str:
     flops = 2 * scores * (n["D"] + n["D_v"])
     ends = sum(o.node.meta["val"].numel() for o in (match.q, match.k, match.v, match.out)) * width
     steps = sum(isinstance(x.meta.get("val"), torch.Tensor) for x in match.region[:-1])
-    return f"{flops / 1e9:.3g} GFLOP; written {(scores * steps * width + ends) / 1e6:.3g} MB in S x S steps, fused {ends / 1e6:.3g} MB"
+    written = (scores * steps * width + ends) / 1e6
+    return f"{flops / 1e9:.3g} GFLOP; written {written:.3g} MB in S x S steps, fused {ends / 1e6:.3g} MB"
 
 
 def lines_of(graph: fx.Graph) -> list[str]:

@@ -175,15 +175,25 @@ def _count(signature: tuple, sizes: dict) -> tuple:
 
 
 def _smallest(r: Reader, options: list[tuple[Candidate, Operand | None]], narrow: torch.dtype) -> Operand | None:
-    """The shallowest of the candidates with the fewest elements; deeper where a factor is on the way."""
+    """Of the candidates with the fewest elements the shallowest; deeper past a factor, or to one in order."""
     result, least, factor = None, None, 1.0
     for c, arranged in options:
         if arranged is None or (c.widened and c.node.meta["val"].dtype != narrow):
             continue
         elements = functools.reduce(lambda x, y: x * y, r.shape(c.node), sympy.Integer(1))
-        if result is None or (E.at_most(elements, least) and (elements != least or c.factor != factor)):
+        if result is None:
+            better = True
+        else:
+            past = elements != least or c.factor != factor or (_in_order(arranged) and not _in_order(result))
+            better = past and E.at_most(elements, least)
+        if better:
             result, least, factor = arranged, elements, c.factor
     return result
+
+
+def _in_order(o: Operand) -> bool:
+    """Are its dims the op's own, so that nothing has to be moved?"""
+    return o.dims == o.groups
 
 
 def meaning_of_empty_rows(s: Sketch) -> str | None:

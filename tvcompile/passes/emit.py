@@ -96,12 +96,8 @@ def _current(m: Match, replaced: dict[fx.Node, fx.Node]) -> Match:
 
 def _emit(graph: fx.Graph, m: Match) -> fx.Node:
     w = Writer(graph, m.anchor)
-    sources = [n for n in graph.find_nodes(op="placeholder")] + [
-        m.q.node,
-        m.k.node,
-        m.v.node,
-        *(n for n, _ in m.captures),
-    ]
+    operands = [m.q.node, m.k.node, m.v.node, *(n for n, _ in m.captures)]
+    sources = [*graph.find_nodes(op="placeholder"), *operands]
     dtype = compute_dtype(m)
     q, k, v = (_cast(w, _arrange(w, o, sources), dtype) for o in (m.q, m.k, m.v))
     captures = [_captured(w, node, dims, q) for node, dims in m.captures]

@@ -232,6 +232,7 @@ def lift_sdpa(r: Reader, facts: Facts, anchor: fx.Node) -> Match:
     sketch = Sketch(
         anchor, (anchor,), [[x] if x != 0 else [] for x in out],
         side(q, *lead, row, d), side(k, *kv_lead, kv, d), side(v, *kv_lead, kv, out[-1]),
-        kv, d, parts.edit(edit), factor * scale, (whole[0] * scale, whole[1]), None, dropout, True, "softmax", facts.training,
+        kv, d, parts.edit(edit), factor * scale, (whole[0] * scale, whole[1]), None, dropout, True,
+        training=facts.training,
     )  # fmt: skip
     return bind(r, sketch)

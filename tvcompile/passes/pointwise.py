@@ -1,6 +1,6 @@
 """Formulas of operations that compute one element from elements: one rule an ATen operation.
 
-    masked_fill(x, m, v)[i] = where(m[i], v, x[i])        arange(n)[i] = i        tril(x)[i, j] = where(j <= i, x[i, j], 0)
+    masked_fill(x, m, v)[i] = where(m[i], v, x[i])     arange(n)[i] = i     tril(x)[i, j] = where(j <= i, x[i, j], 0)
 
 A rule gets (reader, arguments by schema name, node, index) and returns a formula, or None where this
 use of the operation has none. The reader casts the formula to the node's dtype.
