@@ -160,7 +160,7 @@ def backward_tile(p: Problem, tile: Tile, given: Given, sums: Gradients) -> None
     q, k, v = _operands(p, tile)
     grad_out, out = (tile.rows(x, p.group) for x in (given.grad_out, given.out))
     lse = tile.rows(given.lse, p.group)
-    if sums.captures:
+    if sums.captures and p.spec.sink is not None:
         _sink_gradient(p, tile, (grad_out * out).sum(-1, dtype=lse.dtype), lse, sums)
     d_q, d_k, d_v = FLASH_BACKWARD(
         _padded(p, grad_out), q, k, v, _padded(p, out), lse.contiguous(), 0.0, False,

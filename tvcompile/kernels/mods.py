@@ -139,6 +139,8 @@ def _step(x: Expr) -> tuple[Callable, tuple[Expr, ...]]:
     if op in ("le", "eq"):
         left, right = _sides(E.operands(x)[0])
         return _unscoped(operator.le if op == "le" else operator.eq), (left, right)
+    if op == "where":
+        return _where, E.operands(x)
     if op in E.CASTS:
         return functools.partial(_cast, getattr(torch, op)), E.operands(x)
     if op is not None:
@@ -239,9 +241,10 @@ def _function(op: str) -> Callable:
     return lambda *values: function(*[torch.as_tensor(v) for v in values])
 
 
-def _where(c: Any, a: Any, b: Any) -> Any:
+def _where(scope: Scope, c: Any, a: Any, b: Any) -> Any:
     if not isinstance(c, Tensor):
         return a if c else b
+    a, b = (torch.tensor(x, dtype=torch.float64).to(scope.dtype) if type(x) is float else x for x in (a, b))
     return torch.where(c, a, b)
 
 
@@ -283,7 +286,6 @@ FUNCTIONS: dict[str, Callable] = {
     "%": operator.mod,
     "neg": operator.neg,
     "abs": abs,
-    "where": _where,
     "min": _extreme(min, torch.minimum, "max"),
     "max": _extreme(max, torch.maximum, "min"),
     "int": _to_int,

@@ -120,7 +120,9 @@ def _to(r, a, n, idx):
         held = r.nodes[E.operands(x)[0].name[1:]].meta["val"]
         # The cast of a whole captured tensor is captured itself.
         return r.leaf(n, idx) if isinstance(held, torch.Tensor) and held.numel() == n.meta["val"].numel() else x
-    if dtype.is_floating_point and E.kind(x) == "float" and dtype != was and E.constant(x) is None:
+    if all(E.constant(c) is not None for c in E.leaves(x)):
+        return x
+    if dtype.is_floating_point and E.kind(x) == "float" and dtype != was:
         holds_data = any(E.op_of(c) in ATOMS or (E.op_of(c) == "load" and E.kind(c) == "float") for c in E.walk(x))
         if not (holds_data and _widening(was, dtype)):
             return E.FloatCall(name, x)

@@ -235,7 +235,9 @@ class Reader:
         if dtype == torch.bool:
             return self.truth(E.as_bool(e))
         if dtype.is_floating_point:
-            return E.as_float(e, str(dtype).removeprefix("torch."))
+            e = E.as_float(e, str(dtype).removeprefix("torch."))
+            constant = all(E.constant(x) is not None for x in E.leaves(e))
+            return E.choose(lambda x: rounded(x, dtype), e) if constant else e
         return E.as_int(e)
 
     def leaf(self, node: fx.Node, idx: Index, at: int | None = None) -> Expr:
@@ -258,6 +260,11 @@ class Reader:
     def atom(self, op: str, node: fx.Node, idx: Index) -> Expr:
         """An operation that the reader does not open: `dot`, `softmax`, `reduce`, `dropout`."""
         return E.FloatCall(op, Str(node.name), *idx)
+
+
+def rounded(e: Expr, dtype: torch.dtype) -> Expr:
+    """A constant as the dtype holds it: finfo.min twice is -inf."""
+    return E.number(torch.tensor(E.constant(e), dtype=torch.float64).to(dtype).item())
 
 
 def size(value: int | torch.SymInt) -> Expr:
