@@ -174,7 +174,7 @@ APPLY = [
     "s = s + torch.where({m}, torch.tensor(0.0, dtype=s.dtype), {f})",
     "s = s.masked_fill({m} == 0, {f})",
     "s += torch.where({m}, torch.zeros((), dtype=s.dtype), {f})",
-    "s = s + (1.0 - ({m}).to(s.dtype)) * -1e4",
+    "s = s + (1.0 - ({m}).to(s.dtype)) * -128.0",
 ]  # fmt: skip
 
 
