@@ -204,7 +204,7 @@ def meaning_of_empty_rows(s: Sketch) -> str | None:
     if s.written == "plain" and finite:
         fills = tuple(dataclasses.replace(f, value=-math.inf) for f in s.parts.fills)  # exp(fill) is 0: 0 / 0
         return empty_meaning(dataclasses.replace(s.parts, fills=fills), s.training)
-    return empty_meaning(s.parts, s.training)
+    return empty_meaning(s.parts, s.training, s.anchor.meta["val"].dtype)
 
 
 def build(r: Reader, s: Sketch, roles: Roles, formulas: list[Expr], factor: float, operands: tuple) -> Match:

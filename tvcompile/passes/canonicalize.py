@@ -188,9 +188,9 @@ def functional_form(target: OpOverload) -> OpOverload | None:
         plain = name[:-1]
     else:
         return None
-    packet = getattr(torch.ops.aten, plain, None)
     if plain == "copy":
-        return torch.ops.aten.copy.default
+        return torch.ops.aten.expand_as.default  # copy itself has no derivative
+    packet = getattr(torch.ops.aten, plain, None)
     return getattr(packet, target._overloadname, None) if packet is not None else None
 
 
@@ -254,9 +254,15 @@ def _scatter_back(graph, new: fx.Node, chain: list[fx.Node], position: dict, now
 
 def _replace_in_place(graph, node: fx.Node, plain: OpOverload, x: fx.Node, position: dict) -> fx.Node:
     val, now = node.meta["val"], position[node]
+    args = (node.args[1], x) if plain is torch.ops.aten.expand_as.default else node.args
     with graph.inserting_before(node):
-        new = graph.call_function(plain, node.args, node.kwargs)
+        new = graph.call_function(plain, args, {} if args is not node.args else node.kwargs)
         new.meta = dict(node.meta)
+        if args is not node.args and args[0].meta["val"].dtype != val.dtype:
+            new.args = (graph.call_function(torch.ops.aten.to.dtype, (args[0], val.dtype)), x)
+            new.args[0].meta = {**args[0].meta, "val": args[0].meta["val"].to(val.dtype)}
+            new.prepend(new.args[0])
+            position[new.args[0]] = now
         computed = torch.result_type(*_promoted(node)) if plain._schema.name in _PROMOTING else val.dtype
         if computed != val.dtype:
             new.meta["val"] = val.to(computed)

@@ -19,6 +19,8 @@ from .. import expr as E
 from ..expr import Expr
 from ..spec import Refuse
 
+ADDED = "a term is added after the mask"
+HUGE = 1e30  # beside a fill as large as finfo.min every other term vanishes
 VANISH = {torch.float16: 6.0e4, torch.bfloat16: 5.4e8, torch.float32: 5.4e8, torch.float64: 2.9e17}
 REPLACE = 1.0e7
 
@@ -89,8 +91,7 @@ class Masks:
             E.apply(op, inner.value, mask.value),
             keep=E.and_(inner.keep, mask.keep),
             fills=inner.fills + mask.fills,
-            caveat=inner.caveat
-            or ("a captured term is added after the mask" if inner.fills and E.loads(mask.value) else ""),
+            caveat=inner.caveat or (ADDED if inner.fills and E.constant(mask.value) != 0 else ""),
         )
 
     def additive(self, e: Expr) -> Masked:
@@ -131,7 +132,7 @@ def _has_score(e: Expr) -> bool:
     return E.mentions(e, E.S)
 
 
-def empty_meaning(parts: Masked, training: bool) -> str | None:
+def empty_meaning(parts: Masked, training: bool, dtype: torch.dtype = torch.float32) -> str | None:
     """The `empty` kind of rows in which every pair is masked; None where only the formula as written says it.
 
     Raises Refuse where an infinite and a finite masking meet: then a row's meaning is neither's.
@@ -144,9 +145,10 @@ def empty_meaning(parts: Masked, training: bool) -> str | None:
     if any(math.isinf(f.value) for f in fills):
         raise Refuse("two maskings that do not commute: -inf and a finite fill, and a row may be fully masked")
     twice = len({f.value for f in fills}) > 1 or any(not f.cut for f in fills[1:])
-    if twice or (training and (parts.caveat or len(cuts) > 1)):
-        # The formula as written is evaluated in float32: there too the score must vanish beside the fill.
-        if any(-f.value < VANISH[torch.float32] for f in fills):
+    small = any(-f.value < HUGE for f in fills)
+    if twice or (parts.caveat == ADDED and small) or (training and (parts.caveat or len(cuts) > 1)):
+        # The formula as written is evaluated in float32, where a fill must do what it does in the program.
+        if small and (dtype.itemsize < 4 or any(-f.value < VANISH[torch.float32] for f in fills)):
             raise Refuse("what a fully masked row means depends on the rounding of two maskings that do not commute")
         return None
     return "mean" if cuts == {False} else "mean_cut"

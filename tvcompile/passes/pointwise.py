@@ -383,7 +383,6 @@ POINTWISE = {
     **dict.fromkeys(("clamp", "clip", "clamp_min", "clamp_max"), _clamp),
     **dict.fromkeys(("to", "_to_copy", "type_as", "float", "half"), _to),
     "arange": _arange,
-    "copy": lambda r, a, n, idx: r.operand(a["src"], idx, r.position[n]),
     **dict.fromkeys(("full", "full_like", "new_full", "fill"), _full),
     **dict.fromkeys(("zeros", "zeros_like", "new_zeros", "zero"), _constant(0)),
     **dict.fromkeys(("ones", "ones_like", "new_ones"), _constant(1)),
