@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .. import expr as E
 from ..expr import Expr
+from ..spec import AttentionSpec
 from . import cpu, mods
 from .masks import additive
 from .problem import Given, Gradients, Kernel, Need, Problem, as_heads_last
@@ -29,7 +30,7 @@ from .tiles import Tile
 FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 CAUSAL = E.le(E.KV, E.Q)
-SMALL = 1 << 19  # scores up to which the fixed cost of a call decides
+SMALL = {2: 1 << 17, 4: 1 << 20, 8: 1 << 20}  # bytes of a float: scores up to which this kernel is faster
 INEXACT = 1e4  # |lse| from which float32 leaves less than three digits for the softmax
 
 
@@ -42,7 +43,7 @@ def supports(need: Need) -> str | None:
     loaded = {E.operands(x)[0].name for part in parts for x in E.loads(part)}
     if loaded & set(need.wanted or ()):
         return f"gives no gradient of {', '.join(sorted(loaded & set(need.wanted or ())))}"
-    if need.scores > SMALL and not (need.wanted is None and _native(need.dtype)):
+    if need.scores > SMALL[need.dtype.itemsize] and not (need.wanted is None and _native(need.dtype)):
         return "matrix products are faster here"
     return None
 
@@ -179,7 +180,7 @@ def _sink_gradient(p: Problem, tile: Tile, delta: Tensor, lse: Tensor, sums: Gra
 def forward(p: Problem) -> tuple[Tensor, Tensor]:
     wide = p if _native(p.q.dtype) else _widened(p)
     if _one_call(p):
-        out, lse = FLASH(wide.q, wide.k, wide.v, is_causal=p.spec.keep == CAUSAL, scale=p.spec.scale)
+        out, lse = FLASH(wide.q, wide.k, wide.v, is_causal=p.spec.keep is not E.TRUE, scale=p.spec.scale)
         lse = lse.contiguous()
     else:
         out, lse = cpu.forward(wide, forward_tile)
@@ -188,8 +189,12 @@ def forward(p: Problem) -> tuple[Tensor, Tensor]:
 
 def _one_call(p: Problem) -> bool:
     """Whether the kernel itself knows the mask and serves the shapes."""
-    plain = p.spec.score == E.S and p.spec.sink is None and p.spec.keep in (E.TRUE, CAUSAL)
-    return plain and p.q.shape[3] == p.v.shape[3] and p.q.numel() > 0 and p.k.numel() > 0
+    return _plain(p.spec) and p.q.shape[3] == p.v.shape[3] and p.q.numel() > 0 and p.k.numel() > 0
+
+
+@functools.lru_cache(maxsize=1024)
+def _plain(spec: AttentionSpec) -> bool:
+    return spec.score == E.S and spec.sink is None and spec.keep in (E.TRUE, CAUSAL)
 
 
 def _spoilt(lse: Tensor) -> Tensor:
@@ -202,7 +207,7 @@ def backward(p: Problem, given: Given, wanted: tuple[str, ...]) -> Gradients:
     if not _one_call(p) or bool(_spoilt(given.lse).any()):
         return cpu.backward(p, given, wanted, backward_tile, _spoilt)
     grads = FLASH_BACKWARD(
-        given.grad_out, p.q, p.k, p.v, given.out, given.lse, 0.0, p.spec.keep == CAUSAL, scale=p.spec.scale
+        given.grad_out, p.q, p.k, p.v, given.out, given.lse, 0.0, p.spec.keep is not E.TRUE, scale=p.spec.scale
     )
     return Gradients(*grads, captures={})
 

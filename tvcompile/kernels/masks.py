@@ -33,11 +33,15 @@ def hide(p: Problem, tile: Tile, x: Tensor) -> Tensor:
 
 def additive(p: Problem, tile: Tile, bias: Expr) -> Tensor | None:
     """bias [X,H,M,N], -inf where the pair is not kept; None if that is 0 everywhere. Dims may be 1."""
-    captured = E.loads(p.spec.keep) or E.loads(bias)
-    if captured or p.scores > KEPT_SCORES:
+    if p.scores > KEPT_SCORES or _captures(p.spec.keep) or _captures(bias):
         return _additive(p.spec.keep, bias, tile, p.scope)
     whole = Outline(p.scope.dtype, tuple(p.scope.sizes.items()))
     return _additive_of_positions(p.spec.keep, bias, tile, whole)
+
+
+@functools.lru_cache(maxsize=1024)
+def _captures(e: Expr) -> bool:
+    return bool(E.loads(e))
 
 
 @dataclasses.dataclass(frozen=True)
