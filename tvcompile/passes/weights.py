@@ -16,7 +16,7 @@ from .. import expr as E
 from ..expr import Expr
 from ..spec import Refuse
 from .contraction import Product
-from .movement import Index, axis
+from .movement import MOVEMENT, Index, axis
 from .read import Reader
 
 
@@ -122,7 +122,7 @@ def _from_atom(r: Reader, atom: Expr, product: Product):
     if any(E.mentions(x, over) for i, x in enumerate(idx) if i != d) and over != 0:
         return None
     if sympy.expand(size - product.length) == 0 and idx[d] == over:
-        return _shifted(r.read(source, tuple(idx), here), over), None, node
+        return _shifted(r, r.read(source, tuple(idx), here), over), None, node
     shift = sympy.expand(idx[d] - over)
     if not isinstance(shift, sympy.Integer) or sympy.expand(size - product.length) != 1 or shift not in (0, 1):
         return None
@@ -136,11 +136,28 @@ def _from_atom(r: Reader, atom: Expr, product: Product):
     return score, sink, node
 
 
-def _shifted(e: Expr, over: Expr) -> Expr:
-    """A softmax does not change when what is the same for every summed position is subtracted."""
+def _shifted(r: Reader, e: Expr, over: Expr) -> Expr:
+    """A softmax does not change when what is the same for every summed position is subtracted.
+
+    Of masked scores only the maximum or the logsumexp is: the mean of a row with -inf in it is -inf.
+    """
     while E.op_of(e) == "sub" and not E.mentions(E.operands(e)[1], over):
-        e = E.operands(e)[0]
+        inner, shift = E.operands(e)
+        masked = any((E.constant(x) or 0) <= -1e4 for x in E.walk(inner) if E.kind(x) == "float")
+        if masked and _reduction(r, shift) not in ("amax", "max", "logsumexp"):
+            return e
+        e = inner
     return e
+
+
+def _reduction(r: Reader, shift: Expr) -> str:
+    """The reduction that a shift is the value of, detached or not."""
+    if E.op_of(shift) not in ("reduce", "load"):
+        return ""
+    node = r.nodes[E.operands(shift)[0].name.removeprefix("%")]
+    while node.op == "call_function" and r.name(node) in ("detach", "getitem", *MOVEMENT):
+        node = node.args[0]
+    return r.name(node) if node.op == "call_function" else ""
 
 
 def exponent(e: Expr) -> Expr | None:
@@ -188,7 +205,7 @@ def _from_quotient(r: Reader, top: Expr, bottom: Expr, product: Product):
     if r.name(node) != "sum" or _summand(r, node, bottom, product) != top:
         return None
     if more is None:
-        return _shifted(x, over), None, node
+        return _shifted(r, x, over), None, node
     sink = E.number(0.0) if E.constant(more) == 1.0 else exponent(more)
     if sink is None or E.mentions(sink, over):
         return None
