@@ -206,10 +206,10 @@ def backward(p: Problem, given: Given, wanted: tuple[str, ...]) -> Gradients:
     given = Given(given.grad_out.to(dtype), given.out.to(dtype), given.lse)
     if not _one_call(p) or bool(_spoilt(given.lse).any()):
         return cpu.backward(p, given, wanted, backward_tile, _spoilt)
-    grads = FLASH_BACKWARD(
+    d_q, d_k, d_v = FLASH_BACKWARD(
         given.grad_out, p.q, p.k, p.v, given.out, given.lse, 0.0, p.spec.keep is not E.TRUE, scale=p.spec.scale
     )
-    return Gradients(*grads, captures={})
+    return Gradients(d_q, d_k, d_v, captures={})
 
 
 KERNEL = Kernel("cpu.flash", "cpu", supports, forward, backward)
