@@ -45,7 +45,8 @@ def of_the_day() -> list[Case]:
         if entry.name in CORE:
             chosen += cases(entry, full=True)
             continue
-        every = cases(entry, full=True)
+        # Training in bfloat16 flips ReLUs and routers, by luck either way: `python -m tests.zoo --full` shows it.
+        every = [c for c in cases(entry, full=True) if not (c.train and c.dtype == torch.bfloat16)]
         for impl in entry.impls:
             mine = [case for case in every if case.impl == impl]
             chosen.append(mine[turn % len(mine)])
