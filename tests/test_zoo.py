@@ -42,11 +42,11 @@ def of_the_day() -> list[Case]:
             turn, idle = divmod(turn, 4)
             if idle:
                 continue
-        if entry.name in CORE:
-            chosen += cases(entry, full=True)
-            continue
         # Training in bfloat16 flips ReLUs and routers, by luck either way: `python -m tests.zoo --full` shows it.
         every = [c for c in cases(entry, full=True) if not (c.train and c.dtype == torch.bfloat16)]
+        if entry.name in CORE:
+            chosen += every
+            continue
         for impl in entry.impls:
             mine = [case for case in every if case.impl == impl]
             chosen.append(mine[turn % len(mine)])
