@@ -255,3 +255,11 @@ def test_second_process_hits_the_caches(tmp_path):
     ]
     first, second = (r.stdout.split()[-2:] for r in runs)
     assert first == ["0", "0"] and second != ["0", "0"], (first, second)
+
+
+@pytest.mark.parametrize("strided", range(3))
+def test_operands_whose_features_are_strided(strided):
+    tensors = [x.mT.contiguous().mT if i == strided else x for i, x in enumerate(qkv())]
+    out, _ = torch.ops.tv.attention(*tensors, [], [], "scale=0.25", None)
+    want = (tensors[0] @ tensors[1].mT / 4).softmax(-1) @ tensors[2]
+    torch.testing.assert_close(out, want)
