@@ -78,7 +78,7 @@ def measure(backend: str, seq: int, options: argparse.Namespace) -> dict[str, An
         with torch.set_grad_enabled(train):
             out = compiled(q, k, v)
         grads = torch.autograd.grad(out, (q, k, v), direction) if train else ()
-        norms[:] = [float(t.detach().norm()) for t in (out, *grads)]
+        norms[:] = [float(torch.linalg.vector_norm(t.detach(), dtype=torch.float64)) for t in (out, *grads)]
 
     sites = 0
     if backend == "tv":
