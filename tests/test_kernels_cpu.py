@@ -28,6 +28,7 @@ SPECS = {
     "softcap": "scale=0.25; score = 5.0*tanh(s/5.0); keep = kv <= q",
     "alibi": "scale=0.25; score = s + slope[h]*float32(kv - q); keep = kv <= q",
     "table": "scale=0.25; score = s + bias[min(abs(q - kv), 31), h]",
+    "relative": "scale=0.25; score = s + bias[b, abs(q - kv)]; keep = abs(q - kv) < 40; empty=mean",
     "bias": "scale=0.25; score = s + bias[h, q, kv]; keep = kv <= q",
     "row_bias_and_temperature": "scale=0.25; score = s*slope[h]/1.5 - bias[b, kv]; keep = kv <= q",
     "sink": "scale=0.25; keep = kv <= q & q - kv < 40; sink = sink[h]",
@@ -66,7 +67,7 @@ def captures_of(spec: str, S_q: int, S_kv: int, dtype: torch.dtype) -> list[torc
     documents = torch.randint(0, 4, (B, S), generator=gen).sort(-1).values
     loads = dict(_loads(spec))
     bias = {2: (32, H), 3: (H, S, S)}.get(loads.get("bias", 0), (1,))
-    bias = (B, S) if "bias[b, kv]" in spec else bias
+    bias = (B, S) if "bias[b, " in spec else bias
     made = {
         "pad": pad,
         "ids": torch.tensor([5, 60]) if loads.get("ids") == 1 else documents,
@@ -194,9 +195,14 @@ def test_strided_and_expanded_inputs(kernel, spec):
     k = torch.randn(1, 1, S, D).expand(B, H_KV, S, D)
     v = torch.randn(B, H_KV, D, S).mT
     captures = captures_of(spec, S, S, torch.float32)
-    out, lse = kernel.forward(Problem.of(q, k, v, captures, [], spec, None))
+    p = Problem.of(q, k, v, captures, [], spec, None)
+    out, lse = kernel.forward(p)
     want = attention_ref(q, k, v, captures, [], spec)
     torch.testing.assert_close((out, lse), want)
+    direction = torch.randn(B, H, 1, 1).expand(B, H, S, D)
+    g = kernel.backward(p, Given(direction, out, lse), ())
+    exact = results(lambda a, b, c, d: attention_ref(a, b, c, d, [], spec), q, k, v, captures, direction)
+    torch.testing.assert_close([g.dq, g.dk, g.dv], exact[2:5])
 
 
 def test_a_sliding_window_is_a_stack_of_equal_blocks(monkeypatch):

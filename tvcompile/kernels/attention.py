@@ -15,15 +15,17 @@ recomputes from q, k, v, out, lse and the captures.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from ..spec import AttentionSpec
 from . import KERNELS, mods
 from .dropout import keep_weights
-from .problem import Given, Kernel, Need, Problem, compute_dtype, heads_last
+from .problem import Given, Kernel, Need, Problem, as_heads_last, compute_dtype, heads_last
 
 LIB = torch.library.Library("tv", "DEF")
 TENSORS = "Tensor q, Tensor k, Tensor v, Tensor[] captures, SymInt[] sizes, str spec, Tensor? seed"
@@ -88,9 +90,9 @@ def choose(need: Need, device: str) -> Kernel:
     raise NotImplementedError(f"no kernel for `{need.spec}` on {device}: " + "; ".join(reasons))
 
 
-def _kernel(p: Problem, wanted: tuple[str, ...] | None = None) -> Kernel:
-    scores = p.q.shape[0] * p.q.shape[1] * p.q.shape[2] * p.k.shape[2]
-    return choose(Need(p.spec, p.q.dtype, wanted, scores), p.q.device.type)
+@functools.lru_cache(maxsize=4096)
+def _chosen(spec: str, wanted: tuple[str, ...] | None, dtype: torch.dtype, scores: int, device: str) -> Kernel:
+    return choose(Need(AttentionSpec.parse(spec), dtype, wanted, scores), device)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -104,15 +106,15 @@ def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 def _forward(q, k, v, captures, sizes, spec, seed):
     p = Problem.of(q, k, v, captures, sizes, spec, seed)
-    return _kernel(p).forward(p)
+    return _chosen(spec, None, q.dtype, p.scores, q.device.type).forward(p)
 
 
 def _backward(grad_out, q, k, v, captures, sizes, spec, seed, out, lse, wanted):
     p = Problem.of(q, k, v, captures, sizes, spec, seed)
-    names = tuple(p.spec.captures()[i] for i in wanted)
-    found = _kernel(p, names).backward(p, Given(grad_out, out, lse), names)
-    grads = zip((q, k, v), (found.dq, found.dk, found.dv))
-    dq, dk, dv = (heads_last(x, x.shape).copy_(g) for x, g in grads)
+    names = tuple(list(p.scope.captures)[i] for i in wanted)
+    kernel = _chosen(spec, names, q.dtype, p.scores, q.device.type)
+    found = kernel.backward(p, Given(grad_out, out, lse), names)
+    dq, dk, dv = (as_heads_last(g, q.dtype) for g in (found.dq, found.dk, found.dv))
     return dq, dk, dv, [found.captures[n].to(p.scope.captures[n].dtype) for n in names]
 
 

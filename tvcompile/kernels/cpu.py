@@ -98,7 +98,7 @@ def _edited(p: Problem, tile: Tile, s: Tensor) -> Tensor:
         return s
     parts = [
         mods.tensor(p.spec.score, scope.at(s=s[..., c0:c1])).expand_as(s[..., c0:c1])
-        for (c0, c1), scope in tile.scopes(p)
+        for (c0, c1), scope in tile.scopes(p.scope)
     ]
     return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
@@ -124,20 +124,20 @@ def _softmax(p: Problem, tile: Tile, x: Tensor) -> Weights:
         lse.masked_fill_(empty, math.inf if p.spec.sink is None else -math.inf)
     if p.spec.sink is None:
         return Weights(P, lse, empty, None)
-    (_, scope), *_ = tile.scopes(p)
+    (_, scope), *_ = tile.scopes(p.scope)
     sink = mods.tensor(p.spec.sink, scope).expand_as(lse)
     total = torch.logaddexp(lse, sink.detach())
     return Weights(P.mul_((lse - total).exp_()), total, empty, sink)
 
 
 def _dropout(p: Problem, tile: Tile) -> Tensor:
-    parts = [keep_weights(p.seed, scope, p.spec.dropout) for _, scope in tile.scopes(p)]
+    parts = [keep_weights(p.seed, scope, p.spec.dropout) for _, scope in tile.scopes(p.scope)]
     return torch.cat(parts, -1)
 
 
 def forward_tile(p: Problem, tile: Tile) -> tuple[Tensor, Tensor]:
     """(out [X,H,M,D_v], lse [X,H,M])"""
-    q = fold(p, tile.rows(p.q, p.group))
+    q = fold(p, tile.rows(p.q))
     k, v = (fold_keys(p, tile.keys(x)) for x in (p.k, p.v))
     x = _edited(p, tile, _scores(p, tile, q, k))
     w = _softmax(p, tile, hide(p, tile, x.contiguous()))
@@ -148,13 +148,15 @@ def forward_tile(p: Problem, tile: Tile) -> tuple[Tensor, Tensor]:
 def backward_tile(p: Problem, tile: Tile, given: Given, sums: Gradients) -> None:
     """Adds the gradients of one tile."""
     p = dataclasses.replace(p, scope=p.scope.at(wanted=tuple(sums.captures), taps=[]))
-    q, d_out = (fold(p, tile.rows(x, p.group)) for x in (p.q, given.grad_out))
+    q, d_out = (fold(p, tile.rows(x)) for x in (p.q, given.grad_out))
     k, v = (fold_keys(p, tile.keys(x)) for x in (p.k, p.v))
     # In 16 bits the weights of a row do not add up to 1, and dS not to 0: K would drift.
     s = _scores(p, tile, q, k).to(p.scope.dtype)
     with torch.enable_grad():
         x = _edited(p, tile, s if p.spec.score == E.S else s.requires_grad_())
-        shown = s if x is s else x.detach().clone(memory_format=torch.contiguous_format)
+        shown = s if x is s else x.detach().contiguous()
+        # What the formula saved for its own backward stays as it is.
+        shown = shown.clone() if x is not s and tile.masked else shown
         w = _softmax(p, tile, hide(p, tile, shown))
     P = _weighed(p, w)
     d_P = unfold(tile, product(d_out, v.mT), tile.height).to(P.dtype)
@@ -173,7 +175,7 @@ def backward_tile(p: Problem, tile: Tile, given: Given, sums: Gradients) -> None
     d_s = d_x if x is s else pull(x, d_x, p.scope.taps, sums, s)
     d_s = fold(p, torch.zeros_like(d_x) if d_s is None else d_s)
     d_q = product(d_s, k, p.spec.scale)
-    tile.put_rows(sums.dq, unfold(tile, d_q, tile.height), p.group)
+    tile.put_rows(sums.dq, unfold(tile, d_q, tile.height))
     tile.add_keys(sums.dk, unfold(tile, product(d_s.mT, q, p.spec.scale), tile.width))
 
 
@@ -208,8 +210,8 @@ def forward(p: Problem, one_tile: ForwardTile = forward_tile) -> tuple[Tensor, T
         return out.zero_(), lse.fill_(math.inf)
     for tile in tiles(p):
         rows, tile_lse = (one_tile if tile.spans else _blind_tile)(p, tile)
-        tile.put_rows(out, rows, p.group)
-        tile.put_rows(lse, tile_lse, p.group)
+        tile.put_rows(out, rows)
+        tile.put_rows(lse, tile_lse)
     return fill_empty(p, out, lse), lse
 
 
@@ -219,7 +221,7 @@ def _blind_tile(p: Problem, tile: Tile) -> tuple[Tensor, Tensor]:
     shape = ((tile.b[1] - tile.b[0]) * tile.stack, heads, tile.height, 1)
     lse = p.q.new_full(shape, math.inf, dtype=p.scope.dtype)
     if p.spec.sink is not None:
-        lse = mods.tensor(p.spec.sink, tile.scope(p, (0, 0))).expand(shape)
+        lse = mods.tensor(p.spec.sink, tile.scope(p.scope, (0, 0))).expand(shape)
     return p.q.new_zeros((*shape[:3], p.v.shape[3])), lse.reshape(shape[:3])
 
 
@@ -240,12 +242,12 @@ def fill_empty(p: Problem, out: Tensor, lse: Tensor) -> Tensor:
 
 def _fill_dropped_mean(p: Problem, out: Tensor, empty: Tensor) -> Tensor:
     S_kv = p.k.shape[2]
-    for tile in (e for t in tiles(p) for e in t.everything(p)):
-        rows = tile.rows(empty, p.group)
+    for tile in (e for t in tiles(p) for e in t.everything(S_kv)):
+        rows = tile.rows(empty)
         if bool(rows.any()):
             P = fold(p, _dropout(p, tile).div_(S_kv).expand(*rows.shape[:3], S_kv))
             mean = unfold(tile, product(P, fold_keys(p, tile.keys(p.v))), tile.height)
-            tile.put_rows(out, torch.where(rows, mean.to(out.dtype), tile.rows(out, p.group)), p.group)
+            tile.put_rows(out, torch.where(rows, mean.to(out.dtype), tile.rows(out)))
     return out
 
 
@@ -266,10 +268,10 @@ def backward(
     averaging = None if p.empty in (None, "zero") else _some(given.lse == math.inf)
     apart = None if spoilt is None else _some(spoilt(given.lse))
     for tile in tiles(p):
-        if averaging is not None and bool(tile.rows(averaging, p.group).any()):
-            for dense in tile.everything(p):
+        if averaging is not None and bool(tile.rows(averaging).any()):
+            for dense in tile.everything(p.k.shape[2]):
                 backward_tile(p, dense, given, sums)
-        elif tile.spans and apart is not None and bool(tile.rows(apart, p.group).any()):
+        elif tile.spans and apart is not None and bool(tile.rows(apart).any()):
             backward_tile(p, tile, given, sums)
         elif tile.spans:
             one_tile(p, tile, given, sums)

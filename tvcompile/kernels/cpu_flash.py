@@ -3,7 +3,8 @@
     score = a*s + c      a: free of kv, folded into q      c: free of s, a float mask [X,H,M,N]
     plain causal and unmasked attention: one call for all rows
 
-It is chosen where it is faster than cpu.py: small problems, and 16-bit forwards on a CPU with AMX.
+It is chosen where it is faster than cpu.py: small problems, and 16-bit forwards on a CPU with AMX. Other
+16-bit floats are widened.
 Backward needs lse to be exact: tiles with empty rows, and with scores so large that lse has lost its
 fraction (an added finfo.min), go to cpu.py, which recomputes the softmax.
 """
@@ -20,15 +21,16 @@ from torch import Tensor
 
 from .. import expr as E
 from ..expr import Expr
+from ..spec import AttentionSpec
 from . import cpu, mods
-from .masks import dropped_columns
-from .problem import Given, Gradients, Kernel, Need, Problem
+from .masks import additive
+from .problem import Given, Gradients, Kernel, Need, Problem, as_heads_last
 from .tiles import Tile
 
 FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 CAUSAL = E.le(E.KV, E.Q)
-SMALL = 1 << 19  # scores up to which the fixed cost of a call decides
+SMALL = {2: 1 << 17, 4: 1 << 20, 8: 1 << 20}  # bytes of a float: scores up to which this kernel is faster
 INEXACT = 1e4  # |lse| from which float32 leaves less than three digits for the softmax
 
 
@@ -38,21 +40,32 @@ def supports(need: Need) -> str | None:
     parts = affine(need.spec.score)
     if parts is None:
         return f"the score is not a*s + c: {need.spec.score}"
-    short = need.dtype in (torch.bfloat16, torch.float16)
-    if need.wanted is not None and short:
-        return "its backward adds up dk and dv in 16 bits"
     loaded = {E.operands(x)[0].name for part in parts for x in E.loads(part)}
     if loaded & set(need.wanted or ()):
         return f"gives no gradient of {', '.join(sorted(loaded & set(need.wanted or ())))}"
-    if need.scores > SMALL and not (short and _has_amx()):
+    if need.scores > SMALL[need.dtype.itemsize] and not (need.wanted is None and _native(need.dtype)):
         return "matrix products are faster here"
     return None
 
 
-@functools.lru_cache(maxsize=1)
-def _has_amx() -> bool:
+@functools.lru_cache(maxsize=8)
+def _native(dtype: torch.dtype) -> bool:
+    """Whether the kernel multiplies 16-bit floats with AMX."""
     check = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return bool(check and check())
+    return dtype in (torch.bfloat16, torch.float16) and bool(check and check())
+
+
+def _readable(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x as the kernel reads it right: it misreads features that are not next to each other."""
+    x = x.to(dtype)
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _prepared(p: Problem, dtype: torch.dtype) -> Problem:
+    """q, k, v in `dtype`. 16-bit floats widen where there is no AMX, as float32 is faster then, and in
+    backward, which would add up dk and dv in 16 bits."""
+    q, k, v = (_readable(x, dtype) for x in (p.q, p.k, p.v))
+    return p if (q is p.q and k is p.k and v is p.v) else dataclasses.replace(p, q=q, k=k, v=v)
 
 
 @functools.lru_cache(maxsize=512)
@@ -92,30 +105,12 @@ def _factor(p: Problem, tile: Tile) -> Tensor | float:
     a, _ = _parts(p)
     if E.constant(a) is not None:
         return E.constant(a)
-    (_, scope), *_ = tile.scopes(p)
+    (_, scope), *_ = tile.scopes(p.scope)
     return mods.tensor(a, scope)
 
 
 def _mask(p: Problem, tile: Tile) -> Tensor | None:
-    """c, with -inf where keep hides the pair; None if nothing is added and nothing hidden."""
-    _, c = _parts(p)
-    columns = dropped_columns(p, tile)
-    if E.constant(c) == 0.0:
-        if not columns:
-            return None
-        parts = [dropped for _, dropped in columns]
-        shape = [max(x.shape[i] for x in parts) for i in range(3)]
-        mask = torch.zeros(*shape, tile.width, dtype=p.scope.dtype)
-    else:
-        parts = [mods.tensor(c, scope) for _, scope in tile.scopes(p)]
-        hidden = [dropped for _, dropped in columns]
-        shape = [max(x.shape[i] for x in parts + hidden) for i in range(3)]
-        spans = [c1 - c0 for (c0, c1), _ in tile.scopes(p)]
-        mask = torch.cat([x.expand(*shape, n) for x, n in zip(parts, spans)], -1)
-        mask = mask.clone() if len(parts) == 1 else mask
-    for (c0, c1), dropped in columns:
-        mask[..., c0:c1].masked_fill_(dropped, -math.inf)
-    return mask
+    return additive(p, tile, _parts(p)[1])
 
 
 def _padded(p: Problem, x: Tensor) -> Tensor:
@@ -125,7 +120,7 @@ def _padded(p: Problem, x: Tensor) -> Tensor:
 
 
 def _operands(p: Problem, tile: Tile) -> tuple[Tensor, Tensor, Tensor]:
-    q = tile.rows(p.q, p.group) * _factor(p, tile) if p.spec.score != E.S else tile.rows(p.q, p.group)
+    q = tile.rows(p.q) * _factor(p, tile) if p.spec.score != E.S else tile.rows(p.q)
     return (
         _padded(p, q.to(p.q.dtype)),
         _padded(p, tile.keys(p.k)),
@@ -142,7 +137,7 @@ def forward_tile(p: Problem, tile: Tile) -> tuple[Tensor, Tensor]:
         out, lse = _without_empty(p, mask, out, lse)
     if p.spec.sink is None:
         return out, lse
-    (_, scope), *_ = tile.scopes(p)
+    (_, scope), *_ = tile.scopes(p.scope)
     total = torch.logaddexp(lse, mods.tensor(p.spec.sink, scope)[..., 0].to(lse.dtype))
     return out * (lse - total).exp_().unsqueeze(-1).to(out.dtype), total
 
@@ -159,8 +154,8 @@ def _without_empty(p: Problem, mask: Tensor, out: Tensor, lse: Tensor) -> tuple[
 
 def backward_tile(p: Problem, tile: Tile, given: Given, sums: Gradients) -> None:
     q, k, v = _operands(p, tile)
-    grad_out, out = (tile.rows(x, p.group) for x in (given.grad_out, given.out))
-    lse = tile.rows(given.lse, p.group)
+    grad_out, out = (tile.rows(x) for x in (given.grad_out, given.out))
+    lse = tile.rows(given.lse)
     if sums.captures and p.spec.sink is not None:
         _sink_gradient(p, tile, (grad_out * out).sum(-1, dtype=lse.dtype), lse, sums)
     d_q, d_k, d_v = FLASH_BACKWARD(
@@ -169,13 +164,13 @@ def backward_tile(p: Problem, tile: Tile, given: Given, sums: Gradients) -> None
     )  # fmt: skip
     d_q = d_q[..., : p.q.shape[3]]
     d_q = d_q * _factor(p, tile) if p.spec.score != E.S else d_q
-    tile.put_rows(sums.dq, d_q, p.group)
+    tile.put_rows(sums.dq, d_q)
     tile.add_keys(sums.dk, d_k[..., : p.q.shape[3]])
     tile.add_keys(sums.dv, d_v[..., : p.v.shape[3]])
 
 
 def _sink_gradient(p: Problem, tile: Tile, delta: Tensor, lse: Tensor, sums: Gradients) -> None:
-    (_, scope), *_ = tile.scopes(p)
+    (_, scope), *_ = tile.scopes(p.scope)
     taps: list[mods.Tap] = []
     scope = scope.at(wanted=tuple(sums.captures), taps=taps)
     with torch.enable_grad():
@@ -187,29 +182,24 @@ def _sink_gradient(p: Problem, tile: Tile, delta: Tensor, lse: Tensor, sums: Gra
 # All tiles
 
 
-def _dense(x: Tensor) -> Tensor:
-    """PyTorch's kernel reads wrong values where features are not next to each other."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _readable(p: Problem) -> Problem:
-    return dataclasses.replace(p, q=_dense(p.q), k=_dense(p.k), v=_dense(p.v))
-
-
 def forward(p: Problem) -> tuple[Tensor, Tensor]:
-    p = _readable(p)
-    if not _one_call(p):
-        return cpu.forward(p, forward_tile)
-    out, lse = FLASH(p.q, p.k, p.v, is_causal=p.spec.keep == CAUSAL, scale=p.spec.scale)
-    wanted, _ = p.results()
-    out = out if out.stride() == wanted.stride() else wanted.copy_(out)
-    return out, lse.contiguous()
+    wide = _prepared(p, p.q.dtype if _native(p.q.dtype) else p.scope.dtype)
+    if _one_call(p):
+        out, lse = FLASH(wide.q, wide.k, wide.v, is_causal=p.spec.keep is not E.TRUE, scale=p.spec.scale)
+        lse = lse.new_empty(lse.shape).copy_(lse)
+    else:
+        out, lse = cpu.forward(wide, forward_tile)
+    return as_heads_last(out, p.q.dtype), lse
 
 
 def _one_call(p: Problem) -> bool:
     """Whether the kernel itself knows the mask and serves the shapes."""
-    plain = p.spec.score == E.S and p.spec.sink is None and p.spec.keep in (E.TRUE, CAUSAL)
-    return plain and p.q.shape[3] == p.v.shape[3] and 0 not in (*p.q.shape, *p.k.shape)
+    return _plain(p.spec) and p.q.shape[3] == p.v.shape[3] and p.q.numel() > 0 and p.k.numel() > 0
+
+
+@functools.lru_cache(maxsize=1024)
+def _plain(spec: AttentionSpec) -> bool:
+    return spec.score == E.S and spec.sink is None and spec.keep in (E.TRUE, CAUSAL)
 
 
 def _spoilt(lse: Tensor) -> Tensor:
@@ -217,13 +207,16 @@ def _spoilt(lse: Tensor) -> Tensor:
 
 
 def backward(p: Problem, given: Given, wanted: tuple[str, ...]) -> Gradients:
-    p, given = _readable(p), dataclasses.replace(given, grad_out=_dense(given.grad_out))
+    p, dtype = _prepared(p, p.scope.dtype), p.scope.dtype
+    # rowsum(dO out) of an out rounded to 16 bits would not cancel, and K would drift: it is made again.
+    out = given.out if given.out.dtype == dtype else forward(p)[0]
+    given = Given(_readable(given.grad_out, dtype), _readable(out, dtype), given.lse)
     if not _one_call(p) or bool(_spoilt(given.lse).any()):
         return cpu.backward(p, given, wanted, backward_tile, _spoilt)
-    causal = p.spec.keep == CAUSAL
-    grads = FLASH_BACKWARD(given.grad_out, p.q, p.k, p.v, given.out, given.lse, 0.0, causal, scale=p.spec.scale)
-    d_q, d_k, d_v = grads
-    return Gradients(d_q, d_k, d_v, {})
+    d_q, d_k, d_v = FLASH_BACKWARD(
+        given.grad_out, p.q, p.k, p.v, given.out, given.lse, 0.0, p.spec.keep is not E.TRUE, scale=p.spec.scale
+    )
+    return Gradients(d_q, d_k, d_v, captures={})
 
 
 KERNEL = Kernel("cpu.flash", "cpu", supports, forward, backward)

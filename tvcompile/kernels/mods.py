@@ -20,7 +20,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import sympy
@@ -176,7 +176,16 @@ def _load_step(name, *indices: Expr) -> tuple[Callable, tuple[Expr, ...]]:
     positions = [n for n in names if n in AXES]
     if len(positions) == len(indices) == len(set(positions)):
         return functools.partial(_view, name.name, tuple(positions)), ()
+    if any(E.mentions(i, E.Q) and E.mentions(i, E.KV) for i in indices) and all(map(moves, indices)):
+        return functools.partial(_diagonals, name.name, indices), ()
     return functools.partial(_gather, name.name), indices
+
+
+@functools.lru_cache(maxsize=1024)
+def moves(e: Expr) -> bool:
+    """Whether the formula keeps its value when q and kv move together."""
+    t = E.index("t")
+    return E.substitute(e, {E.Q: E.Q + t, E.KV: E.KV + t}) == e
 
 
 def _view(name: str, axes: tuple[str, ...], scope: Scope) -> Tensor:
@@ -199,17 +208,42 @@ def _view(name: str, axes: tuple[str, ...], scope: Scope) -> Tensor:
 
 
 def _gather(name: str, scope: Scope, *indices: Any) -> Tensor:
-    capture = scope.captures[name]
-    inside = [_clamp(i, size) for i, size in zip(indices, capture.shape)]
+    inside = _inside(scope.captures[name], indices)
+    loaded = scope.captures[name][inside]
+    return _tapped(name, scope, loaded, lambda buffer, g: _scatter(buffer, inside, g))
+
+
+def _inside(capture: Tensor, indices: Sequence[Any]) -> tuple[Any, ...]:
+    return tuple(_clamp(i, size) for i, size in zip(indices, capture.shape))
+
+
+def _scatter(buffer: Tensor, indices: tuple[Any, ...], g: Tensor) -> None:
+    flat: Any = 0
+    for i, size in zip(indices, buffer.shape):
+        flat = flat * size + i % size
+    flat = torch.as_tensor(flat, device=g.device).expand_as(g)
+    buffer.view(-1).scatter_add_(0, flat.reshape(-1), g.reshape(-1))
+
+
+def _diagonals(name: str, formulas: tuple[Expr, ...], scope: Scope) -> Tensor:
+    """A load that depends on kv - q: loaded once per diagonal, [..,1,M+N-1], and laid out as [..,M,N].
+
+    Element (i, j) is on diagonal t = (M-1-i) + j, which the last row meets at column t.
+    """
+    if scope.stack > 1 and any(E.mentions(e, E.B) for e in formulas):
+        return _gather(name, scope, *[evaluate(e, scope) for e in formulas])
+    (q0, q1), (k0, k1) = scope.q, scope.kv
+    M, N = q1 - q0, k1 - k0
+    row = scope.at(q=(q1 - 1, q1), kv=(k0, k0 + M + N - 1), stack=1, taps=None)
+    inside = _inside(scope.captures[name], [evaluate(e, row) for e in formulas])
+    loaded = scope.captures[name][inside].unfold(-1, N, 1).flip(-2).squeeze(-3)
 
     def add(buffer: Tensor, g: Tensor) -> None:
-        flat: Any = 0
-        for i, size in zip(inside, buffer.shape):
-            flat = flat * size + i % size
-        flat = torch.as_tensor(flat, device=g.device).expand_as(g)
-        buffer.view(-1).scatter_add_(0, flat.reshape(-1), g.reshape(-1))
+        # A row that is M longer each time shifts by one where it is cut at M+N-1.
+        skewed = torch.nn.functional.pad(g.flip(-2), (0, M)).flatten(-2)[..., :-M]
+        _scatter(buffer, inside, skewed.unflatten(-1, (M, M + N - 1)).sum(-2, keepdim=True))
 
-    return _tapped(name, scope, capture[tuple(inside)], add)
+    return _tapped(name, scope, loaded, add)
 
 
 def _tapped(name: str, scope: Scope, loaded: Tensor, add: Callable) -> Tensor:

@@ -6,6 +6,7 @@ Shapes: q [B,H,S_q,D]   k [B,H_kv,S_kv,D]   v [B,H_kv,S_kv,D_v]; q head h reads 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -24,6 +25,20 @@ def heads_last(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = N
     """An empty [B,H,S,D] that lies in memory as [B,S,H,D]."""
     B, H, S, D = shape
     return like.new_empty((B, S, H, D), dtype=dtype or like.dtype).transpose(1, 2)
+
+
+def as_heads_last(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x [B,H,S,D] itself if it has the dtype and lies as [B,S,H,D], else such a copy."""
+    _, H, S, D = x.shape
+    if x.dtype == dtype and x.stride() == (S * H * D, D, H * D, 1) and x.numel():
+        return x
+    return heads_last(x, x.shape, dtype).copy_(x)
+
+
+@functools.lru_cache(maxsize=4096)
+def _read(spec: str) -> tuple[AttentionSpec, tuple[str, ...], tuple[str, ...]]:
+    parsed = AttentionSpec.parse(spec)
+    return parsed, parsed.captures(), parsed.sizes()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,15 +60,15 @@ class Problem:
         spec: str,
         seed: Tensor | None,
     ) -> Problem:
-        parsed = AttentionSpec.parse(spec)
+        parsed, names, size_names = _read(spec)
         (B, H, S_q, _), S_kv = q.shape, k.shape[2]
         scope = Scope(
             b=(0, B),
             h=(0, H),
             q=(0, S_q),
             kv=(0, S_kv),
-            captures=dict(zip(parsed.captures(), captures)),
-            sizes=dict(zip(parsed.sizes(), sizes)) | {"S_q": S_q, "S_kv": S_kv, "H": H},
+            captures=dict(zip(names, captures)),
+            sizes={**dict(zip(size_names, sizes)), "S_q": S_q, "S_kv": S_kv, "H": H},
             dtype=compute_dtype(q.dtype),
             device=q.device,
         )
@@ -62,6 +77,11 @@ class Problem:
     @property
     def group(self) -> int:
         return self.q.shape[1] // max(1, self.k.shape[1])
+
+    @property
+    def scores(self) -> int:
+        """B*H*S_q*S_kv"""
+        return self.q.shape[0] * self.q.shape[1] * self.q.shape[2] * self.k.shape[2]
 
     @property
     def empty(self) -> str | None:

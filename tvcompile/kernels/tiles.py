@@ -41,6 +41,7 @@ class Tile:
     q: Span
     spans: tuple[Span, ...]
     masked: tuple[Span, ...]
+    group: int
     stack: int = 1
 
     @property
@@ -51,20 +52,20 @@ class Tile:
     def width(self) -> int:
         return sum(stop - start for start, stop in self.spans)
 
-    def _rows(self, x: Tensor, group: int) -> Tensor:
+    def _rows(self, x: Tensor) -> Tensor:
         """A view [b,stack,H,M,...] of [B,H,S_q,...]"""
         (b0, b1), (h0, h1), (q0, _) = self.b, self.h_kv, self.q
-        x = x[b0:b1, h0 * group : h1 * group, q0 : q0 + self.stack * self.height]
+        x = x[b0:b1, h0 * self.group : h1 * self.group, q0 : q0 + self.stack * self.height]
         if self.stack == 1:
             return x.unsqueeze(1)
         return x.unflatten(2, (self.stack, self.height)).transpose(1, 2)
 
-    def rows(self, x: Tensor, group: int) -> Tensor:
+    def rows(self, x: Tensor) -> Tensor:
         """[B,H,S_q,...] -> [X,H,M,...]"""
-        return self._rows(x, group).flatten(0, 1)
+        return self._rows(x).flatten(0, 1)
 
-    def put_rows(self, x: Tensor, value: Tensor, group: int) -> None:
-        rows = self._rows(x, group)
+    def put_rows(self, x: Tensor, value: Tensor) -> None:
+        rows = self._rows(x)
         rows.copy_(value.reshape(rows.shape))
 
     def _span(self, x: Tensor, span: Span) -> Tensor:
@@ -91,7 +92,7 @@ class Tile:
                 view.add_(value[:, :, start : start + size].view(view.shape))
                 start += size
 
-    def scopes(self, p: Problem, columns: tuple[Span, ...] | None = None) -> list[tuple[Span, Scope]]:
+    def scopes(self, whole: Scope, columns: tuple[Span, ...] | None = None) -> list[tuple[Span, Scope]]:
         """(columns, scope) of each contiguous piece of the tile, or of the given columns of it."""
         found, start = [], 0
         for k0, k1 in self.spans:
@@ -99,26 +100,26 @@ class Tile:
                 c0, c1 = max(c0, start), min(c1, start + k1 - k0)
                 if c0 < c1:
                     kv = (k0 + c0 - start, k0 + c1 - start)
-                    found.append(((c0, c1), self.scope(p, kv)))
+                    found.append(((c0, c1), self.scope(whole, kv)))
             start += k1 - k0
         return found
 
-    def scope(self, p: Problem, kv: Span) -> Scope:
-        h = self.h_kv[0] * p.group, self.h_kv[1] * p.group
-        return p.scope.at(b=self.b, h=h, q=self.q, kv=kv, stack=self.stack)
+    def scope(self, whole: Scope, kv: Span) -> Scope:
+        h = self.h_kv[0] * self.group, self.h_kv[1] * self.group
+        return whole.at(b=self.b, h=h, q=self.q, kv=kv, stack=self.stack)
 
-    def everything(self, p: Problem) -> Iterator[Tile]:
+    def everything(self, S_kv: int) -> Iterator[Tile]:
         """The same rows, one block at a time, each seeing every kv."""
-        whole = ((0, p.k.shape[2]),)
+        whole = ((0, S_kv),)
         for i in range(self.stack):
             q = self.q[0] + i * self.height, self.q[1] + i * self.height
             tile = dataclasses.replace(self, q=q, spans=whole, masked=whole, stack=1)
-            yield from tile.portions(p.group)
+            yield from tile.portions()
 
-    def portions(self, group: int) -> Iterator[Tile]:
+    def portions(self) -> Iterator[Tile]:
         """The tile cut into parts of at most BUDGET scores, along batch, stack and heads."""
         (b0, b1), (h0, h1) = self.b, self.h_kv
-        units = max(1, BUDGET // max(1, group * self.height * self.width))
+        units = max(1, BUDGET // max(1, self.group * self.height * self.width))
         heads = min(units, h1 - h0)
         stack = min(self.stack, max(1, units // heads))
         batch = max(1, units // (heads * self.stack))
@@ -146,7 +147,7 @@ def tiles(p: Problem) -> tuple[Tile, ...]:
     if not data:
         return static
     plans = [_plan(_kinds_of_data(p, data, M), M, shape, p.group) for M in HEIGHTS[1:]]
-    return min([static, *plans], key=lambda plan: _cost(plan, p.group))
+    return min([static, *plans], key=_cost)
 
 
 @functools.lru_cache(maxsize=256)
@@ -157,7 +158,7 @@ def _static_tiles(keep: Expr, shape: tuple, group: int, sizes: tuple) -> tuple[T
     for M in heights:
         kinds = bounds.kinds(keep, _table(B, S_q, S_kv, M, dict(sizes)))
         plans.append(_plan(_grid(kinds, 1, S_q, S_kv, M), M, shape, group))
-    return min(plans, key=lambda plan: _cost(plan, group), default=())
+    return min(plans, key=_cost, default=())
 
 
 def _table(B: int, S_q: int, S_kv: int, M: int, sizes: dict) -> dict:
@@ -180,7 +181,7 @@ def _data_loads(p: Problem) -> tuple[Expr, ...]:
     for load in E.loads(p.spec.keep):
         name, *indices = E.operands(load)
         data = p.scope.captures[name.name]
-        last = {E.Q: p.q.shape[2], E.KV: p.k.shape[2]}.get(indices[-1], len(data))
+        last = {E.Q: p.q.shape[2], E.KV: p.k.shape[2]}.get(indices[-1], 1) if indices else 0
         if tuple(indices) in INDEXED and E.kind(load) != "float" and data.shape[-1] >= last:
             found.append(load)
     return tuple(found)
@@ -216,10 +217,10 @@ def _plan(kinds: np.ndarray, M: int, shape: tuple, group: int) -> tuple[Tile, ..
         for i, kinds_of_row in enumerate(kinds[b]):
             spans, masked = _spans(kinds_of_row, S_kv)
             q = i * M, min(S_q, (i + 1) * M)
-            tile = Tile((0, B) if alike else (b, b + 1), (0, H_kv), q, spans, masked)
+            tile = Tile((0, B) if alike else (b, b + 1), (0, H_kv), q, spans, masked, group)
             row.append(tile)
         found += _stacked(row)
-    return tuple(part for tile in found for part in tile.portions(group))
+    return tuple(part for tile in found for part in tile.portions())
 
 
 def _spans(kinds: np.ndarray, S_kv: int) -> tuple[tuple[Span, ...], tuple[Span, ...]]:
@@ -255,7 +256,7 @@ def _follows(last: Tile, tile: Tile) -> bool:
     return tile.height == M and moved == tile.spans and last.masked == tile.masked
 
 
-def _cost(plan: tuple[Tile, ...], group: int) -> int:
-    area = sum((t.b[1] - t.b[0]) * (t.h_kv[1] - t.h_kv[0]) * group * t.stack * t.height * t.width for t in plan)
-    large = any(group * t.height * t.width > 2 * BUDGET for t in plan)
-    return area * (2 if large else 1) + TILE_COST * len(plan)
+def _cost(plan: tuple[Tile, ...]) -> int:
+    sizes = [t.group * t.height * t.width for t in plan]
+    area = sum(n * (t.b[1] - t.b[0]) * (t.h_kv[1] - t.h_kv[0]) * t.stack for n, t in zip(sizes, plan))
+    return area * (2 if max(sizes, default=0) > 2 * BUDGET else 1) + TILE_COST * len(plan)
