@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import fx
+from torch._dynamo.source import ConstantSource
 from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental import proxy_tensor
@@ -149,9 +150,10 @@ def _keep_dynamo_facts(old: fx.GraphModule, new: fx.GraphModule) -> None:
         after._rename(before.name)
     new.meta = dict(old.meta)
     new.__dict__.pop("shape_env", None)  # make_fx leaves it; a cache key cannot hold it
-    for name in ("_param_name_to_source", "_backward_prologue_debug_name"):
-        if hasattr(old, name):
-            setattr(new, name, getattr(old, name))
+    if hasattr(old, "_param_name_to_source"):
+        # Tensor literals became buffers of the new module; AOTAutograd asks where each comes from.
+        literals = {name: ConstantSource(name) for name, _ in new.named_buffers(remove_duplicate=False)}
+        new._param_name_to_source = literals | old._param_name_to_source
 
 
 # Which nodes write, and to which memory

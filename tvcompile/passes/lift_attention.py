@@ -22,7 +22,7 @@ from .bind import Sketch, bind
 from .contraction import contraction
 from .masking import Masks, split_scale
 from .movement import MOVEMENT, SPLITS
-from .pointwise import POINTWISE
+from .pointwise import ATOMS, POINTWISE
 from .read import Reader, Unreadable
 from .weights import NotASoftmax, read_weights
 
@@ -161,7 +161,8 @@ def lift_product(r: Reader, facts: Facts, anchor: fx.Node, start: fx.Node) -> Ma
     sides = [(*inner.lhs, at), (*inner.rhs, at)]
     if not E.mentions(sympy.Tuple(*inner.rhs[1]), product.over):
         sides.reverse()
-    score = strip_casts(E.substitute(weights.argument, {dot: E.S}), anchor)
+    argument = E.substitute(weights.argument, {dot: E.S} | captured_reductions(r, weights.argument, region))
+    score = strip_casts(argument, anchor)
     check_edit(score, weights.node)
     parts = Masks(widest(dot_node, weights.node)).split(score)
     (scale, edit), whole = split_scale(parts.value), split_scale(score)
@@ -181,6 +182,15 @@ def strip_casts(e: Expr, anchor: fx.Node) -> Expr:
         if torch.finfo(getattr(torch, E.op_of(x))).eps > allowed:
             raise Refuse(f"the scores are rounded to {E.op_of(x)} on the way", anchor)
     return E.substitute(e, {x: strip_casts(E.operands(x)[0], anchor) for x in casts})
+
+
+def captured_reductions(r: Reader, e: Expr, region: tuple[fx.Node, ...]) -> dict[Expr, Expr]:
+    """Reductions that do not come from the scores (a gate on a bias, say) as captured tensors."""
+    found = {}
+    for x in E.walk(e):
+        if E.op_of(x) in ("reduce", "softmax") and (node := r.nodes[E.operands(x)[0].name]) not in region:
+            found[x] = r.leaf(node, tuple(E.operands(x)[1:]))
+    return found
 
 
 def check_edit(e: Expr, node: fx.Node) -> None:
@@ -213,6 +223,8 @@ def lift_sdpa(r: Reader, facts: Facts, anchor: fx.Node) -> Match:
         score = E.where(r.truth(E.le(kv, row)), score, -sympy.oo)
     if mask is not None:
         m = r.operand(mask, (*lead, row, kv), here)
+        if any(E.op_of(x) in ATOMS for x in E.walk(m)):
+            m = r.leaf(mask, r.broadcast(mask, (*lead, row, kv)), here)  # computed elsewhere: taken as a whole
         score = E.where(m, score, -sympy.oo) if E.kind(m) == "bool" else E.apply("add", score, m)
     scale = a.get("scale")
     scale = E.constant(r.scalar(scale)) if scale is not None else int(q.meta["val"].shape[-1]) ** -0.5
