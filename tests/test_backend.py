@@ -257,6 +257,32 @@ def test_second_process_hits_the_caches(tmp_path):
     assert first == ["0", "0"] and second != ["0", "0"], (first, second)
 
 
+class WritesInItsBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, at):
+        ctx.save_for_backward(at)
+        return x.sum(-1)
+
+    @staticmethod
+    def backward(ctx, g):
+        (at,) = ctx.saved_tensors
+        grad = g.unsqueeze(-1).repeat(1, 1, 1, 16)
+        grad.scatter_add_(-1, at, g.unsqueeze(-1))
+        return grad, None
+
+
+def test_a_write_inside_an_autograd_function_stays():
+    def program(q, k, v):
+        out = causal(q, k, v)
+        return WritesInItsBackward.apply(out, torch.zeros(2, 4, 24, 1, dtype=torch.int64))
+
+    args = qkv(requires_grad=True)
+    out = torch.compile(program, backend="tv", options=NO_CODEGEN)(*args)
+    grads = torch.autograd.grad(out.sum(), args)
+    for got, want in zip(grads, torch.autograd.grad(program(*args).sum(), args)):
+        torch.testing.assert_close(got, want)
+
+
 @pytest.mark.parametrize("strided", range(3))
 def test_operands_whose_features_are_strided(strided):
     tensors = [x.mT.contiguous().mT if i == strided else x for i, x in enumerate(qkv())]

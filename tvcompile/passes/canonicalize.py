@@ -135,7 +135,7 @@ def canonicalize(gm: fx.GraphModule, fakes: Sequence, bodies: dict) -> tuple[fx.
         values = [n.meta["val"] for n in traced.graph.find_nodes(op="placeholder")]
         _UnderAutocast(traced, fake_mode_of(values)).run(*values)
     functionalize_temporaries(traced.graph)
-    traced.graph.eliminate_dead_code()
+    remove_dead_nodes(traced.graph)
     traced.recompile()
     return traced, [name for name in retrace.kept if name not in CHECKPOINTS]
 
@@ -154,6 +154,13 @@ def _keep_dynamo_facts(old: fx.GraphModule, new: fx.GraphModule) -> None:
         # Tensor literals became buffers of the new module; AOTAutograd asks where each comes from.
         literals = {name: ConstantSource(name) for name, _ in new.named_buffers(remove_duplicate=False)}
         new._param_name_to_source = literals | old._param_name_to_source
+
+
+def remove_dead_nodes(graph: fx.Graph) -> None:
+    """Erase what nobody uses. Bodies of higher-order operators are not ours to clean: they may write in place."""
+    for node in reversed(list(graph.nodes)):
+        if not node.users and not node.is_impure():
+            graph.erase_node(node)
 
 
 # Which nodes write, and to which memory

@@ -19,7 +19,7 @@ from torch import fx
 from .. import expr as E
 from ..expr import Expr
 from ..spec import Match, Operand
-from .canonicalize import fake_mode_of
+from .canonicalize import fake_mode_of, remove_dead_nodes
 from .read import size
 
 aten = torch.ops.aten
@@ -81,7 +81,7 @@ def emit(graph: fx.Graph, matches: Sequence[Match]) -> None:
     replaced: dict[fx.Node, fx.Node] = {}
     for match in matches:
         replaced[match.anchor] = _emit(graph, _current(match, replaced))
-    graph.eliminate_dead_code()
+    remove_dead_nodes(graph)
 
 
 def _current(m: Match, replaced: dict[fx.Node, fx.Node]) -> Match:
