@@ -171,6 +171,8 @@ RULES = {
     "neg": lambda a: (-a[1], -a[0]),
     "min": _each(np.minimum),
     "max": _each(np.maximum),
+    "clamp_max": _each(np.minimum),
+    "clamp_min": _each(np.maximum),
     "le": _le,
     "eq": _eq,
 }

@@ -390,6 +390,8 @@ FOLD: dict[str, Callable] = {
     "exp": lambda a: math.exp(a) if a < 700 else math.inf,
     "min": lambda a, b: math.nan if a != a or b != b else min(a, b),
     "max": lambda a, b: math.nan if a != a or b != b else max(a, b),
+    "clamp_min": max,
+    "clamp_max": min,
     "log": lambda a: math.log(a) if a > 0 else (-math.inf if a == 0 else math.nan),
     "sqrt": lambda a: math.sqrt(a) if a >= 0 else math.nan,
 }

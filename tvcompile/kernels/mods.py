@@ -282,15 +282,26 @@ def _where(scope: Scope, c: Any, a: Any, b: Any) -> Any:
     return torch.where(c, a, b)
 
 
-def _extreme(of_numbers: Callable, of_tensors: Callable, bound: str) -> Callable:
+def _extreme(of_numbers: Callable, of_tensors: Callable) -> Callable:
+    """Of equal sides each gets half of the gradient."""
+
     def extreme(a: Any, b: Any) -> Any:
-        if isinstance(a, Tensor) and isinstance(b, Tensor):
-            return of_tensors(a, b)
-        if isinstance(b, Tensor):
-            a, b = b, a
-        return torch.clamp(a, **{bound: b}) if isinstance(a, Tensor) else of_numbers(a, b)
+        for x, y in ((a, b), (b, a)):
+            if isinstance(x, Tensor):
+                return of_tensors(x, y if isinstance(y, Tensor) else torch.tensor(y, dtype=x.dtype))
+        return of_numbers(a, b)
 
     return extreme
+
+
+def _clamp_to(of_numbers: Callable, bound: str) -> Callable:
+    """A value at the bound keeps its whole gradient."""
+
+    def clamp(a: Any, b: Any) -> Any:
+        a = torch.full_like(b, a) if isinstance(b, Tensor) and not isinstance(a, Tensor) else a
+        return torch.clamp(a, **{bound: b}) if isinstance(a, Tensor) else of_numbers(a, b)
+
+    return clamp
 
 
 def _div(a: Any, b: Any) -> Any:
@@ -320,8 +331,10 @@ FUNCTIONS: dict[str, Callable] = {
     "%": operator.mod,
     "neg": operator.neg,
     "abs": abs,
-    "min": _extreme(min, torch.minimum, "max"),
-    "max": _extreme(max, torch.maximum, "min"),
+    "min": _extreme(min, torch.minimum),
+    "max": _extreme(max, torch.maximum),
+    "clamp_max": _clamp_to(min, "max"),
+    "clamp_min": _clamp_to(max, "min"),
     "int": _to_int,
     "fle": operator.le,
     "flt": operator.lt,

@@ -223,6 +223,8 @@ def build(r: Reader, s: Sketch, roles: Roles, formulas: list[Expr], factor: floa
     roster = names.capture((score, keep, *sink))
     score, keep, *sink = [roster.rename(e) for e in (score, keep, *sink)]
     spec = AttentionSpec(float(f"{scale * factor:.12g}"), score, keep, sink[0] if sink else None, s.dropout, empty)
+    if AttentionSpec.parse(str(spec)) != spec:
+        raise Refuse("what it computes has no text that reads back as itself", s.anchor)
     last = r.position[s.anchor]
     for node in roster.nodes.values():
         if r.changed_between(node, r.used_at.get(node, last), last):

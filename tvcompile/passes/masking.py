@@ -19,6 +19,8 @@ from .. import expr as E
 from ..expr import Expr
 from ..spec import Refuse
 
+SHARED = "a maximum shares the gradient where both sides are the fill"
+REPLACED = "a fill took the place of a captured bias"
 ADDED = "a term is added after the mask"
 HUGE = 1e30  # beside a fill as large as finfo.min every other term vanishes
 VANISH = {torch.float16: 6.0e4, torch.bfloat16: 5.4e8, torch.float32: 5.4e8, torch.float64: 2.9e17}
@@ -69,9 +71,9 @@ class Masks:
             return self._sum(op, *args)
         if op in ("mul", "div") and _has_score(args[0]) and not _has_score(args[1]):
             return self._scaled(op, e, *args)
-        if op == "max" and self.is_fill(args[1], cut=True):
+        if op in ("max", "clamp_min") and self.is_fill(args[1], cut=True):
             inner = self.split(args[0])
-            return inner.edit(inner.value, caveat="a maximum shares the gradient where both sides are the fill")
+            return inner.edit(inner.value, caveat=inner.caveat or (SHARED if op == "max" else ""))
         return Masked(e)
 
     def _choice(self, e: Expr, c: Expr, x: Expr, y: Expr) -> Masked:
@@ -91,7 +93,7 @@ class Masks:
             E.apply(op, inner.value, mask.value),
             keep=E.and_(inner.keep, mask.keep),
             fills=inner.fills + mask.fills,
-            caveat=inner.caveat or (ADDED if inner.fills and E.constant(mask.value) != 0 else ""),
+            caveat=inner.caveat or (ADDED if inner.fills and E.constant(mask.value) != 0 else mask.caveat),
         )
 
     def additive(self, e: Expr) -> Masked:
@@ -104,12 +106,12 @@ class Masks:
             if self.is_fill(y, cut=False):
                 inner = self.additive(x)
                 fill = Fill(float(E.constant(y)), cut=False)
-                return Masked(inner.value, E.and_(c, inner.keep), (*inner.fills, fill))
+                caveat = REPLACED if any(E.kind(e) == "float" for e in E.loads(inner.value)) else inner.caveat
+                return Masked(inner.value, E.and_(c, inner.keep), (*inner.fills, fill), caveat)
         if op == "add":
             x, y = (self.additive(a) for a in args)
-            return Masked(E.apply("add", x.value, y.value), E.and_(x.keep, y.keep), x.fills + y.fills)
-        if op == "max" and self.is_fill(args[1], cut=True):
-            return self.additive(args[0])
+            caveat = x.caveat or y.caveat
+            return Masked(E.apply("add", x.value, y.value), E.and_(x.keep, y.keep), x.fills + y.fills, caveat)
         return Masked(e)
 
     def _scaled(self, op: str, e: Expr, x: Expr, c: Expr) -> Masked:

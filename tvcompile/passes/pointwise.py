@@ -104,7 +104,7 @@ def _masked_fill(r, a, n, idx):
 
 def _clamp(r, a, n, idx):
     x = r.operand(a["self"], idx, r.position[n])
-    for name, op in (("min", "max"), ("max", "min")):
+    for name, op in (("min", "clamp_min"), ("max", "clamp_max")):
         if a.get(name) is not None:
             x = E.apply(op, x, r.operand(a[name], idx, r.position[n]))
     return x

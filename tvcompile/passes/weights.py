@@ -222,9 +222,9 @@ def _from_quotient(r: Reader, top: Expr, bottom: Expr, product: Product):
 def _written(r: Reader, top: Expr, product: Product) -> str:
     """Does exp(x - c) subtract the maximum of that same x?"""
     x = exponent(top)
-    if x is not None and E.op_of(x) == "sub" and E.op_of(E.operands(x)[1]) in ("reduce", "max"):
+    if x is not None and E.op_of(x) == "sub" and E.op_of(E.operands(x)[1]) in ("reduce", "max", "clamp_min"):
         inner, shift = E.operands(x)
-        shift = E.operands(shift)[0] if E.op_of(shift) == "max" else shift
+        shift = E.operands(shift)[0] if E.op_of(shift) in ("max", "clamp_min") else shift
         node = r.nodes[E.operands(shift)[0].name] if E.op_of(shift) == "reduce" else None
         if node is not None and r.name(node) == "getitem":
             node = node.args[0]
