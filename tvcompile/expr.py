@@ -264,16 +264,21 @@ def compare_float(op: str, a: Expr, b: Expr) -> Expr:
 
 def and_(*args: Expr) -> Expr:
     """All of them; what another part already says leaves."""
-    return _prune(sympy.And(*args))
+    before = sympy.And(*args)
+    e = _prune(before)
+    if isinstance(e, sympy.Or):
+        return or_(*e.args)
+    return e if e == before else and_(e)
 
 
 def or_(*args: Expr) -> Expr:
     """Any of them; what another part already says leaves."""
-    e = sympy.Or(*args)
-    if not isinstance(e, sympy.Or):
-        return e
-    pruned = _prune(sympy.And(*(not_(a) for a in e.args)))
-    return sympy.Or(*(not_(a) for a in (pruned.args if isinstance(pruned, sympy.And) else [pruned])))
+    before = sympy.Or(*args)
+    if not isinstance(before, sympy.Or):
+        return before
+    pruned = _prune(sympy.And(*(not_(a) for a in before.args)))
+    e = sympy.Or(*(not_(a) for a in (pruned.args if isinstance(pruned, sympy.And) else [pruned])))
+    return e if e == before else or_(e)
 
 
 def _prune(e: Expr) -> Expr:

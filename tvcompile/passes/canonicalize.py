@@ -159,7 +159,7 @@ def _keep_dynamo_facts(old: fx.GraphModule, new: fx.GraphModule) -> None:
 def remove_dead_nodes(graph: fx.Graph) -> None:
     """Erase what nobody uses. Bodies of higher-order operators are not ours to clean: they may write in place."""
     for node in reversed(list(graph.nodes)):
-        if not node.users and not node.is_impure():
+        if not node.users and not node.is_impure(impure_random=False):
             graph.erase_node(node)
 
 
