@@ -47,7 +47,7 @@ def plain(case: str) -> Callable[..., Tensor]:
             s = torch.tanh(s / 30) * 30
         if case == "alibi":
             s = s + extra[0, :, None, None].to(s.dtype) * (i[None, :] - i[:, None])
-        s = s + torch.where(keep, 0.0, torch.finfo(s.dtype).min)
+        s = s.masked_fill(~keep, torch.finfo(s.dtype).min)
         if case == "sink":
             s = torch.cat([s, extra[0, None, :, None, None].to(s.dtype).expand(*s.shape[:3], 1)], -1)
             return s.softmax(-1, dtype=torch.float32).to(q.dtype)[..., :-1] @ v
