@@ -3,8 +3,8 @@
     score = a*s + c      a: free of kv, folded into q      c: free of s, a float mask [X,H,M,N]
     plain causal and unmasked attention: one call for all rows
 
-It is chosen where it is faster than cpu.py: small problems, and 16-bit forwards on a CPU with AMX. Other
-16-bit floats are widened.
+It is chosen where it is faster than cpu.py: small problems, plain ones in float32, and 16-bit forwards on a
+CPU with AMX. Other 16-bit floats are widened.
 Backward needs lse to be exact: tiles with empty rows, and with scores so large that lse has lost its
 fraction (an added finfo.min), go to cpu.py, which recomputes the softmax.
 """
@@ -43,9 +43,15 @@ def supports(need: Need) -> str | None:
     loaded = {E.operands(x)[0].name for part in parts for x in E.loads(part)}
     if loaded & set(need.wanted or ()):
         return f"gives no gradient of {', '.join(sorted(loaded & set(need.wanted or ())))}"
-    if need.scores > SMALL[need.dtype.itemsize] and not (need.wanted is None and _native(need.dtype)):
+    at_home = need.wanted is None if need.dtype.itemsize == 2 and _native(need.dtype) else _serves_whole(need)
+    if need.scores > SMALL[need.dtype.itemsize] and not at_home:
         return "matrix products are faster here"
     return None
+
+
+def _serves_whole(need: Need) -> bool:
+    """Whether the kernel knows the mask itself and needs no cast: it balances threads better than tiles."""
+    return need.dtype.itemsize >= 4 and _plain(need.spec)
 
 
 @functools.lru_cache(maxsize=8)
