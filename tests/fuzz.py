@@ -18,8 +18,7 @@ from typing import Any
 
 import torch
 
-from tests import fuzz_parts as parts
-from tests import harness
+from tests import fuzz_parts as parts, harness
 from tests.spellings.base import MAKERS
 
 DTYPES = {"float32": 8, "bfloat16": 2, "float16": 1}

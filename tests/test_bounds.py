@@ -5,11 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
-from tvcompile import bounds, syntax
-from tvcompile import expr as E
+from tvcompile import bounds, expr as E, syntax
 from tvcompile.bounds import EMPTY, FULL, PARTIAL
 from tvcompile.kernels import mods
 

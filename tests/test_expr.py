@@ -3,11 +3,9 @@
 import itertools
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
-from tvcompile import expr as E
-from tvcompile import syntax
+from tvcompile import expr as E, syntax
 from tvcompile.spec import AttentionSpec
 
 B, H, Q, KV = E.B, E.H, E.Q, E.KV

@@ -19,6 +19,7 @@ PACKAGE = "tvcompile"
 
 # The visible order: part of the package -> its layer.
 LAYERS = {
+    "terms": 0,
     "expr": 0,
     "syntax": 0,
     "bounds": 0,

@@ -17,188 +17,41 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
 
 import sympy
 from sympy.core.symbol import Str
-from sympy.logic.boolalg import Boolean
 
-Expr: TypeAlias = Any  # a sympy.Basic, which carries no types
-TRUE, FALSE = sympy.true, sympy.false
-
-
-class IntCall(sympy.Expr):
-    is_commutative = True
-    is_integer = True
-
-    def __new__(cls, op, *args):
-        return sympy.Expr.__new__(cls, Str(op) if isinstance(op, str) else op, *args)
-
-
-class FloatCall(sympy.Expr):
-    is_commutative = True
-
-    def __new__(cls, op, *args):
-        return sympy.Expr.__new__(cls, Str(op) if isinstance(op, str) else op, *args)
-
-
-class BoolCall(Boolean):
-    def __new__(cls, op, *args):
-        return Boolean.__new__(cls, Str(op) if isinstance(op, str) else op, *args)
-
-
-CALLS = (IntCall, FloatCall, BoolCall)
-CALL_OF_KIND = {"int": IntCall, "float": FloatCall, "bool": BoolCall}
-
-
-def index(name: str) -> sympy.Symbol:
-    """An index position or a size: a non-negative integer."""
-    return sympy.Symbol(name, integer=True, nonnegative=True)
-
-
-B, H, Q, KV = (index(n) for n in ("b", "h", "q", "kv"))
-S = sympy.Symbol("s", real=True)
-
-
-def op_of(e: Expr) -> Any:
-    """The operation of a call, or None for anything else."""
-    return e.args[0].name if isinstance(e, CALLS) else None
-
-
-def operands(e: Expr) -> tuple[Expr, ...]:
-    return e.args[1:] if isinstance(e, CALLS) else e.args
-
-
-def kind(e: Expr) -> str:
-    """ "bool", "float" or "int"."""
-    if isinstance(e, Boolean) and not isinstance(e, sympy.Symbol):
-        return "bool"
-    if isinstance(e, (FloatCall, sympy.Float)) or e is S or e in (sympy.oo, -sympy.oo, sympy.nan):
-        return "float"
-    return "int"
-
-
-def number(value: bool | int | float) -> Expr:
-    """A constant of the same kind as the Python value."""
-    if isinstance(value, bool):
-        return TRUE if value else FALSE
-    if isinstance(value, int):
-        return sympy.Integer(value)
-    if math.isinf(value) or math.isnan(value):
-        return sympy.nan if math.isnan(value) else (sympy.oo if value > 0 else -sympy.oo)
-    return sympy.Float(value + 0.0)
-
-
-def constant(e: Expr) -> Any:
-    """The Python value of a constant, or None."""
-    if e is TRUE or e is FALSE:
-        return e is TRUE
-    if isinstance(e, sympy.Integer):
-        return int(e)
-    if isinstance(e, sympy.Float) or e in (sympy.oo, -sympy.oo, sympy.nan):
-        return float(e)
-    return None
-
-
-def load(name: str, of_kind: str, *idx: Expr) -> Expr:
-    return CALL_OF_KIND[of_kind]("load", Str(name), *idx)
-
-
-def loads(e: Expr) -> list[Expr]:
-    """The captured loads of a formula, in a fixed order, inner ones included."""
-    found = {c for c in walk(e) if op_of(c) == "load"}
-    return sorted(found, key=sympy.default_sort_key)
-
-
-def walk(e: Expr):
-    return sympy.preorder_traversal(e)
-
-
-def mentions(e: Expr, *symbols: Expr) -> bool:
-    return any(x in symbols for x in walk(e))
-
-
-# Integers
-
-
-def floordiv(a: Expr, b: Expr, bounds: Callable | None = None) -> Expr:
-    """a // b; `bounds(e)` gives (low, high) of an integer formula and lets exact parts leave."""
-    if b == 1:
-        return a
-    if isinstance(a, sympy.Integer) and isinstance(b, sympy.Integer) and b != 0:
-        return sympy.Integer(int(a) // int(b))
-    whole, rest = split_multiple(a, b)
-    if rest == 0:
-        return whole
-    if bounds is not None and within(rest, b, bounds):
-        return whole
-    if op_of(rest) == "//" and bounds is not None:
-        inner, c = operands(rest)
-        return whole + floordiv(inner, c * b, bounds)
-    return whole + IntCall("//", rest, b)
-
-
-def mod(a: Expr, b: Expr, bounds: Callable | None = None) -> Expr:
-    """a % b with Python's sign."""
-    if b == 1:
-        return sympy.Integer(0)
-    if isinstance(a, sympy.Integer) and isinstance(b, sympy.Integer) and b != 0:
-        return sympy.Integer(int(a) % int(b))
-    _, rest = split_multiple(a, b)
-    if rest == 0 or (bounds is not None and within(rest, b, bounds)):
-        return rest
-    return IntCall("%", rest, b)
-
-
-def split_multiple(a: Expr, b: Expr) -> tuple[Expr, Expr]:
-    """(w, r) with a == w*b + r, where w takes every term of a that is visibly a multiple of b."""
-    whole, rest = sympy.Integer(0), sympy.Integer(0)
-    for term in sympy.Add.make_args(sympy.expand(a)):
-        quotient = term / b
-        if quotient.is_Rational or sympy.denom(quotient) != 1:
-            steps = quotient if quotient.is_Integer else None
-            if steps is None and isinstance(term, sympy.Integer) and isinstance(b, sympy.Integer):
-                steps, extra = divmod(int(term), int(b))
-                whole, rest = whole + steps, rest + extra
-                continue
-            if steps is None:
-                rest = rest + term
-                continue
-        whole = whole + quotient
-    return whole, rest
-
-
-def within(e: Expr, size: Expr, bounds: Callable) -> bool:
-    low, high = bounds(e)
-    return low is not None and high is not None and at_most(0, low) and at_most(high + 1, size)
-
-
-def at_most(a: Expr | int, b: Expr | int) -> bool:
-    """True when a <= b for all sizes: free symbols are sizes, each at least 1."""
-    gap = sympy.expand(sympy.sympify(b) - sympy.sympify(a))
-    least = sympy.Integer(0)
-    for term in sympy.Add.make_args(gap):
-        coefficient, rest = term.as_coeff_Mul()
-        if rest == 1:
-            least += coefficient
-        elif coefficient > 0 and rest.is_nonnegative:
-            least += coefficient if not rest.atoms(*CALLS) else 0
-        elif coefficient > 0 and op_of(rest) in ("//", "%"):
-            pass
-        else:
-            return False
-    return bool(least >= 0)
-
-
-def recombine(e: Expr) -> Expr:
-    """c*(x//c) + x%c is x."""
-    for term in [t for t in walk(e) if op_of(t) == "%"]:
-        x, c = operands(term)
-        partner = c * IntCall("//", x, c)
-        if isinstance(e, sympy.Add) and term in e.args and sympy.expand(partner) in e.args:
-            return recombine(e - sympy.expand(partner) - term + x)
-    return e
-
+from .terms import (
+    CALL_OF_KIND as CALL_OF_KIND,
+    CALLS as CALLS,
+    FALSE as FALSE,
+    KV as KV,
+    TRUE as TRUE,
+    B as B,
+    BoolCall as BoolCall,
+    Expr as Expr,
+    FloatCall as FloatCall,
+    H as H,
+    IntCall as IntCall,
+    Q as Q,
+    S as S,
+    at_most as at_most,
+    constant as constant,
+    floordiv as floordiv,
+    index as index,
+    kind as kind,
+    load as load,
+    loads as loads,
+    mentions as mentions,
+    mod as mod,
+    number as number,
+    op_of as op_of,
+    operands as operands,
+    recombine as recombine,
+    split_multiple as split_multiple,
+    walk as walk,
+    within as within,
+)
 
 # Booleans
 

@@ -12,8 +12,7 @@ import functools
 import sympy
 from torch import fx
 
-from . import expr as E
-from . import syntax
+from . import expr as E, syntax
 from .expr import Expr
 
 EMPTY_KINDS = {

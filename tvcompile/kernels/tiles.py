@@ -19,8 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import bounds
-from .. import expr as E
+from .. import bounds, expr as E
 from ..bounds import EMPTY, PARTIAL
 from ..expr import Expr
 from .mods import Scope, Span
