@@ -86,6 +86,13 @@ def _divide_content(e: Expr) -> tuple[int, Expr]:
     return g, free / g - (-const // g)
 
 
+def sides(e: Expr) -> tuple[Expr, Expr]:
+    """e <= 0 as left <= right with positive terms only: rows against columns, no [M,N] difference."""
+    terms = sympy.Add.make_args(e)
+    negative = [t for t in terms if t.as_coeff_Mul()[0] < 0]
+    return sympy.Add(*(t for t in terms if t not in negative)), -sympy.Add(*negative)
+
+
 def lt(a: Expr, b: Expr) -> Expr:
     if "float" in (kind(a), kind(b)):
         return compare_float("lt", a, b)

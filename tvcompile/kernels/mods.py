@@ -137,7 +137,7 @@ def _step(x: Expr) -> tuple[Callable, tuple[Expr, ...]]:
     if op == "load":
         return _load_step(*E.operands(x))
     if op in ("le", "eq"):
-        left, right = _sides(E.operands(x)[0])
+        left, right = E.sides(E.operands(x)[0])
         return _unscoped(operator.le if op == "le" else operator.eq), (left, right)
     if op == "where":
         return _where, E.operands(x)
@@ -153,13 +153,6 @@ def _step(x: Expr) -> tuple[Callable, tuple[Expr, ...]]:
 
 def _unscoped(function: Callable) -> Callable:
     return lambda scope, *values: function(*values)
-
-
-def _sides(e: Expr) -> tuple[Expr, Expr]:
-    """e <= 0 as left <= right with positive terms only: rows against columns, no [M,N] difference."""
-    terms = sympy.Add.make_args(e)
-    negative = [t for t in terms if t.as_coeff_Mul()[0] < 0]
-    return sympy.Add(*(t for t in terms if t not in negative)), -sympy.Add(*negative)
 
 
 def _cast(dtype: torch.dtype, scope: Scope, value: Any) -> Tensor:

@@ -1,0 +1,122 @@
+"""Triton kernels in Triton's interpreter, against the formula in float64."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+
+from tests.kernel_cases import H_KV, SHAPES, SPECS, B, D, H, captures_of, compare
+from tvcompile import expr as E, syntax
+from tvcompile.kernels import mods
+from tvcompile.kernels.attention import attention_ref
+from tvcompile.kernels.problem import Kernel, Problem
+
+triton = pytest.importorskip("triton", reason="no Triton beside this PyTorch")
+
+from tvcompile.kernels import flash_fwd, mint  # noqa: E402
+
+
+def kernel(*config) -> Kernel:
+    launch = functools.partial(flash_fwd.forward, config=flash_fwd.Config(*config))
+    return Kernel("triton", "cuda", flash_fwd.supports, launch, backward=None)
+
+
+SMALL = kernel(32, 32, 4, 2)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_forward_agrees_with_the_formula(spec, shape):
+    compare(SMALL, spec, shape, torch.float32)
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_forward_in_half_precision_keeps_eagers_accuracy(spec):
+    compare(SMALL, spec, SHAPES["odd"], torch.float16)
+
+
+@pytest.mark.parametrize("D_v", [8, 40])
+@pytest.mark.parametrize("spec", [SPECS["plain"], SPECS["padded_mean"]], ids=["plain", "padded"])
+def test_values_may_be_narrower_or_wider_than_keys(spec, D_v):
+    compare(SMALL, spec, SHAPES["odd"], torch.float32, D_v)
+
+
+@pytest.mark.parametrize("spec", [SPECS["window"], SPECS["padded_mean"]], ids=["window", "padded"])
+def test_descriptors_load_the_same(spec):
+    compare(kernel(32, 16, 4, 2, True), spec, SHAPES["odd"], torch.float32)
+
+
+@pytest.mark.parametrize("scale", ["-0.3", "0.0"])
+def test_a_scale_that_is_not_positive(scale):
+    compare(SMALL, f"scale={scale}; keep = kv <= q", SHAPES["odd"], torch.float32)
+
+
+@pytest.mark.parametrize("spec", [SPECS["causal"], SPECS["padded_mean"]], ids=["causal", "padded"])
+def test_strided_and_expanded_inputs_and_every_element_written(spec, monkeypatch):
+    S = 70
+    q = torch.randn(B, S, H, D).transpose(1, 2)
+    k = torch.randn(1, 1, S, D).expand(B, H_KV, S, D)
+    v = torch.randn(B, H_KV, D, S).mT
+    captures = captures_of(spec, S, S, torch.float32)
+    p = Problem.of(q, k, v, captures, [], spec, None)
+    empty = Problem.results
+    monkeypatch.setattr(Problem, "results", lambda self: tuple(x.fill_(float("nan")) for x in empty(self)))
+    torch.testing.assert_close(SMALL.forward(p), attention_ref(q, k, v, captures, [], spec))
+
+
+def test_no_batch_and_no_keys():
+    for shape in ((0, 2, 5, 16), (2, 2, 0, 16)):
+        q, k = torch.randn(2, 2, 3, 16) if shape[0] else torch.randn(shape), torch.randn(shape)
+        out, lse = SMALL.forward(Problem.of(q, k, k, [], [], "scale=1; empty=zero", None))
+        assert out.shape == q.shape and bool((out == 0).all()) and bool((lse == float("inf")).all())
+
+
+FORMULAS = [
+    "(q - kv)//3 + (kv - q)%5",
+    "q//7 - kv%4",
+    "ids[b, kv - 3]*2 + min(q, 5)",
+    "abs(kv - q) + max(kv, 9) - int(float32(q)/3.0)",
+    "float32(kv - q)*slope[h]",
+    "where(kv <= q & ~(kv%3 == 0), tanh(s/2.0), exp(s) - 1.0)",
+    "sigmoid(s) + log(abs(s) + 1.0) + sqrt(abs(s))*sin(s)",
+    "where(kv < q | kv == 4, softplus(s), float16(s))",
+]
+
+
+@pytest.mark.parametrize("text", FORMULAS)
+def test_a_minted_formula_gives_what_its_torch_form_gives(text):
+    import triton.language as tl
+
+    M, N = 16, 32
+    names = ("ids", "slope")
+    held = {"ids": torch.randint(0, 9, (2, N), dtype=torch.int32), "slope": torch.rand(3)}
+    formula = syntax.parse(text)
+    p = Problem.of(torch.zeros(2, 3, M, 8), *[torch.zeros(2, 3, N, 8)] * 2, [], [], "scale=1", None)
+    s = torch.randn(M, N)
+    want = mods.tensor(formula, p.scope.at(b=(1, 2), h=(2, 3), captures=held, s=s)).broadcast_to(1, 1, M, N)[0, 0]
+    function = mint.mint(formula, tuple((n, held[n].dim(), False) for n in names), ())
+    scored = E.mentions(formula, E.S)
+
+    @triton.jit
+    def run(out_ptr, s_ptr, captures, layout, F: tl.constexpr, SCORED: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+        q, kv = tl.arange(0, M)[:, None], tl.arange(0, N)[None, :]
+        if SCORED:
+            value = F(tl.load(s_ptr + q * N + kv), 1, 2, q, kv, captures, layout, ())
+        else:
+            value = F(1, 2, q, kv, captures, layout, ())
+        tl.store(out_ptr + q * N + kv, value + tl.zeros([M, N], tl.float32))
+
+    out = torch.empty(M, N)
+    layout = tuple(n for name in names for n in (*held[name].shape, *held[name].stride()))
+    run[(1,)](out, s, tuple(held.values()), layout, function, scored, M, N)
+    torch.testing.assert_close(out, want.float(), rtol=1e-5, atol=1e-6)
+
+
+def test_runs_skip_what_keep_hides_and_mask_only_the_borders():
+    q = torch.empty(1, 1, 512, 16)
+    p = Problem.of(q, q, q, [], [], "scale=1; keep = kv <= q & q - kv < 256", None)
+    runs, n_full = flash_fwd.runs_of(p, flash_fwd.Config(64, 64, 4, 2))
+    assert n_full == 1 and runs.shape == (1, 8, 3, 2)
+    assert runs[0, 5].tolist() == [[128, 320], [64, 128], [320, 384]]

@@ -1,0 +1,201 @@
+"""Expr -> Triton: a formula becomes a small jit function that a kernel takes as a tl.constexpr.
+
+    kv <= q & pad[b, kv]   ->   def formula(b, h, q, kv, captures, layout, sizes):
+                                    return (kv <= q) & (tl.load(captures[0] + ...) != 0)
+
+    b, h scalars   q [M,1]   kv [1,N]   s [M,N], so parts free of q or kv are computed once per row or column
+
+A capture's sizes and strides lie one after the other in `layout`, that of the first capture first. Loads clamp
+their indices, as both sides of a `where` are evaluated. Integers are int32, floats float32, booleans stored as bytes.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import linecache
+from collections.abc import Sequence
+
+import sympy
+import triton
+import triton.language as tl
+
+from .. import expr as E
+from ..expr import Expr
+
+POSITIONS = ("b", "h", "q", "kv")
+
+
+@triton.jit
+def floordiv(a, b):
+    """a // b rounded down; Triton's own rounds to zero."""
+    return tl.where((a % b != 0) & ((a < 0) != (b < 0)), a // b - 1, a // b)
+
+
+@triton.jit
+def mod(a, b):
+    """a % b with the sign of b."""
+    return tl.where((a % b != 0) & ((a < 0) != (b < 0)), a % b + b, a % b)
+
+
+@triton.jit
+def tanh(x):
+    """1 - 2 / (exp(2x) + 1); near 0, where that cancels, x - x^3/3 + 2x^5/15"""
+    square = x * x
+    return tl.where(tl.abs(x) < 0.05, x * (1 - square * (1 / 3 - square * (2 / 15))), 1 - 2 / (tl.exp(2 * x) + 1))
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + exp(x)), and x itself from 20 on, as torch.nn.functional.softplus has it"""
+    return tl.where(x > 20.0, x, tl.log(1 + tl.exp(tl.minimum(x, 20.0))))
+
+
+@triton.jit
+def inside(i, size):
+    """A negative index counts from the end; an index outside becomes the nearest inside."""
+    i = tl.where(i < 0, i + size, i)
+    return tl.minimum(tl.maximum(i, 0), size - 1)
+
+
+FUNCTIONS = {
+    "add": "({0} + {1})",
+    "sub": "({0} - {1})",
+    "mul": "({0} * {1})",
+    "div": "({0} / {1})",
+    "neg": "(-{0})",
+    "//": "floordiv({0}, {1})",
+    "%": "mod({0}, {1})",
+    "abs": "tl.abs({0})",
+    "min": "tl.minimum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)",
+    "max": "tl.maximum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)",
+    "clamp_max": "tl.minimum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)",
+    "clamp_min": "tl.maximum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)",
+    "exp": "tl.exp({0})",
+    "exp2": "tl.exp2({0})",
+    "log": "tl.log({0})",
+    "log2": "tl.log2({0})",
+    "log1p": "tl.log(1 + {0})",
+    "expm1": "(tl.exp({0}) - 1)",
+    "sqrt": "tl.sqrt({0})",
+    "rsqrt": "(1 / tl.sqrt({0}))",
+    "reciprocal": "(1 / {0})",
+    "sigmoid": "(1 / (1 + tl.exp(-{0})))",
+    "tanh": "tanh({0})",
+    "softplus": "softplus({0})",
+    "erf": "tl.erf({0})",
+    "sin": "tl.sin({0})",
+    "cos": "tl.cos({0})",
+    "floor": "tl.floor({0})",
+    "ceil": "tl.ceil({0})",
+    "where": "tl.where({0}, {1}, {2})",
+    "int": "({0}).to(tl.int32)",
+    "fle": "({0} <= {1})",
+    "flt": "({0} < {1})",
+    "feq": "({0} == {1})",
+    "float32": "({0}).to(tl.float32)",
+    "float16": "({0}).to(tl.float16).to(tl.float32)",
+    "bfloat16": "({0}).to(tl.bfloat16).to(tl.float32)",
+}
+JOINED = {sympy.Add: " + ", sympy.Mul: " * ", sympy.And: " & ", sympy.Or: " | "}
+
+
+def unprintable(e: Expr) -> str | None:
+    """What in the formula has no Triton form, or None."""
+    for x in E.walk(e):
+        op = E.op_of(x)
+        if op is not None and op not in FUNCTIONS and op not in ("load", "le", "eq"):
+            return f"{op} has no Triton form"
+    return None
+
+
+@functools.lru_cache(maxsize=4096)
+def mint(e: Expr, captures: tuple[tuple[str, int, bool], ...], sizes: tuple[str, ...]) -> triton.JITFunction:
+    """The jit function of a formula; captures: (name, number of dims, whether they need 64-bit offsets) in order.
+
+    It takes (b, h, q, kv, captures, layout, sizes), after the score `s` if the formula mentions it.
+    """
+    writer = _Writer(captures, sizes)
+    value = writer.write(e)
+    names = [*(["s"] if E.mentions(e, E.S) else []), *POSITIONS, "captures", "layout", "sizes"]
+    text = "\n".join(
+        [f"def formula({', '.join(names)}):", *(f"    {line}" for line in writer.lines), f"    return {value}"]
+    )
+    return _function(text + "\n")
+
+
+def _function(text: str) -> triton.JITFunction:
+    """Triton reads a function's source back, so its text has to be where inspect looks."""
+    file = f"<tvcompile {hashlib.sha256(text.encode()).hexdigest()[:16]}>"
+    linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)
+    scope = {
+        "__name__": __name__,
+        "tl": tl,
+        **{f: globals()[f] for f in ("floordiv", "mod", "tanh", "softplus", "inside")},
+    }
+    exec(compile(text, file, "exec"), scope)
+    return triton.jit(scope["formula"])
+
+
+class _Writer:
+    """Writes every shared part of a formula once, as a line of its own."""
+
+    def __init__(self, captures: Sequence[tuple[str, int, bool]], sizes: Sequence[str]):
+        self.lines: list[str] = []
+        self.names: dict[Expr, str] = {}
+        self.sizes = {name: f"sizes[{i}]" for i, name in enumerate(sizes)}
+        self.captures: dict[str, tuple[int, int, int, bool]] = {}
+        start = 0
+        for i, (name, dims, wide) in enumerate(captures):
+            self.captures[name] = i, start, dims, wide
+            start += 2 * dims
+
+    def write(self, e: Expr) -> str:
+        if e not in self.names:
+            text = self._text(e)
+            if e.args and not isinstance(e, (sympy.Float, sympy.Integer)):
+                name = f"x{len(self.lines)}"
+                self.lines.append(f"{name} = {text}")
+                text = name
+            self.names[e] = text
+        return self.names[e]
+
+    def _text(self, e: Expr) -> str:
+        value = E.constant(e)
+        if value is not None:
+            return repr(value) if value == value and abs(value) != float("inf") else f'float("{value}")'
+        if isinstance(e, sympy.Symbol):
+            return self.sizes.get(e.name, e.name)
+        op = E.op_of(e)
+        if op == "load":
+            return self._load(e)
+        if op in ("le", "eq"):
+            left, right = E.sides(E.operands(e)[0])
+            return f"({self.write(left)} {'<=' if op == 'le' else '=='} {self.write(right)})"
+        if op is not None:
+            form = FUNCTIONS[op]
+            if op in ("//", "%") and all(a.is_nonnegative for a in E.operands(e)):
+                form = f"({{0}} {op} {{1}})"
+            return form.format(*map(self.write, E.operands(e)))
+        if isinstance(e, sympy.Not):
+            return f"({self.write(e.args[0])} == 0)"
+        if isinstance(e, sympy.Pow):
+            return "(" + " * ".join([self.write(e.args[0])] * int(e.args[1])) + ")"
+        return "(" + JOINED[type(e)].join(map(self.write, e.args)) + ")"
+
+    def _inside(self, index: Expr, size: str) -> str:
+        if isinstance(index, sympy.Integer) and index >= 0:
+            return str(index)
+        value = self.write(index)
+        return f"tl.minimum({value}, {size} - 1)" if index.is_nonnegative else f"inside({value}, {size})"
+
+    def _load(self, e: Expr) -> str:
+        name, *indices = E.operands(e)
+        number, start, dims, wide = self.captures[name.name]
+        offsets = []
+        for d, index in enumerate(indices):
+            at = self._inside(index, f"layout[{start + d}]")
+            offsets.append(f"{at}{'.to(tl.int64)' if wide else ''} * layout[{start + dims + d}]")
+        loaded = f"tl.load(captures[{number}]{''.join(' + ' + o for o in offsets)})"
+        kind = E.kind(e)
+        return f"({loaded} != 0)" if kind == "bool" else f"{loaded}.to(tl.{'int32' if kind == 'int' else 'float32'})"
