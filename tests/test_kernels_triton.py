@@ -15,12 +15,14 @@ from tvcompile.kernels.problem import Kernel, Problem
 
 triton = pytest.importorskip("triton", reason="no Triton beside this PyTorch")
 
-from tvcompile.kernels import flash_fwd, mint  # noqa: E402
+from tvcompile.kernels import flash_bwd, flash_fwd, mint  # noqa: E402
 
 
 def kernel(*config) -> Kernel:
-    launch = functools.partial(flash_fwd.forward, config=flash_fwd.Config(*config))
-    return Kernel("triton", "cuda", flash_fwd.supports, launch, backward=None)
+    c = flash_fwd.Config(*config)
+    launch = functools.partial(flash_fwd.forward, config=c)
+    back = functools.partial(flash_bwd.backward, dq_config=c, dkdv_config=c)
+    return Kernel("triton", "cuda", flash_fwd.supports, launch, back)
 
 
 SMALL = kernel(32, 32, 4, 2)
@@ -96,8 +98,8 @@ def test_a_minted_formula_gives_what_its_torch_form_gives(text):
     p = Problem.of(torch.zeros(2, 3, M, 8), *[torch.zeros(2, 3, N, 8)] * 2, [], [], "scale=1", None)
     s = torch.randn(M, N)
     want = mods.tensor(formula, p.scope.at(b=(1, 2), h=(2, 3), captures=held, s=s)).broadcast_to(1, 1, M, N)[0, 0]
-    function = mint.mint(formula, tuple((n, held[n].dim(), False) for n in names), ())
     scored = E.mentions(formula, E.S)
+    function = mint.mint(formula, tuple((n, held[n].dim(), False) for n in names), (), scored)
 
     @triton.jit
     def run(out_ptr, s_ptr, captures, layout, F: tl.constexpr, SCORED: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
@@ -117,6 +119,6 @@ def test_a_minted_formula_gives_what_its_torch_form_gives(text):
 def test_runs_skip_what_keep_hides_and_mask_only_the_borders():
     q = torch.empty(1, 1, 512, 16)
     p = Problem.of(q, q, q, [], [], "scale=1; keep = kv <= q & q - kv < 256", None)
-    runs, n_full = flash_fwd.runs_of(p, flash_fwd.Config(64, 64, 4, 2))
+    runs, n_full = flash_fwd.runs_of(p, 64, 64)
     assert n_full == 1 and runs.shape == (1, 8, 3, 2)
     assert runs[0, 5].tolist() == [[128, 320], [64, 128], [320, 384]]

@@ -22,6 +22,7 @@ LAYERS = {
     "terms": 0,
     "expr": 0,
     "syntax": 0,
+    "derive": 0,
     "bounds": 0,
     "options": 0,
     "spec": 1,

@@ -10,7 +10,7 @@
     PARTIAL ones; unused ranges are empty
 
 One program makes BLOCK_M rows of one head. `keep` is tested in PARTIAL blocks only, where also the end of kv lies.
-Not here: dropout, float64, the backward; no device chooses this kernel yet.
+Not here: dropout, float64. No device chooses this kernel yet.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from torch import Tensor
 
 from .. import bounds, expr as E
 from ..bounds import FULL, PARTIAL
-from .mint import mint, unprintable
+from ..derive import derivative
+from .mint import mint, mint_gradients, unprintable
 from .problem import Need, Problem
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -52,8 +53,6 @@ class Config:
 
 
 def supports(need: Need) -> str | None:
-    if need.wanted is not None:
-        return "no backward"
     if need.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"no {str(need.dtype)[6:]}"
     if need.spec.dropout:
@@ -228,7 +227,7 @@ def forward(p: Problem, config: Config) -> tuple[Tensor, Tensor]:
     S_kv, D_v = p.k.shape[2], p.v.shape[3]
     if lse.numel() == 0 or D_v == 0:
         return out, lse.fill_(math.inf)
-    runs, n_full = runs_of(p, config)
+    runs, n_full = runs_of(p, config.BLOCK_M, config.BLOCK_N)
     args, formulas = arguments(p)
     n_q = triton.cdiv(S_q, config.BLOCK_M)
     attention_fwd[(n_q, B * H)](
@@ -254,37 +253,41 @@ def describable(x: Tensor) -> bool:
     return x.stride(3) == 1 and all(n * x.element_size() % 16 == 0 for n in steps)
 
 
-def arguments(p: Problem) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """((captures, layout, sizes, scale), the formulas as jit functions) of a launch."""
-    spec, captures = p.spec, p.scope.captures
+def arguments(p: Problem, buffers: dict[str, Tensor] | None = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """((captures, layout, sizes, scale), the formulas as jit functions) of a launch; buffers: captures' gradients."""
+    spec, captures = p.spec, dict(p.scope.captures) | {f"d {name}": x for name, x in (buffers or {}).items()}
     shape = tuple((name, x.dim(), x.numel() > 1 << 31) for name, x in captures.items())
     sizes = tuple(p.scope.sizes)
     minted = functools.partial(mint, captures=shape, sizes=sizes)
     pointers = tuple(x.view(torch.uint8) if x.dtype == torch.bool else x for x in captures.values())
     layout = tuple(n for x in captures.values() for n in (*x.shape, *x.stride()))
-    folded = spec.score == E.S and spec.scale > 0
     scale = spec.scale * (LOG2E.value if spec.score == E.S else 1.0)
     formulas = {
-        "SCORE": None if spec.score == E.S else minted(spec.score),
+        "SCORE": None if spec.score == E.S else minted(spec.score, scored=True),
         "KEEP": None if spec.keep is E.TRUE else minted(spec.keep),
-        "SINK": None if spec.sink is None else minted(spec.sink),
-        "EMPTY": (p.empty or "nan").removesuffix("_cut"),
-        "FOLDED": folded,
     }
+    if buffers is None:
+        formulas["SINK"] = None if spec.sink is None else minted(spec.sink)
+        formulas["EMPTY"] = (p.empty or "nan").removesuffix("_cut")
+        formulas["FOLDED"] = spec.score == E.S and spec.scale > 0
+    else:
+        slope = derivative(spec.score, E.S)
+        formulas["SLOPE"] = None if slope == E.number(1.0) else minted(slope, scored=True)
+        formulas["GRADIENTS"] = mint_gradients(spec.score, tuple(buffers), shape, sizes) if buffers else None
     return (pointers, layout, tuple(p.scope.sizes.values()), scale), formulas
 
 
-def runs_of(p: Problem, config: Config) -> tuple[Tensor, int]:
-    """(runs, how many of them are FULL) from the bounds of `keep`."""
-    S_q, S_kv = p.q.shape[2], p.k.shape[2]
+def runs_of(p: Problem, M: int, N: int, of_keys: bool = False) -> tuple[Tensor, int]:
+    """(runs, how many of them are FULL) of the q blocks; `of_keys`: of the kv blocks, ranges of q."""
     sizes = tuple(sorted(p.scope.sizes.items()))
-    runs, n_full = _runs(p.spec.keep, p.q.shape[0], S_q, S_kv, sizes, config)
+    runs, n_full = _runs(p.spec.keep, p.q.shape[0], p.q.shape[2], p.k.shape[2], sizes, M, N, of_keys)
     return torch.from_numpy(runs).to(p.q.device), n_full
 
 
 @functools.lru_cache(maxsize=256)
-def _runs(keep: E.Expr, B: int, S_q: int, S_kv: int, sizes: tuple, config: Config) -> tuple[np.ndarray, int]:
-    M, N = config.BLOCK_M, config.BLOCK_N
+def _runs(
+    keep: E.Expr, B: int, S_q: int, S_kv: int, sizes: tuple, M: int, N: int, of_keys: bool
+) -> tuple[np.ndarray, int]:
     table = {name: (float(n), float(n)) for name, n in sizes} | {
         "b": (0.0, B - 1.0),
         "h": (0.0, dict(sizes)["H"] - 1.0),
@@ -292,8 +295,13 @@ def _runs(keep: E.Expr, B: int, S_q: int, S_kv: int, sizes: tuple, config: Confi
         "kv": bounds.blocks(S_kv, N, 0),
     }
     kinds = np.array(np.broadcast_to(bounds.kinds(keep, table), (-(-S_q // M), -(-S_kv // N))))
-    if S_kv % N:
+    # A block that reaches beyond the end is PARTIAL.
+    if S_kv % N and not of_keys:
         kinds[:, -1] = np.minimum(kinds[:, -1], PARTIAL)
+    if of_keys:
+        if S_q % M:
+            kinds[-1] = np.minimum(kinds[-1], PARTIAL)
+        kinds, N = kinds.T, M
     each = [[_ranges(row == kind, N) for row in kinds] for kind in (FULL, PARTIAL)]
     counts = [max(map(len, ranges), default=0) for ranges in each]
     runs: np.ndarray = np.zeros((1, len(kinds), max(1, sum(counts)), 2), np.int32)

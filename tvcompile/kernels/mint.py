@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 
 from .. import expr as E
+from ..derive import derivative
 from ..expr import Expr
 
 POSITIONS = ("b", "h", "q", "kv")
@@ -109,30 +110,53 @@ def unprintable(e: Expr) -> str | None:
     return None
 
 
-@functools.lru_cache(maxsize=4096)
-def mint(e: Expr, captures: tuple[tuple[str, int, bool], ...], sizes: tuple[str, ...]) -> triton.JITFunction:
-    """The jit function of a formula; captures: (name, number of dims, whether they need 64-bit offsets) in order.
+Captures = tuple[tuple[str, int, bool], ...]  # (name, number of dims, whether offsets need 64 bits), in order
 
-    It takes (b, h, q, kv, captures, layout, sizes), after the score `s` if the formula mentions it.
+
+@functools.lru_cache(maxsize=4096)
+def mint(e: Expr, captures: Captures, sizes: tuple[str, ...], scored: bool = False) -> triton.JITFunction:
+    """The jit function of a formula.
+
+    It takes (b, h, q, kv, captures, layout, sizes), after the score `s` if `scored`.
     """
     writer = _Writer(captures, sizes)
     value = writer.write(e)
-    names = [*(["s"] if E.mentions(e, E.S) else []), *POSITIONS, "captures", "layout", "sizes"]
-    text = "\n".join(
-        [f"def formula({', '.join(names)}):", *(f"    {line}" for line in writer.lines), f"    return {value}"]
-    )
-    return _function(text + "\n")
+    return _function([*["s"] * scored, *PLACE], [*writer.lines, f"return {value}"])
 
 
-def _function(text: str) -> triton.JITFunction:
+@functools.lru_cache(maxsize=4096)
+def mint_gradients(e: Expr, wanted: tuple[str, ...], captures: Captures, sizes: tuple[str, ...]) -> triton.JITFunction:
+    """The jit function that adds g * de/dcapture to the buffer `d NAME` among the captures, for each wanted one.
+
+    It takes (g, s, b, h, q, kv, captures, layout, sizes); a part of a capture that one row, column or block
+    shares is added up first. q [M,1], kv [1,N].
+    """
+    writer = _Writer(captures, sizes)
+    for load in E.loads(e):
+        name, *indices = E.operands(load)
+        if name.name not in wanted or E.kind(load) != "float":
+            continue
+        slope = writer.write(derivative(e, load))
+        number, offset = writer.place(f"d {name.name}", indices)
+        held = [E.mentions(load, axis) for axis in (E.Q, E.KV)]
+        value = f"tl.where(g != 0.0, g * {slope}, 0.0)"
+        for axis in (1, 0):
+            if not held[axis]:
+                value = f"tl.sum({value}, {axis}, keep_dims=True)"
+        shape = f"[{'g.shape[0]' if held[0] else '1'}, {'g.shape[1]' if held[1] else '1'}]"
+        writer.lines.append(f"tl.atomic_add(captures[{number}] + tl.zeros({shape}, tl.int32){offset}, {value})")
+    return _function(["g", "s", *PLACE], [*writer.lines, "return"])
+
+
+PLACE = (*POSITIONS, "captures", "layout", "sizes")
+
+
+def _function(names: Sequence[str], lines: Sequence[str]) -> triton.JITFunction:
     """Triton reads a function's source back, so its text has to be where inspect looks."""
+    text = "\n".join([f"def formula({', '.join(names)}):", *(f"    {line}" for line in lines)]) + "\n"
     file = f"<tvcompile {hashlib.sha256(text.encode()).hexdigest()[:16]}>"
     linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)
-    scope = {
-        "__name__": __name__,
-        "tl": tl,
-        **{f: globals()[f] for f in ("floordiv", "mod", "tanh", "softplus", "inside")},
-    }
+    scope = {"__name__": __name__, "tl": tl} | {f.__name__: f for f in (floordiv, mod, tanh, softplus, inside)}
     exec(compile(text, file, "exec"), scope)
     return triton.jit(scope["formula"])
 
@@ -189,13 +213,18 @@ class _Writer:
         value = self.write(index)
         return f"tl.minimum({value}, {size} - 1)" if index.is_nonnegative else f"inside({value}, {size})"
 
+    def place(self, name: str, indices: Sequence[Expr]) -> tuple[int, str]:
+        """(number of the capture, the offset as ` + ...`)"""
+        number, start, dims, wide = self.captures[name]
+        offsets = ""
+        for d, index in enumerate(indices):
+            at = self._inside(index, f"layout[{start + d}]") + ".to(tl.int64)" * wide
+            offsets += f" + {at} * layout[{start + dims + d}]"
+        return number, offsets
+
     def _load(self, e: Expr) -> str:
         name, *indices = E.operands(e)
-        number, start, dims, wide = self.captures[name.name]
-        offsets = []
-        for d, index in enumerate(indices):
-            at = self._inside(index, f"layout[{start + d}]")
-            offsets.append(f"{at}{'.to(tl.int64)' if wide else ''} * layout[{start + dims + d}]")
-        loaded = f"tl.load(captures[{number}]{''.join(' + ' + o for o in offsets)})"
+        number, offset = self.place(name.name, indices)
+        loaded = f"tl.load(captures[{number}]{offset})"
         kind = E.kind(e)
         return f"({loaded} != 0)" if kind == "bool" else f"{loaded}.to(tl.{'int32' if kind == 'int' else 'float32'})"

@@ -1,0 +1,49 @@
+"""Derivatives of formulas, against autograd over the formula's torch form."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tvcompile import expr as E, syntax
+from tvcompile.derive import derivative
+from tvcompile.kernels import mods
+from tvcompile.kernels.problem import Problem
+
+FORMULAS = [
+    "5.0*tanh(s/5.0) + bias[h]",
+    "s*bias[h]/(bias[h] + 3.0) - float32(kv)*bias[h]",
+    "where(kv <= q, exp(s) - log(abs(s) + 1.0), sigmoid(s)*s)",
+    "sqrt(s*s + 1.0) + rsqrt(s*s + 2.0) + softplus(s)",
+    "min(s, 0.3) + max(s, bias[h])*2.0 + clamp_min(s, -0.5) + clamp_max(s, 0.7)",
+    "erf(s) + sin(s)*cos(s) + reciprocal(s*s + 1.0) + exp2(s) + log1p(s*s) + log2(s*s + 1.0)",
+    "floor(s)*s + abs(s)",
+]
+
+
+@pytest.mark.parametrize("text", FORMULAS)
+def test_a_derivative_is_what_autograd_finds(text):
+    e = syntax.parse(text)
+    s, bias = torch.randn(2, 3, 16, 8, dtype=torch.float64), torch.rand(3, dtype=torch.float64)
+    s[0, 0, 0, 0] = 0.0
+    scope = Problem.of(*[torch.zeros(2, 3, 16, 8, dtype=torch.float64)] * 3, [], [], "scale=1", None).scope
+    scope = scope.at(captures={"bias": bias}, s=s.requires_grad_(), kv=(0, 8), wanted=("bias",), taps=[])
+    value = mods.tensor(e, scope).expand_as(s)
+    loads = E.loads(e)
+    leaves = [s, *(tap.leaf for tap in scope.taps[:1])]
+    found = torch.autograd.grad(value.sum(), leaves)
+    plain = scope.at(s=s.detach(), taps=None)
+    for x, leaf, want in zip([E.S, *loads], leaves, found):
+        got = mods.tensor(derivative(e, x), plain).expand_as(s)
+        extra = [d for d in range(4) if leaf.shape[d] == 1 != s.shape[d]]
+        torch.testing.assert_close(got.sum(extra, keepdim=True) if extra else got, want)
+
+
+def test_a_part_that_is_not_there_has_no_slope():
+    assert derivative(syntax.parse("tanh(s)"), syntax.parse("bias[h]")) == E.number(0.0)
+    assert derivative(syntax.parse("s + bias[h, q, kv]"), E.S) == E.number(1.0)
+
+
+def test_what_has_no_rule_is_an_error():
+    with pytest.raises(ValueError, match="no derivative of"):
+        derivative(E.FloatCall("gamma", E.S), E.S)

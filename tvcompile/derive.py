@@ -1,0 +1,118 @@
+"""d e / d x: the derivative of a float formula by a part of it, as a formula.
+
+    tanh(s/c)*c   by s   ->   1 - tanh(s/c)**2
+
+Bounds split a gradient as PyTorch does: minimum and maximum give each of two equal sides a half, clamp gives all to the
+value. A cast between floats lets the gradient through.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from . import expr as E
+from .expr import Expr
+
+ZERO, ONE = E.number(0.0), E.number(1.0)
+
+
+def derivative(e: Expr, x: Expr) -> Expr:
+    """Raises ValueError where an operation has no rule."""
+    memo: dict[Expr, Expr] = {x: ONE}
+
+    def go(y: Expr) -> Expr:
+        if y not in memo:
+            memo[y] = ZERO if not _holds(y, x) else _derivative(y, go)
+        return memo[y]
+
+    return go(e)
+
+
+def _holds(y: Expr, x: Expr) -> bool:
+    return E.kind(y) == "float" and any(part == x for part in E.walk(y))
+
+
+def _derivative(e: Expr, go: Callable[[Expr], Expr]) -> Expr:
+    op, args = E.op_of(e), E.operands(e)
+    if op == "where":
+        c, a, b = args
+        return E.where(c, go(a), go(b))
+    if op in E.CASTS:
+        return go(args[0])
+    if op not in RULES:
+        raise ValueError(f"no derivative of {op} in {e}")
+    return RULES[op](e, *args, *map(go, args))
+
+
+def add(a: Expr, b: Expr) -> Expr:
+    return b if a == ZERO else a if b == ZERO else E.apply("add", a, b)
+
+
+def sub(a: Expr, b: Expr) -> Expr:
+    return a if b == ZERO else E.apply("neg", b) if a == ZERO else E.apply("sub", a, b)
+
+
+def mul(a: Expr, b: Expr) -> Expr:
+    if ZERO in (a, b):
+        return ZERO
+    return b if a == ONE else a if b == ONE else E.apply("mul", a, b)
+
+
+def div(a: Expr, b: Expr) -> Expr:
+    return ZERO if a == ZERO else E.apply("div", a, b)
+
+
+def _extreme(first_wins: Callable[[Expr, Expr], Expr]) -> Callable:
+    def rule(e: Expr, a: Expr, b: Expr, da: Expr, db: Expr) -> Expr:
+        half = mul(E.number(0.5), add(da, db))
+        return E.where(E.compare_float("eq", a, b), half, E.where(first_wins(a, b), da, db))
+
+    return rule
+
+
+def _scaled(factor: Callable[[Expr, Expr], Expr]) -> Callable:
+    """The rule of a function of one operand: factor(value, operand) times the operand's derivative."""
+    return lambda e, a, da: mul(factor(e, a), da)
+
+
+def _less(a: Expr, b: Expr) -> Expr:
+    return E.compare_float("lt", a, b)
+
+
+def _at_most(a: Expr, b: Expr) -> Expr:
+    return E.compare_float("le", a, b)
+
+
+def _number(x: float) -> Expr:
+    return E.number(x)
+
+
+RULES: dict[str, Callable] = {
+    "add": lambda e, a, b, da, db: add(da, db),
+    "sub": lambda e, a, b, da, db: sub(da, db),
+    "mul": lambda e, a, b, da, db: add(mul(da, b), mul(a, db)),
+    "div": lambda e, a, b, da, db: div(sub(da, mul(e, db)), b),
+    "neg": lambda e, a, da: E.apply("neg", da),
+    "abs": _scaled(lambda e, a: E.where(_less(a, ZERO), _number(-1.0), E.where(_less(ZERO, a), ONE, ZERO))),
+    "min": _extreme(_less),
+    "max": _extreme(lambda a, b: _less(b, a)),
+    "clamp_max": lambda e, a, b, da, db: E.where(_at_most(a, b), da, db),
+    "clamp_min": lambda e, a, b, da, db: E.where(_at_most(b, a), da, db),
+    "exp": _scaled(lambda e, a: e),
+    "exp2": _scaled(lambda e, a: mul(_number(math.log(2)), e)),
+    "expm1": _scaled(lambda e, a: add(e, ONE)),
+    "log": lambda e, a, da: div(da, a),
+    "log2": lambda e, a, da: div(da, mul(_number(math.log(2)), a)),
+    "log1p": lambda e, a, da: div(da, add(a, ONE)),
+    "sqrt": lambda e, a, da: div(mul(_number(0.5), da), e),
+    "rsqrt": _scaled(lambda e, a: div(mul(_number(-0.5), e), a)),
+    "reciprocal": _scaled(lambda e, a: E.apply("neg", mul(e, e))),
+    "tanh": _scaled(lambda e, a: sub(ONE, mul(e, e))),
+    "sigmoid": _scaled(lambda e, a: mul(e, sub(ONE, e))),
+    "softplus": _scaled(lambda e, a: E.apply("sigmoid", a)),
+    "erf": _scaled(lambda e, a: mul(_number(2 / math.sqrt(math.pi)), E.apply("exp", E.apply("neg", mul(a, a))))),
+    "sin": _scaled(lambda e, a: E.apply("cos", a)),
+    "cos": _scaled(lambda e, a: E.apply("neg", E.apply("sin", a))),
+    **dict.fromkeys(("floor", "ceil", "round", "trunc"), lambda e, a, da: ZERO),
+}
