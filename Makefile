@@ -14,10 +14,10 @@ PROGRAMS ?= 20000
 BENCHMARKS ?= $(basename $(notdir $(filter-out %/__init__.py,$(wildcard benchmarks/[a-z]*.py))))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check fuzz bench clean
+.PHONY: help demo test check fuzz bench kernels clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "PYTHON=... VENV=... CXX=... choose the interpreter, the environment and the compiler"
 
 demo: $(VENV)/.demo  ## three real models: what is lifted, the error, the time (MODEL=hub-id-or-folder)
@@ -38,6 +38,9 @@ fuzz: $(VENV)/.test  ## random attention programs, refused or right (PROGRAMS=20
 
 bench: $(VENV)/.test  ## the numbers of README.md (BENCHMARKS=memory ARGS="--heads 2" runs one)
 	@for b in $(BENCHMARKS); do echo "benchmarks.$$b"; $(BIN)/python -m benchmarks.$$b $(ARGS) || exit 1; done
+
+kernels: $(VENV)/.test  ## the GPU kernels' machine code per architecture, without a GPU
+	@$(BIN)/python tools/kernels.py $(ARGS)
 
 clean:  ## remove the environment and every cache
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -95,7 +95,7 @@ def _sweep(
     columns = tl.arange(0, BLOCK_N)
     k_ptr += lo.to(tl.int64) * stride_kn
     v_ptr += lo.to(tl.int64) * stride_vn
-    for start in tl.range(lo, hi, BLOCK_N):
+    for start in tl.range(lo, hi, BLOCK_N, num_stages=1 if MASKED and DESCRIPTORS else None, disable_licm=MASKED):
         kv = start + columns[None, :]
         k = _load(k_ptr, k_at, start, S_kv, MASKED, D, BLOCK_N, q.shape[1], DESCRIPTORS).T
         v = _load(v_ptr, v_at, start, S_kv, MASKED, D_v, BLOCK_N, acc.shape[1], DESCRIPTORS)
