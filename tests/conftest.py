@@ -9,11 +9,13 @@ from collections import Counter
 # Before torch is imported: a test worker compiles in its own process, not through a pool of more.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Triton kernels run on CPU tensors; what is to be compiled is compiled in another process.
-os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Triton kernels run on CPU tensors, in the interpreter; what is to be compiled is compiled in another process.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -1,8 +1,8 @@
-"""Triton kernels in Triton's interpreter, against the formula in float64."""
+"""Triton kernels against the formula in float64: in Triton's interpreter, or on the GPU where there is one."""
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 
 import pytest
 import torch
@@ -11,21 +11,39 @@ from tests.kernel_cases import H_KV, SHAPES, SPECS, B, D, H, captures_of, compar
 from tvcompile import expr as E, syntax
 from tvcompile.kernels import mods
 from tvcompile.kernels.attention import attention_ref
-from tvcompile.kernels.problem import Kernel, Problem
+from tvcompile.kernels.problem import Given, Gradients, Kernel, Problem
 
 triton = pytest.importorskip("triton", reason="no Triton beside this PyTorch")
 
 from tvcompile.kernels import flash_bwd, flash_fwd, mint  # noqa: E402
 
-
-def kernel(*config) -> Kernel:
-    c = flash_fwd.Config(*config)
-    launch = functools.partial(flash_fwd.forward, config=c)
-    back = functools.partial(flash_bwd.backward, dq_config=c, dkdv_config=c)
-    return Kernel("triton", "cuda", flash_fwd.supports, launch, back)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-SMALL = kernel(32, 32, 4, 2)
+def moved(p: Problem, device: str) -> Problem:
+    captures = {name: x.to(device) for name, x in p.scope.captures.items()}
+    q, k, v = (x.to(device) for x in (p.q, p.k, p.v))
+    return dataclasses.replace(p, q=q, k=k, v=v, scope=p.scope.at(captures=captures, device=torch.device(device)))
+
+
+def kernel(forward: tuple, dq: tuple | None = None, dkdv: tuple | None = None) -> Kernel:
+    """The Triton kernels at given configs, for problems on the CPU."""
+    configs = [flash_fwd.Config(*c) for c in (forward, dq or forward, dkdv or forward)]
+
+    def run(p: Problem):
+        return tuple(x.cpu() for x in flash_fwd.forward(moved(p, DEVICE), configs[0]))
+
+    def back(p: Problem, given: Given, wanted: tuple[str, ...]):
+        there = Given(*(x.to(DEVICE) for x in (given.grad_out, given.out, given.lse)))
+        found = flash_bwd.backward(moved(p, DEVICE), there, wanted, *configs[1:])
+        return Gradients(
+            found.dq.cpu(), found.dk.cpu(), found.dv.cpu(), {n: x.cpu() for n, x in found.captures.items()}
+        )
+
+    return Kernel("triton", "cuda", flash_fwd.supports, run, back)
+
+
+SMALL = kernel((32, 32, 4, 2))
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
@@ -47,7 +65,7 @@ def test_values_may_be_narrower_or_wider_than_keys(spec, D_v):
 
 @pytest.mark.parametrize("spec", [SPECS["window"], SPECS["padded_mean"]], ids=["window", "padded"])
 def test_descriptors_load_the_same(spec):
-    compare(kernel(32, 16, 4, 2, True), spec, SHAPES["odd"], torch.float32)
+    compare(kernel((32, 16, 4, 2, True)), spec, SHAPES["odd"], torch.float32)
 
 
 @pytest.mark.parametrize("scale", ["-0.3", "0.0"])
@@ -97,6 +115,8 @@ def test_a_minted_formula_gives_what_its_torch_form_gives(text):
     formula = syntax.parse(text)
     p = Problem.of(torch.zeros(2, 3, M, 8), *[torch.zeros(2, 3, N, 8)] * 2, [], [], "scale=1", None)
     s = torch.randn(M, N)
+    s, held = s.to(DEVICE), {n: x.to(DEVICE) for n, x in held.items()}
+    p = moved(p, DEVICE)
     want = mods.tensor(formula, p.scope.at(b=(1, 2), h=(2, 3), captures=held, s=s)).broadcast_to(1, 1, M, N)[0, 0]
     scored = E.mentions(formula, E.S)
     function = mint.mint(formula, tuple((n, held[n].dim(), False) for n in names), (), scored)
@@ -110,7 +130,7 @@ def test_a_minted_formula_gives_what_its_torch_form_gives(text):
             value = F(1, 2, q, kv, captures, layout, ())
         tl.store(out_ptr + q * N + kv, value + tl.zeros([M, N], tl.float32))
 
-    out = torch.empty(M, N)
+    out = torch.empty(M, N, device=DEVICE)
     layout = tuple(n for name in names for n in (*held[name].shape, *held[name].stride()))
     run[(1,)](out, s, tuple(held.values()), layout, function, scored, M, N)
     torch.testing.assert_close(out, want.float(), rtol=1e-5, atol=1e-6)
@@ -122,3 +142,17 @@ def test_runs_skip_what_keep_hides_and_mask_only_the_borders():
     runs, n_full = flash_fwd.runs_of(p, 64, 64)
     assert n_full == 1 and runs.shape == (1, 8, 3, 2)
     assert runs[0, 5].tolist() == [[128, 320], [64, 128], [320, 384]]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_the_shipped_configs_are_right_on_this_gpu(spec, dtype):
+    from tvcompile.arch import arch_of
+    from tvcompile.tuning import rows
+
+    arch = arch_of(torch.device("cuda"))
+    found = {row.pass_: tuple(dict(row.config).values()) for row in rows() if row.arch == arch and row.D == 128}
+    if len(found) < 3:
+        pytest.skip(f"no shipped configs for {arch}")
+    compare(kernel(found["fwd"], found["dq"], found["dkdv"]), spec, (515, 777), dtype)

@@ -4,6 +4,8 @@ import torch
 from expecttest import TestCase
 
 import tvcompile
+from tvcompile.select import select
+from tvcompile.spec import AttentionSpec
 
 NO_CODEGEN = {"tv.strict": True, "tv.codegen": "none"}
 
@@ -104,3 +106,11 @@ class Reports(TestCase):
         with tvcompile.collect() as second:
             pass
         self.assertEqual((first.graphs, second.graphs), (1, 0))
+
+
+def test_where_sizes_are_not_known_every_kernel_they_may_lead_to_is_named():
+    spec = AttentionSpec.parse("scale=0.5; keep = kv <= q; dropout=0.1")
+    assert select(spec, torch.device("cpu"), torch.float32, 0) == ("cpu.products", "")
+    spec = AttentionSpec.parse("scale=0.5; keep = kv <= q & pad[b, kv]")
+    assert select(spec, torch.device("cpu"), torch.float32, 0) == ("cpu.flash or cpu.products", "")
+    assert select(spec, torch.device("cpu"), torch.float32, 1 << 30) == ("cpu.products", "")

@@ -89,6 +89,8 @@ def read(compiled: Any) -> dict[str, Any]:
         elif found := INSTRUCTION.match(line):
             code.append((found[1], found[2], found[3]))
     ops = Counter(op for op, _, _ in code)
+    loops = _mma_loops(code, labels)
+    full: Counter = min(loops, key=lambda loop: sum(loop.values())) if loops else Counter()
     register = re.search(r"REG:(\d+)", usage.stdout)
     return {
         "registers": int(register[1]) if register else None,
@@ -96,7 +98,7 @@ def read(compiled: Any) -> dict[str, Any]:
         "shared": compiled.metadata.shared,
         "mma": sum(ops[op] for op in MMA),
         "loads": dict(Counter(op + mod for op, mod, _ in code if op in ("LDG", "LDGSTS", "UTMALDG"))),
-        "full_loop": dict(min(_mma_loops(code, labels), key=lambda loop: sum(loop.values()), default=Counter())),
+        "full_loop": dict(full),
     }
 
 
