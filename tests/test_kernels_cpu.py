@@ -7,8 +7,9 @@ import torch
 
 from tests.kernel_cases import H_KV, SHAPES, SPECS, B, D, H, captures_of, compare, results
 from tvcompile.kernels import KERNELS, Problem, mods, tiles
-from tvcompile.kernels.attention import attention_ref
-from tvcompile.kernels.problem import Given
+from tvcompile.kernels.attention import attention_ref, choose
+from tvcompile.kernels.problem import Given, Need
+from tvcompile.spec import AttentionSpec
 
 
 @pytest.fixture(autouse=True)
@@ -140,3 +141,17 @@ def test_a_formula_over_a_stack_is_that_over_its_blocks():
         mods.tensor(e, p.scope.at(q=(4 + i, 8 + i), kv=(2 + i, 12 + i), captures={"ids": ids})) for i in (0, 4, 8)
     ]
     assert torch.equal(mods.tensor(e, scope), torch.stack(blocks, 1).flatten(0, 1))
+
+
+@pytest.mark.parametrize(
+    ("spec", "keys", "kernel"),
+    [
+        ("scale=1", 512, "cpu.flash"),
+        ("scale=1; keep = kv <= q", 512, "cpu.products"),
+        ("scale=1; keep = kv <= q", 2048, "cpu.flash"),
+        ("scale=1; keep = kv <= q & q - kv < 256", 2048, "cpu.products"),
+    ],
+)
+def test_large_float32_problems_go_whole_to_flash_where_it_computes_little_in_vain(spec, keys, kernel):
+    need = Need(AttentionSpec.parse(spec), torch.float32, None, 1 << 26, keys)
+    assert choose(need, "cpu").name == kernel

@@ -39,7 +39,7 @@ def compile_row(row: Any, spec: str = SPEC) -> Any:
     from tvcompile.kernels.problem import Problem
 
     kernel = {"fwd": flash_fwd.attention_fwd, "dq": flash_bwd.attention_dq, "dkdv": flash_bwd.attention_dkdv}[row.pass_]
-    config = dict(row.config)
+    config = row.config
     q, k = torch.empty(2, 16, 256, row.D, device="meta"), torch.empty(2, 4, 256, row.D, device="meta")
     p = Problem.of(q, k, k, [], [], spec, None)
     _, formulas = flash_fwd.arguments(p, None if row.pass_ == "fwd" else {})
@@ -60,8 +60,8 @@ def compile_row(row: Any, spec: str = SPEC) -> Any:
             aligned |= {(at[name], i): [["tt.divisibility", 16]] for i in range(3)}
         elif name.endswith("_ptr"):
             types[name] = {"lse_ptr": "*fp32", "delta_ptr": "*fp32", "runs_ptr": "*i32"}.get(name, "*bf16")
-        elif name in ("captures", "layout", "sizes"):
-            types[name] = ("i32",) * (3 if name == "sizes" else 0)
+        elif name == "data":
+            types[name] = ((), (), ("i32",) * len(p.scope.sizes))
         elif (at[name],) in constants:
             types[name] = "constexpr"
         else:
@@ -116,7 +116,7 @@ def _mma_loops(code: list[tuple[str, str, str]], labels: dict[str, int]) -> list
 
 
 def measure(row: Any) -> dict[str, Any]:
-    return {"arch": row.arch, "pass": row.pass_, "D": row.D, **dict(row.config), **read(compile_row(row))}
+    return {"arch": row.arch, "pass": row.pass_, "D": row.D, **row.config, **read(compile_row(row))}
 
 
 def main() -> None:

@@ -91,8 +91,8 @@ def choose(need: Need, device: str) -> Kernel:
 
 
 @functools.lru_cache(maxsize=4096)
-def _chosen(spec: str, wanted: tuple[str, ...] | None, dtype: torch.dtype, scores: int, device: str) -> Kernel:
-    return choose(Need(AttentionSpec.parse(spec), dtype, wanted, scores), device)
+def _chosen(spec: str, wanted: tuple[str, ...] | None, dtype: torch.dtype, scores: int, keys: int, device: str):
+    return choose(Need(AttentionSpec.parse(spec), dtype, wanted, scores, keys), device)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -106,13 +106,13 @@ def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 def _forward(q, k, v, captures, sizes, spec, seed):
     p = Problem.of(q, k, v, captures, sizes, spec, seed)
-    return _chosen(spec, None, q.dtype, p.scores, q.device.type).forward(p)
+    return _chosen(spec, None, q.dtype, p.scores, k.shape[2], q.device.type).forward(p)
 
 
 def _backward(grad_out, q, k, v, captures, sizes, spec, seed, out, lse, wanted):
     p = Problem.of(q, k, v, captures, sizes, spec, seed)
     names = tuple(list(p.scope.captures)[i] for i in wanted)
-    kernel = _chosen(spec, names, q.dtype, p.scores, q.device.type)
+    kernel = _chosen(spec, names, q.dtype, p.scores, k.shape[2], q.device.type)
     found = kernel.backward(p, Given(grad_out, out, lse), names)
     dq, dk, dv = (as_heads_last(g, q.dtype) for g in (found.dq, found.dk, found.dv))
     return dq, dk, dv, [found.captures[n].to(p.scope.captures[n].dtype) for n in names]

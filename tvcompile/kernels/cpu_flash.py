@@ -31,6 +31,7 @@ FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 CAUSAL = E.le(E.KV, E.Q)
 SMALL = {2: 1 << 17, 4: 1 << 20, 8: 1 << 20}  # bytes of a float: scores up to which this kernel is faster
+LONG = 1024  # kv from which at most a third of what it computes of a causal mask is in vain
 INEXACT = 1e4  # |lse| from which float32 leaves less than three digits for the softmax
 
 
@@ -50,8 +51,9 @@ def supports(need: Need) -> str | None:
 
 
 def _serves_whole(need: Need) -> bool:
-    """Whether the kernel knows the mask itself and needs no cast: it balances threads better than tiles."""
-    return need.dtype.itemsize >= 4 and _plain(need.spec)
+    """Whether the kernel knows the mask itself and needs no cast: it balances threads better than tiles.
+    Of a causal mask it skips 512 kv at a time, so that half of a short one is computed in vain."""
+    return need.dtype.itemsize >= 4 and _plain(need.spec) and (need.spec.keep is E.TRUE or need.keys >= LONG)
 
 
 @functools.lru_cache(maxsize=8)

@@ -6,8 +6,8 @@
     out    = acc / l             lse = (m + log2 l) ln 2
 
     q [B,H,S_q,D]   k [B,H_kv,S_kv,D]   v [B,H_kv,S_kv,D_v]   out [B,H,S_q,D_v]   lse [B,H,S_q] float32
-    runs [1 or B, n_q, n_full + n_partial, 2] int32: for each q block the kv ranges of FULL blocks, then of
-    PARTIAL ones; unused ranges are empty
+    runs [n_q, n_full + n_partial, 2] int32: for each q block the kv ranges of FULL blocks, then of PARTIAL ones;
+    unused ranges are empty
 
 One program makes BLOCK_M rows of one head. `keep` is tested in PARTIAL blocks only, where also the end of kv lies.
 Not here: dropout, float64. No device chooses this kernel yet.
@@ -85,29 +85,48 @@ def _load(
 
 
 @triton.jit
+def _head(ptr, strides, b, h, row):
+    """Where `row` of one head of a [B,H,S,D] tensor begins."""
+    return ptr + b.to(tl.int64) * strides[0] + h.to(tl.int64) * strides[1] + row.to(tl.int64) * strides[2]
+
+
+@triton.jit
+def _offsets(strides, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """32-bit offsets of a block [ROWS,COLUMNS] for one pointer that moves: a block of pointers costs registers."""
+    return tl.arange(0, ROWS)[:, None] * strides[2] + tl.arange(0, COLUMNS)[None, :] * strides[3]
+
+
+@triton.jit
+def _store(ptr, strides, first, S, value, D: tl.constexpr):
+    """Writes a block [ROWS,COLUMNS] as rows [first, first + ROWS) of [S,D]."""
+    rows, columns = first + tl.arange(0, value.shape[0])[:, None], tl.arange(0, value.shape[1])[None, :]
+    at = ptr + _offsets(strides, value.shape[0], value.shape[1])
+    tl.store(at, value.to(ptr.dtype.element_ty), mask=(rows < S) & (columns < D))
+
+
+@triton.jit
 def _sweep(
-    acc, l, m, q, k_ptr, v_ptr, k_at, v_at, stride_kn, stride_vn, lo, hi, S_kv, b, h, rows, scale,
-    captures, layout, sizes,
+    acc, l, m, q, k_ptr, v_ptr, k_at, v_at, stride_kn, stride_vn, lo, hi, S_kv, b, h, rows, scale, data,
     SCORE: tl.constexpr, KEEP: tl.constexpr, MASKED: tl.constexpr, FOLDED: tl.constexpr,
     D: tl.constexpr, D_v: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """The online softmax over the kv blocks of [lo, hi); nothing but arithmetic where they are FULL."""
     columns = tl.arange(0, BLOCK_N)
-    k_ptr += lo.to(tl.int64) * stride_kn
-    v_ptr += lo.to(tl.int64) * stride_vn
+    k_ptr += tl.cast(lo, tl.int64) * stride_kn
+    v_ptr += tl.cast(lo, tl.int64) * stride_vn
     for start in tl.range(lo, hi, BLOCK_N, num_stages=1 if MASKED and DESCRIPTORS else None, disable_licm=MASKED):
         kv = start + columns[None, :]
         k = _load(k_ptr, k_at, start, S_kv, MASKED, D, BLOCK_N, q.shape[1], DESCRIPTORS).T
         v = _load(v_ptr, v_at, start, S_kv, MASKED, D_v, BLOCK_N, acc.shape[1], DESCRIPTORS)
         s = tl.dot(q, k, input_precision=PRECISION)
         if SCORE is not None:
-            s = SCORE(s * scale, b, h, rows, kv, captures, layout, sizes) * LOG2E
+            s = SCORE(s * scale, b, h, rows, kv, data) * LOG2E
         elif not FOLDED:
             s = s * scale
         if MASKED:
             s = tl.where(kv < S_kv, s, float("-inf"))
             if KEEP is not None:
-                s = tl.where(KEEP(b, h, rows, kv, captures, layout, sizes), s, float("-inf"))
+                s = tl.where(KEEP(b, h, rows, kv, data), s, float("-inf"))
         if FOLDED:
             m_new = tl.maximum(m, tl.max(s, 1) * scale)
         else:
@@ -139,8 +158,8 @@ def _mean_of(
 
 @triton.jit
 def attention_fwd(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, runs_ptr, captures, layout, sizes, scale,
-    q_strides, k_strides, v_strides, out_strides, H, G, S_q, S_kv, stride_runs_b, n_full, n_runs,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, runs_ptr, data, scale,
+    q_strides, k_strides, v_strides, out_strides, H, G, S_q, S_kv, n_full, n_runs,
     SCORE: tl.constexpr, KEEP: tl.constexpr, SINK: tl.constexpr, EMPTY: tl.constexpr, FOLDED: tl.constexpr,
     D: tl.constexpr, D_v: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
@@ -148,45 +167,35 @@ def attention_fwd(
     # Late rows see most of a causal mask: they start first.
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     b, h = tl.program_id(1) // H, tl.program_id(1) % H
-    b_wide, h_wide = b.to(tl.int64), h.to(tl.int64)
-    d, d_v, columns = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV), tl.arange(0, BLOCK_N)
-    rows = block * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
-    first = (block * BLOCK_M).to(tl.int64)
-    local = tl.arange(0, BLOCK_M)[:, None]
-    q_ptr += b_wide * q_strides[0] + h_wide * q_strides[1] + first * q_strides[2]
-    k_ptr += b_wide * k_strides[0] + (h // G).to(tl.int64) * k_strides[1]
-    v_ptr += b_wide * v_strides[0] + (h // G).to(tl.int64) * v_strides[1]
-    out_ptr += b_wide * out_strides[0] + h_wide * out_strides[1] + first * out_strides[2]
+    first = block * BLOCK_M
+    positions = first + tl.arange(0, BLOCK_M)
+    rows = positions[:, None]
+    k_ptr = _head(k_ptr, k_strides, b, h // G, block * 0)
+    v_ptr = _head(v_ptr, v_strides, b, h // G, block * 0)
     if DESCRIPTORS:
         k_at = tl.make_tensor_descriptor(k_ptr, [S_kv, D], [k_strides[2], 1], [BLOCK_N, BLOCK_D])
         v_at = tl.make_tensor_descriptor(v_ptr, [S_kv, D_v], [v_strides[2], 1], [BLOCK_N, BLOCK_DV])
     else:
-        # One pointer that moves and offsets of 32 bits that do not: fewer registers than a block of pointers.
-        k_at = columns[:, None] * k_strides[2] + d[None, :] * k_strides[3]
-        v_at = columns[:, None] * v_strides[2] + d_v[None, :] * v_strides[3]
-    q = tl.load(
-        q_ptr + local * q_strides[2] + d[None, :] * q_strides[3], mask=(rows < S_q) & (d[None, :] < D), other=0.0
-    )
+        k_at = _offsets(k_strides, BLOCK_N, BLOCK_D)
+        v_at = _offsets(v_strides, BLOCK_N, BLOCK_DV)
+    q_at = _offsets(q_strides, BLOCK_M, BLOCK_D)
+    q = _load(_head(q_ptr, q_strides, b, h, first), q_at, first, S_q, True, D, BLOCK_M, BLOCK_D, False)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
 
-    run_ptr = runs_ptr + b * stride_runs_b + block * n_runs * 2
-    for run in range(n_full):
-        lo, hi = tl.load(run_ptr + 2 * run), tl.load(run_ptr + 2 * run + 1)
-        acc, l, m = _sweep(
-            acc, l, m, q, k_ptr, v_ptr, k_at, v_at, k_strides[2], v_strides[2], lo, hi, S_kv, b, h, rows,
-            scale, captures, layout, sizes, SCORE, KEEP, False, FOLDED, D, D_v, BLOCK_N, PRECISION, DESCRIPTORS,
-        )  # fmt: skip
-    for run in range(n_full, n_runs):
-        lo, hi = tl.load(run_ptr + 2 * run), tl.load(run_ptr + 2 * run + 1)
-        acc, l, m = _sweep(
-            acc, l, m, q, k_ptr, v_ptr, k_at, v_at, k_strides[2], v_strides[2], lo, hi, S_kv, b, h, rows,
-            scale, captures, layout, sizes, SCORE, KEEP, True, FOLDED, D, D_v, BLOCK_N, PRECISION, DESCRIPTORS,
-        )  # fmt: skip
+    run_ptr = runs_ptr + block * n_runs * 2
+    for MASKED in tl.static_range(2):
+        for run in range(n_full * MASKED, n_runs if MASKED else n_full):
+            lo, hi = tl.load(run_ptr + 2 * run), tl.load(run_ptr + 2 * run + 1)
+            acc, l, m = _sweep(
+                acc, l, m, q, k_ptr, v_ptr, k_at, v_at, k_strides[2], v_strides[2], lo, hi, S_kv, b, h, rows,
+                scale, data, SCORE, KEEP, MASKED == 1, FOLDED, D, D_v, BLOCK_N, PRECISION, DESCRIPTORS,
+            )  # fmt: skip
 
     if SINK is not None:
-        sink = tl.zeros([BLOCK_M], tl.float32) + _row_values(SINK, b, h, rows, captures, layout, sizes) * LOG2E
+        sink = SINK(b, h, rows, 0, data) * LOG2E + tl.zeros([BLOCK_M, 1], tl.float32)
+        sink = tl.reshape(sink, [BLOCK_M])
         m_new = tl.maximum(m, sink)
         base = tl.where(m_new == float("-inf"), 0.0, m_new)
         a = tl.math.exp2(m - base)
@@ -202,19 +211,8 @@ def attention_fwd(
         if tl.max(empty.to(tl.int32), 0) > 0:
             mean = _mean_of(v_ptr, v_at, v_strides[2], S_kv, D_v, BLOCK_N, BLOCK_DV, DESCRIPTORS)
             out = tl.where(empty[:, None], mean, out)
-    shown = (rows < S_q) & (d_v[None, :] < D_v)
-    tl.store(
-        out_ptr + local * out_strides[2] + d_v[None, :] * out_strides[3], out.to(out_ptr.dtype.element_ty), mask=shown
-    )
-    positions = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    tl.store(lse_ptr + (b_wide * H + h) * S_q + positions, lse, mask=positions < S_q)
-
-
-@triton.jit
-def _row_values(FORMULA: tl.constexpr, b, h, rows, captures, layout, sizes):
-    """A formula of (b, h, q) for each row: [M] or a scalar."""
-    value = FORMULA(b, h, rows, 0, captures, layout, sizes)
-    return tl.reshape(value + tl.zeros(rows.shape, tl.float32), [rows.shape[0]])
+    _store(_head(out_ptr, out_strides, b, h, first), out_strides, first, S_q, out, D_v)
+    tl.store(lse_ptr + (b.to(tl.int64) * H + h) * S_q + positions, lse, mask=positions < S_q)
 
 
 # The launcher
@@ -225,15 +223,15 @@ def forward(p: Problem, config: Config) -> tuple[Tensor, Tensor]:
     out, lse = p.results()
     B, H, S_q, D = p.q.shape
     S_kv, D_v = p.k.shape[2], p.v.shape[3]
-    if lse.numel() == 0 or D_v == 0:
-        return out, lse.fill_(math.inf)
+    if out.numel() == 0 or S_kv == 0:
+        return out.zero_(), lse.fill_(math.inf)
     runs, n_full = runs_of(p, config.BLOCK_M, config.BLOCK_N)
     args, formulas = arguments(p)
     n_q = triton.cdiv(S_q, config.BLOCK_M)
     attention_fwd[(n_q, B * H)](
         p.q, p.k, p.v, out, lse, runs, *args,
         p.q.stride(), p.k.stride(), p.v.stride(), out.stride(), H, p.group, S_q, S_kv,
-        runs.stride(0) if len(runs) > 1 else 0, n_full, runs.shape[2],
+        n_full, runs.shape[1],
         **formulas, D=D, D_v=D_v, BLOCK_D=padded(D), BLOCK_DV=padded(D_v),
         BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N, PRECISION="ieee",
         DESCRIPTORS=config.descriptors and describable(p.k) and describable(p.v),
@@ -247,6 +245,11 @@ def padded(D: int) -> int:
     return max(16, triton.next_power_of_2(D))
 
 
+def extent(x: Tensor) -> int:
+    """The largest offset of an element."""
+    return sum((size - 1) * stride for size, stride in zip(x.shape, x.stride()))
+
+
 def describable(x: Tensor) -> bool:
     """Whether a tensor descriptor can name rows of x [B,H,S,D]: 16-byte steps, features next to each other."""
     steps = (x.storage_offset(), *x.stride()[:3])
@@ -254,9 +257,9 @@ def describable(x: Tensor) -> bool:
 
 
 def arguments(p: Problem, buffers: dict[str, Tensor] | None = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """((captures, layout, sizes, scale), the formulas as jit functions) of a launch; buffers: captures' gradients."""
+    """((the formulas' data, the scale), the formulas as jit functions) of a launch; buffers: captures' gradients."""
     spec, captures = p.spec, dict(p.scope.captures) | {f"d {name}": x for name, x in (buffers or {}).items()}
-    shape = tuple((name, x.dim(), x.numel() > 1 << 31) for name, x in captures.items())
+    shape = tuple((name, x.dim(), extent(x) >= 1 << 31) for name, x in captures.items())
     sizes = tuple(p.scope.sizes)
     minted = functools.partial(mint, captures=shape, sizes=sizes)
     pointers = tuple(x.view(torch.uint8) if x.dtype == torch.bool else x for x in captures.values())
@@ -274,7 +277,7 @@ def arguments(p: Problem, buffers: dict[str, Tensor] | None = None) -> tuple[tup
         slope = derivative(spec.score, E.S)
         formulas["SLOPE"] = None if slope == E.number(1.0) else minted(slope, scored=True)
         formulas["GRADIENTS"] = mint_gradients(spec.score, tuple(buffers), shape, sizes) if buffers else None
-    return (pointers, layout, tuple(p.scope.sizes.values()), scale), formulas
+    return ((pointers, layout, tuple(p.scope.sizes.values())), scale), formulas
 
 
 def runs_of(p: Problem, M: int, N: int, of_keys: bool = False) -> tuple[Tensor, int]:
@@ -304,11 +307,11 @@ def _runs(
         kinds, N = kinds.T, M
     each = [[_ranges(row == kind, N) for row in kinds] for kind in (FULL, PARTIAL)]
     counts = [max(map(len, ranges), default=0) for ranges in each]
-    runs: np.ndarray = np.zeros((1, len(kinds), max(1, sum(counts)), 2), np.int32)
+    runs: np.ndarray = np.zeros((len(kinds), max(1, sum(counts)), 2), np.int32)
     for ranges, start in zip(each, (0, counts[0])):
         for i, found in enumerate(ranges):
             for r, span in enumerate(found):
-                runs[0, i, start + r] = span
+                runs[i, start + r] = span
     return runs, counts[0]
 
 

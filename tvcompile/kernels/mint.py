@@ -1,12 +1,14 @@
 """Expr -> Triton: a formula becomes a small jit function that a kernel takes as a tl.constexpr.
 
-    kv <= q & pad[b, kv]   ->   def formula(b, h, q, kv, captures, layout, sizes):
+    kv <= q & pad[b, kv]   ->   def formula(b, h, q, kv, data):
+                                    captures, layout, sizes = data
                                     return (kv <= q) & (tl.load(captures[0] + ...) != 0)
 
     b, h scalars   q [M,1]   kv [1,N]   s [M,N], so parts free of q or kv are computed once per row or column
 
-A capture's sizes and strides lie one after the other in `layout`, that of the first capture first. Loads clamp
-their indices, as both sides of a `where` are evaluated. Integers are int32, floats float32, booleans stored as bytes.
+`data` is (pointers of the captures, their sizes and strides one after the other, the spec's own sizes). Loads clamp
+their indices, as both sides of a `where` are evaluated. Floats are float32, booleans stored as bytes. Positions are
+int32, unless a product of them may need more; captured integers keep their width, from 32 bits up.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from ..derive import derivative
 from ..expr import Expr
 
 POSITIONS = ("b", "h", "q", "kv")
+LARGE = 1 << 12  # times a position of up to 2^19 stays within 32 bits
 
 
 @triton.jit
@@ -50,6 +53,14 @@ def tanh(x):
 def softplus(x):
     """log(1 + exp(x)), and x itself from 20 on, as torch.nn.functional.softplus has it"""
     return tl.where(x > 20.0, x, tl.log(1 + tl.exp(tl.minimum(x, 20.0))))
+
+
+@triton.jit
+def integer(x):
+    """A captured integer, of at least 32 bits."""
+    if x.dtype.primitive_bitwidth < 32:
+        x = x.to(tl.int32)
+    return x
 
 
 @triton.jit
@@ -117,18 +128,18 @@ Captures = tuple[tuple[str, int, bool], ...]  # (name, number of dims, whether o
 def mint(e: Expr, captures: Captures, sizes: tuple[str, ...], scored: bool = False) -> triton.JITFunction:
     """The jit function of a formula.
 
-    It takes (b, h, q, kv, captures, layout, sizes), after the score `s` if `scored`.
+    It takes (b, h, q, kv, data), after the score `s` if `scored`.
     """
     writer = _Writer(captures, sizes)
     value = writer.write(e)
-    return _function([*["s"] * scored, *PLACE], [*writer.lines, f"return {value}"])
+    return _function(["s"] * scored, [*_widened(e), *writer.lines, f"return {value}"])
 
 
 @functools.lru_cache(maxsize=4096)
 def mint_gradients(e: Expr, wanted: tuple[str, ...], captures: Captures, sizes: tuple[str, ...]) -> triton.JITFunction:
     """The jit function that adds g * de/dcapture to the buffer `d NAME` among the captures, for each wanted one.
 
-    It takes (g, s, b, h, q, kv, captures, layout, sizes); a part of a capture that one row, column or block
+    It takes (g, s, b, h, q, kv, data); a part of a capture that one row, column or block
     shares is added up first. q [M,1], kv [1,N].
     """
     writer = _Writer(captures, sizes)
@@ -145,18 +156,25 @@ def mint_gradients(e: Expr, wanted: tuple[str, ...], captures: Captures, sizes: 
                 value = f"tl.sum({value}, {axis}, keep_dims=True)"
         shape = f"[{'g.shape[0]' if held[0] else '1'}, {'g.shape[1]' if held[1] else '1'}]"
         writer.lines.append(f"tl.atomic_add(captures[{number}] + tl.zeros({shape}, tl.int32){offset}, {value})")
-    return _function(["g", "s", *PLACE], [*writer.lines, "return"])
+    return _function(["g", "s"], [*_widened(e), *writer.lines, "return"])
 
 
-PLACE = (*POSITIONS, "captures", "layout", "sizes")
+def _widened(e: Expr) -> list[str]:
+    """Positions in 64 bits where the formula multiplies them with each other or by a large number."""
+    for x in E.walk(e):
+        coefficient, rest = x.as_coeff_Mul() if isinstance(x, sympy.Mul) else (0, None)
+        if isinstance(x, sympy.Pow) or isinstance(rest, sympy.Mul) or abs(coefficient) >= LARGE:
+            return [f"{name} = tl.cast({name}, tl.int64)" for name in ("q", "kv")]
+    return []
 
 
-def _function(names: Sequence[str], lines: Sequence[str]) -> triton.JITFunction:
+def _function(first: Sequence[str], lines: Sequence[str]) -> triton.JITFunction:
     """Triton reads a function's source back, so its text has to be where inspect looks."""
-    text = "\n".join([f"def formula({', '.join(names)}):", *(f"    {line}" for line in lines)]) + "\n"
+    lines = [f"def formula({', '.join([*first, *POSITIONS, 'data'])}):", "captures, layout, sizes = data", *lines]
+    text = "\n    ".join(lines) + "\n"
     file = f"<tvcompile {hashlib.sha256(text.encode()).hexdigest()[:16]}>"
     linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)
-    scope = {"__name__": __name__, "tl": tl} | {f.__name__: f for f in (floordiv, mod, tanh, softplus, inside)}
+    scope = {"__name__": __name__, "tl": tl} | {f.__name__: f for f in (floordiv, mod, tanh, softplus, integer, inside)}
     exec(compile(text, file, "exec"), scope)
     return triton.jit(scope["formula"])
 
@@ -227,4 +245,4 @@ class _Writer:
         number, offset = self.place(name.name, indices)
         loaded = f"tl.load(captures[{number}]{offset})"
         kind = E.kind(e)
-        return f"({loaded} != 0)" if kind == "bool" else f"{loaded}.to(tl.{'int32' if kind == 'int' else 'float32'})"
+        return {"bool": f"({loaded} != 0)", "int": f"integer({loaded})", "float": f"{loaded}.to(tl.float32)"}[kind]

@@ -127,13 +127,14 @@ class Need:
     """What a kernel is asked.
 
     wanted  None: forward; in backward the captures that need a gradient
-    scores  about B*H*S_q*S_kv, 0 if not known
+    scores  about B*H*S_q*S_kv, 0 if not known; keys: S_kv
     """
 
     spec: AttentionSpec
     dtype: torch.dtype
     wanted: tuple[str, ...] | None = None
     scores: int = 0
+    keys: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,6 +12,7 @@ import string
 from torch import fx
 
 from ..expr import Expr
+from .atoms import is_product_sum
 from .movement import Index, axis
 from .read import Reader
 
@@ -92,8 +93,6 @@ def _letters(equation: str, ranks: list[int]) -> tuple[list[str], str]:
 
 def _sum(r: Reader, a: dict, node: fx.Node, idx: Index) -> Product | None:
     """sum(x * y, dim), the contraction written by hand."""
-    from .pointwise import is_product_sum
-
     if not is_product_sum(r, node):
         return None
     product = a["self"]

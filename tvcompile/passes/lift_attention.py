@@ -18,11 +18,12 @@ from torch import fx
 from .. import expr as E
 from ..expr import Expr
 from ..spec import Match, Refusal, Refuse, where_of
+from .atoms import ATOMS
 from .bind import Sketch, bind
 from .contraction import contraction
 from .masking import Masks, split_scale
 from .movement import MOVEMENT, SPLITS
-from .pointwise import ATOMS, POINTWISE
+from .pointwise import POINTWISE
 from .read import Reader, Unreadable
 from .weights import NotASoftmax, read_weights
 

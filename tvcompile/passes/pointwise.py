@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import sympy
 import torch
-from torch import fx
 
 from .. import expr as E
+from .atoms import ATOM_RULES, ATOMS
 from .movement import axis
 
 ZERO = sympy.Integer(0)
@@ -134,9 +134,6 @@ def _widening(was: torch.dtype, now: torch.dtype) -> bool:
     if was.is_floating_point and now.is_floating_point:
         return torch.finfo(now).eps <= torch.finfo(was).eps and torch.finfo(now).max >= torch.finfo(was).max
     return not was.is_floating_point and now.is_floating_point
-
-
-ATOMS = ("dot", "softmax", "reduce", "dropout")
 
 
 def _arange(r, a, n, idx):
@@ -270,71 +267,6 @@ def _detach(r, a, n, idx):
     return None if any(E.op_of(c) in ("load", *ATOMS) and E.kind(c) == "float" for c in E.walk(x)) else x
 
 
-def _softmax(r, a, n, idx):
-    return r.atom("softmax", n, idx)
-
-
-def _log_softmax(r, a, n, idx):
-    return E.apply("log", r.atom("softmax", n, idx))
-
-
-def _exp(r, a, n, idx):
-    x = r.operand(a["self"], idx, r.position[n])
-    return E.operands(x)[0] if E.op_of(x) == "log" and E.op_of(E.operands(x)[0]) == "softmax" else E.apply("exp", x)
-
-
-def _reduce(r, a, n, idx):
-    if isinstance(a.get("other"), fx.Node):
-        return E.apply(r.name(n), *_pair(r, a, n, idx))
-    return r.atom("reduce", n, idx) if n.meta["val"].dtype.is_floating_point else None
-
-
-def _sum(r, a, n, idx):
-    return (
-        r.atom("dot" if is_product_sum(r, n) else "reduce", n, idx) if n.meta["val"].dtype.is_floating_point else None
-    )
-
-
-def is_product_sum(r, n: fx.Node) -> bool:
-    """sum(x * y, one dim): a contraction written by hand."""
-    a = r.arguments(n)
-    dims, source = a.get("dim"), a["self"]
-    is_mul = isinstance(source, fx.Node) and r.name(source) == "mul" and len(source.users) == 1
-    if not (is_mul and dims is not None and len(dims) == 1):
-        return False
-    return (
-        all(
-            isinstance(x, fx.Node) and isinstance(x.meta["val"], torch.Tensor) and x.meta["val"].dim() > 1
-            for x in source.args[:2]
-        )
-        and source.args[0] is not source.args[1]
-    )
-
-
-def _item(r, a, n, idx):
-    """getitem of max(dim): a reduction."""
-    whole, k = n.args
-    return r.atom("reduce", n, idx) if r.name(whole) in ("max", "min") and k == 0 else None
-
-
-def _dot(r, a, n, idx):
-    return r.atom("dot", n, idx) if n.meta["val"].dtype.is_floating_point else None
-
-
-def _baddbmm(r, a, n, idx):
-    here = r.position[n]
-    added = E.apply("mul", r.operand(a["self"], idx, here), r.scalar(a.get("beta", 1)))
-    product = E.apply("mul", r.atom("dot", n, idx), r.scalar(a.get("alpha", 1)))
-    return product if E.constant(r.scalar(a.get("beta", 1))) == 0 else E.apply("add", product, added)
-
-
-def _dropout(r, a, n, idx):
-    x = r.operand(a["input" if "input" in a else "self"], idx, r.position[n])
-    if not a.get("train", True) or a["p"] == 0:
-        return x
-    return E.FloatCall("dropout", E.Str(n.name), r.scalar(a["p"]), x)
-
-
 def _nan_to_num(r, a, n, idx):
     x = r.operand(a["self"], idx, r.position[n])
     if a.get("nan") not in (None, 0.0, 0):
@@ -353,8 +285,8 @@ UNARY = (
 )  # fmt: skip
 
 POINTWISE = {
+    **ATOM_RULES,
     **{op: _unary(op) for op in UNARY},
-    "exp": _exp,
     "add": _binary("add"),
     "sub": _binary("sub"),
     "subtract": _binary("sub"),
@@ -397,13 +329,5 @@ POINTWISE = {
     **dict.fromkeys(("constant_pad_nd", "pad"), _pad),
     "diff": _diff,
     "cumsum": _cumsum,
-    **dict.fromkeys(("softmax", "_softmax", "special_softmax"), _softmax),
-    **dict.fromkeys(("log_softmax", "_log_softmax", "special_log_softmax"), _log_softmax),
-    **dict.fromkeys(("amax", "amin", "max", "min", "logsumexp", "mean"), _reduce),
-    "sum": _sum,
-    "getitem": _item,
-    **dict.fromkeys(("matmul", "bmm", "mm", "einsum"), _dot),
-    "baddbmm": _baddbmm,
-    **dict.fromkeys(("dropout", "native_dropout", "feature_dropout"), _dropout),
     "nan_to_num": _nan_to_num,
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+from collections.abc import Mapping
 from importlib import resources
 
 
@@ -16,11 +17,11 @@ class Row:
     pass_: str
     dtype: str
     D: int
-    config: tuple[tuple[str, int], ...]
+    config: Mapping[str, int]
 
 
 @functools.lru_cache(maxsize=1)
 def rows() -> tuple[Row, ...]:
     """All shipped configs of tv.attention."""
     table = json.loads((resources.files(__package__) / "tables/attention.json").read_text())
-    return tuple(Row(r["arch"], r["pass"], r["dtype"], r["D"], tuple(r["config"].items())) for r in table["rows"])
+    return tuple(Row(r["arch"], r["pass"], r["dtype"], r["D"], r["config"]) for r in table["rows"])
