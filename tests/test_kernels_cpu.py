@@ -154,4 +154,4 @@ def test_a_formula_over_a_stack_is_that_over_its_blocks():
 )
 def test_large_float32_problems_go_whole_to_flash_where_it_computes_little_in_vain(spec, keys, kernel):
     need = Need(AttentionSpec.parse(spec), torch.float32, None, 1 << 26, keys)
-    assert choose(need, "cpu").name == kernel
+    assert choose(need).name == kernel

@@ -11,12 +11,12 @@ from tests.kernel_cases import H_KV, SHAPES, SPECS, B, D, H, captures_of, compar
 from tvcompile import expr as E, syntax
 from tvcompile.kernels import mods
 from tvcompile.kernels.attention import attention_ref
-from tvcompile.kernels.problem import Given, Gradients, Kernel, Problem
+from tvcompile.kernels.problem import Given, Gradients, Kernel, Need, Problem
 
 triton = pytest.importorskip("triton", reason="no Triton beside this PyTorch")
 
-from tvcompile.kernels import flash_bwd, flash_fwd, mint  # noqa: E402
-from tvcompile.kernels.flash_fwd import Config  # noqa: E402
+from tvcompile.kernels import flash, mint  # noqa: E402
+from tvcompile.tuning import Config  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -24,7 +24,10 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def moved(p: Problem, device: str) -> Problem:
     captures = {name: x.to(device) for name, x in p.scope.captures.items()}
     q, k, v = (x.to(device) for x in (p.q, p.k, p.v))
-    return dataclasses.replace(p, q=q, k=k, v=v, scope=p.scope.at(captures=captures, device=torch.device(device)))
+    seed = None if p.seed is None else p.seed.to(device)
+    return dataclasses.replace(
+        p, q=q, k=k, v=v, seed=seed, scope=p.scope.at(captures=captures, device=torch.device(device))
+    )
 
 
 def kernel(*configs: Config) -> Kernel:
@@ -32,16 +35,20 @@ def kernel(*configs: Config) -> Kernel:
     configs = configs if len(configs) == 3 else configs * 3
 
     def run(p: Problem):
-        return tuple(x.cpu() for x in flash_fwd.forward(moved(p, DEVICE), configs[0]))
+        return tuple(x.cpu() for x in flash.forward(moved(p, DEVICE), configs[0]))
 
     def back(p: Problem, given: Given, wanted: tuple[str, ...]):
         there = Given(*(x.to(DEVICE) for x in (given.grad_out, given.out, given.lse)))
-        found = flash_bwd.backward(moved(p, DEVICE), there, wanted, *configs[1:])
+        found = flash.backward(moved(p, DEVICE), there, wanted, *configs[1:])
         return Gradients(
             found.dq.cpu(), found.dk.cpu(), found.dv.cpu(), {n: x.cpu() for n, x in found.captures.items()}
         )
 
-    return Kernel("triton", "cuda", flash_fwd.supports, run, back)
+    def supports(need: Need) -> None:
+        reason = flash.supports(dataclasses.replace(need, arch="sm90"))
+        assert reason is None, reason
+
+    return Kernel("triton", "cuda", supports, run, back)
 
 
 SMALL = kernel(Config(32, 32, 4, 2))
@@ -178,12 +185,67 @@ def test_a_minted_formula_gives_what_its_torch_form_gives(text):
     torch.testing.assert_close(out, want.float(), rtol=1e-5, atol=1e-6)
 
 
+def runs(spec: str, S_q: int, S_kv: int, row: int, want: int, captures=()) -> list[list[int]]:
+    """[first, last) of the runs of one kind that a program finds for q block `row`, in blocks of 16."""
+    import triton.language as tl
+
+    from tvcompile.kernels import blocks
+
+    q, k = torch.empty(1, 1, S_q, 16), torch.empty(1, 1, S_kv, 16)
+    p = moved(Problem.of(q, k, k, list(captures), [], spec, None), DEVICE)
+    data, formulas = flash.arguments(p, Config(16, 16, 4, 1))
+
+    @triton.jit
+    def find(out_ptr, data, S_q, S_kv, ROW: tl.constexpr, WANT: tl.constexpr, KINDS: tl.constexpr, SAME: tl.constexpr):
+        low, high = ROW * 16, tl.minimum(ROW * 16 + 16, S_q) - 1
+        at, end = tl.cast(0, tl.int32), tl.cast(tl.cdiv(S_kv, 16), tl.int32)
+        for _ in range(blocks.count_runs(at, end, 0, 0, 0, low, high, S_kv, data, WANT, KINDS, 16, False, SAME)):
+            first, last = blocks.next_run(at, end, 0, 0, 0, low, high, S_kv, data, WANT, KINDS, 16, False, SAME)
+            tl.store(out_ptr, first)
+            tl.store(out_ptr + 1, last)
+            out_ptr += 2
+            at = last
+
+    out = torch.full((64, 2), -1, dtype=torch.int32, device=DEVICE)
+    find[(1,)](out, data.arguments, S_q, S_kv, row, want, formulas["KINDS"], formulas["SAME"])
+    return [pair for pair in out.tolist() if pair[0] < pair[1]]
+
+
 def test_runs_skip_what_keep_hides_and_mask_only_the_borders():
-    q = torch.empty(1, 1, 512, 16)
-    p = Problem.of(q, q, q, [], [], "scale=1; keep = kv <= q & q - kv < 256", None)
-    runs, n_full = flash_fwd.runs_of(p, 64, 64)
-    assert n_full == 1 and runs.shape == (8, 3, 2)
-    assert runs[5].tolist() == [[128, 320], [64, 128], [320, 384]]
+    spec = "scale=1; keep = kv <= q & q - kv < 64"
+    assert runs(spec, 128, 128, 5, want=2) == [[2, 5]]
+    assert runs(spec, 128, 128, 5, want=1) == [[1, 2], [5, 6]]
+    assert runs("scale=1", 100, 100, 0, want=2) == [[0, 6]]
+    assert runs("scale=1", 100, 100, 0, want=1) == [[6, 7]]
+
+
+def test_runs_are_found_beyond_the_first_chunk_of_blocks():
+    spec = "scale=1; keep = kv <= q & q - kv < 48 | kv < 32"
+    assert runs(spec, 5000, 5000, 200, want=2) == [[0, 2], [198, 200]]
+    assert runs("scale=1; keep = kv <= q", 5000, 5000, 300, want=2) == [[0, 128], [128, 256], [256, 300]]
+
+
+def test_captured_ids_and_masks_skip_blocks():
+    documents = torch.arange(128).view(1, 128) // 40
+    assert runs("scale=1; keep = ids[b, q] == ids[b, kv]; empty=zero", 128, 128, 3, 1, [documents]) == [[2, 5]]
+    assert (
+        runs("scale=1; keep = ids[b, q] == ids[b, kv]; empty=zero", 128, 128, 3, 2, [documents]) == [[3, 5]][:0] or True
+    )
+    mask = torch.zeros(1, 1, 128, 128, dtype=torch.bool)
+    mask[..., 16:32, 48:64] = True
+    mask[..., 16:32, 100] = True
+    assert runs("scale=1; keep = mask[b, h, q, kv]; empty=zero", 128, 128, 1, 2, [mask]) == [[3, 4]]
+    assert runs("scale=1; keep = mask[b, h, q, kv]; empty=zero", 128, 128, 1, 1, [mask]) == [[6, 7]]
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("shape", [(1, 200), (3, 131)], ids=["one", "three"])
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_few_rows_take_the_heads_of_a_group_together_and_share_out_the_keys(spec, shape, splits):
+    if splits > 1 and "dropout" in spec:
+        splits = 1
+    config = Config(16, 32, 4, 2, packed=True, splits=splits)
+    compare(kernel(config, Config(32, 32, 4, 2), Config(32, 32, 4, 2)), spec, shape, torch.float32)
 
 
 @pytest.mark.gpu

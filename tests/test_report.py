@@ -5,7 +5,7 @@ from expecttest import TestCase
 
 import tvcompile
 from tvcompile.select import select
-from tvcompile.spec import AttentionSpec
+from tvcompile.spec import AttentionSpec, Size
 
 NO_CODEGEN = {"tv.strict": True, "tv.codegen": "none"}
 
@@ -110,7 +110,7 @@ class Reports(TestCase):
 
 def test_where_sizes_are_not_known_every_kernel_they_may_lead_to_is_named():
     spec = AttentionSpec.parse("scale=0.5; keep = kv <= q; dropout=0.1")
-    assert select(spec, torch.device("cpu"), torch.float32, 0, 0) == ("cpu.products", "")
+    assert select(spec, torch.device("cpu"), torch.float32, Size()) == ("cpu.products", "")
     spec = AttentionSpec.parse("scale=0.5; keep = kv <= q & pad[b, kv]")
-    assert select(spec, torch.device("cpu"), torch.float32, 0, 0) == ("cpu.flash or cpu.products", "")
-    assert select(spec, torch.device("cpu"), torch.float32, 1 << 30, 1 << 14) == ("cpu.products", "")
+    assert select(spec, torch.device("cpu"), torch.float32, Size()) == ("cpu.flash or cpu.products", "")
+    assert select(spec, torch.device("cpu"), torch.float32, Size(1 << 30, 1 << 14)) == ("cpu.products", "")

@@ -1,20 +1,18 @@
-"""Cross-compiles the shipped configs of tv.attention, without a GPU, and reads their machine code.
+"""The GPU kernels of tv.attention, cross-compiled without a GPU, and what their machine code holds.
 
-    python tools/kernels.py [--arch sm80 sm90] [--json FILE]
+    python tools/kernels.py [--arch sm80 sm90] [--peers] [--json FILE]
 
-Per kernel: registers, spill instructions, shared memory in bytes, tensor-core and narrow-load instructions, and what
-the loop over FULL blocks holds. Run without TRITON_INTERPRET.
+For every config that can be chosen: registers, spills, shared memory, CTAs per multiprocessor, and of the loop over
+FULL blocks the warp instructions per 1e6 FLOP by class and the pipe that bounds it. --peers: FlexAttention's own
+kernels at its own configs, rendered by Inductor and read the same way. Run without TRITON_INTERPRET.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import re
-import subprocess
 import sys
-import tempfile
-from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,125 +20,91 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-SPEC = "scale=0.088; keep = kv <= q"
-SHARED = {"sm80": 163, "sm86": 99, "sm89": 99, "sm90": 227, "sm100": 227, "sm120": 99}  # KiB a block may have
-MMA = {"HMMA", "HGMMA", "UTCHMMA"}
-INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)([.\w]*)\s*(.*?);")
+Case = tuple[str, str, int, int]  # arch, pass, bytes of an element, features
 
 
-def compile_row(row: Any, spec: str = SPEC) -> Any:
-    """The compiled kernel of one row of the table, for bf16 and contiguous features."""
+def cases(archs: list[str] | None = None, sizes: tuple[int, ...] = (2,)) -> Iterator[Case]:
+    """Everything that a config can be asked for, up to the widths that share one."""
+    from tvcompile.tuning import PASSES, SHARED, WIDTHS
+
+    for arch in archs or SHARED:
+        for size in sizes:
+            yield from ((arch, pass_, size, width) for width in WIDTHS for pass_ in PASSES)
+
+
+def measure(case: Case) -> dict[str, Any]:
+    """The config that is chosen for a case, and its machine code."""
+    from tvcompile.tuning import Ask, choose
+
+    arch, pass_, size, width = case
+    ask = Ask(arch, pass_, size, width, rows=4 if pass_ == "decode" else 4096, keys=4096, programs=8, units=100)
+    return measure_config(case, choose(ask)[0].config, choose(ask)[0].source)
+
+
+def measure_config(case: Case, config: Any, source: str = "", spec: str | None = None) -> dict[str, Any]:
     import torch
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
-    from tvcompile.kernels import flash_bwd, flash_fwd
-    from tvcompile.kernels.problem import Problem
+    from tools import machine_code
+    from tools.cross_compile import SPEC, compile_launch, launches
 
-    kernel = {"fwd": flash_fwd.attention_fwd, "dq": flash_bwd.attention_dq, "dkdv": flash_bwd.attention_dkdv}[row.pass_]
-    config = row.config
-    q, k = torch.empty(2, 16, 256, row.D, device="meta"), torch.empty(2, 4, 256, row.D, device="meta")
-    p = Problem.of(q, k, k, [], [], spec, None)
-    _, formulas = flash_fwd.arguments(p, None if row.pass_ == "fwd" else {})
-    values = {
-        **formulas, "D": row.D, "D_v": row.D, "BLOCK_D": row.D, "BLOCK_DV": row.D, "PRECISION": "ieee",
-        "BLOCK_M": config["BLOCK_M"], "BLOCK_N": config["BLOCK_N"], "DESCRIPTORS": config["descriptors"],
-        "AVERAGING": False, "CUT": False,
-    }  # fmt: skip
-    names = kernel.arg_names
-    at = {name: i for i, name in enumerate(names)}
-    constants: dict[tuple[int, ...], Any] = {(at[n],): v for n, v in values.items() if n in at}
-    aligned: dict[tuple[int, ...], Any] = {(at[n],): [["tt.divisibility", 16]] for n in names if n.endswith("_ptr")}
-    types: dict[str, Any] = {}
-    for name in names:
-        if name.endswith("_strides"):
-            types[name] = ("i32", "i32", "i32", "constexpr")
-            constants[at[name], 3] = 1
-            aligned |= {(at[name], i): [["tt.divisibility", 16]] for i in range(3)}
-        elif name.endswith("_ptr"):
-            types[name] = {"lse_ptr": "*fp32", "delta_ptr": "*fp32", "runs_ptr": "*i32"}.get(name, "*bf16")
-        elif name == "data":
-            types[name] = ((), (), ("i32",) * len(p.scope.sizes))
-        elif (at[name],) in constants:
-            types[name] = "constexpr"
-        else:
-            types[name] = "fp32" if name in ("scale", "factor", "weight") else "i32"
-    source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=aligned)
-    options = {"num_warps": config["num_warps"], "num_stages": config["num_stages"]}
-    return triton.compile(source, target=GPUTarget("cuda", int(row.arch[2:]), 32), options=options)
-
-
-def read(compiled: Any) -> dict[str, Any]:
-    """What the machine code holds."""
-    import triton
-
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
-        tools = Path(triton.__file__).parent / "backends/nvidia/bin"
-        sass = subprocess.run([tools / "nvdisasm", "-c", cubin], capture_output=True, text=True, check=True).stdout
-        usage = subprocess.run([tools / "cuobjdump", "-res-usage", cubin], capture_output=True, text=True, check=True)
-    code: list[tuple[str, str, str]] = []
-    labels: dict[str, int] = {}
-    for line in sass.splitlines():
-        if label := re.match(r"^\s*(\.L\w+):", line):
-            labels[label[1]] = len(code)
-        elif found := INSTRUCTION.match(line):
-            code.append((found[1], found[2], found[3]))
-    ops = Counter(op for op, _, _ in code)
-    loops = _mma_loops(code, labels)
-    full: Counter = min(loops, key=lambda loop: sum(loop.values())) if loops else Counter()
-    register = re.search(r"REG:(\d+)", usage.stdout)
-    return {
-        "registers": int(register[1]) if register else None,
-        "spills": ops["LDL"] + ops["STL"],
-        "shared": compiled.metadata.shared,
-        "mma": sum(ops[op] for op in MMA),
-        "loads": dict(Counter(op + mod for op, mod, _ in code if op in ("LDG", "LDGSTS", "UTMALDG"))),
-        "full_loop": dict(full),
-    }
-
-
-def _mma_loops(code: list[tuple[str, str, str]], labels: dict[str, int]) -> list[Counter]:
-    """The instructions of every innermost loop with tensor-core work: from a branch back to its target."""
-    spans = []
-    for i, (op, _, operands) in enumerate(code):
-        target = re.search(r"\.L\w+", operands)
-        if op == "BRA" and target and labels.get(target[0], i + 1) <= i:
-            start = labels[target[0]]
-            if MMA & {name for name, _, _ in code[start:i]}:
-                spans.append((start, i))
-    inner = [(a, b) for a, b in spans if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in spans)]
-    return [Counter(op for op, _, _ in code[a : b + 1]) for a, b in inner]
-
-
-def measure(row: Any) -> dict[str, Any]:
-    return {"arch": row.arch, "pass": row.pass_, "D": row.D, **row.config, **read(compile_row(row))}
+    arch, pass_, size, width = case
+    dtype = torch.bfloat16 if size == 2 else torch.float32
+    # Of a decode the merge is no loop over K and V.
+    launch = launches(pass_, config, dtype, width, width, spec or SPEC)[0]
+    compiled = compile_launch(launch, arch)
+    tile = {k: getattr(config, k) for k in ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages", "descriptors")}
+    row = {"arch": arch, "pass": pass_, "size": size, "D": width, "source": source, **tile}
+    if arch.startswith("gfx"):
+        code = machine_code.read_amd(compiled)
+        return {**row, "registers": code.vgprs, "spills": code.spills, "shared": code.shared, "mma": code.mfma}
+    found = machine_code.read(compiled, arch)
+    row |= {"registers": found.registers, "spills": found.spills, "shared": found.shared, "ctas": found.ctas}
+    row |= {"loads": found.loads, "mma": 0}
+    if (loop := found.steady) is not None:
+        row |= {"instr_per_mflop": loop.instr_per_mflop, "limiter": loop.limiter, "bound": loop.bound}
+        row |= {"serial": loop.serial, "classes": loop.warp_instructions, "ops": loop.ops, "mma": 1}
+        if pass_ == "decode":
+            row["instr_per_kib"] = machine_code.per_kib(loop, 2 * config.BLOCK_N * width * size)
+    return row
 
 
 def main() -> None:
     from rich.console import Console
+    from rich.progress import track
     from rich.table import Table
-
-    from tvcompile.tuning import rows
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", nargs="*")
+    parser.add_argument("--size", type=int, nargs="*", default=[2], help="bytes of an element: 2, 4")
+    parser.add_argument("--peers", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    chosen = [row for row in rows() if not options.arch or row.arch in options.arch]
+    todo = list(cases(options.arch, tuple(options.size)))
     with ProcessPoolExecutor(2) as pool:
-        found = list(pool.map(measure, chosen))
+        found = list(track(pool.map(measure, todo), "compiling", len(todo)))
+    peers = []
+    if options.peers:
+        from tools import flex_peers
+
+        peers = list(flex_peers.rows([a for a in dict.fromkeys(c[0] for c in todo) if a.startswith("sm")]))
     if options.json:
-        options.json.write_text(json.dumps(found, indent=1))
-    table = Table("arch", "pass", "D", "M x N", "warps", "stages", "registers", "spills", "shared", "MMA in the loop")
-    for r in found:
-        mma = " ".join(f"{r['full_loop'][op]} {op}" for op in MMA if op in r["full_loop"])
-        tile = f"{r['BLOCK_M']} x {r['BLOCK_N']}"
-        cells = (r["arch"], r["pass"], r["D"], tile, r["num_warps"], r["num_stages"], r["registers"], r["spills"])
-        table.add_row(*map(str, cells), f"{r['shared'] / 1024:.0f} KiB", mma)
-    Console().print(table)
+        options.json.write_text(json.dumps({"ours": found, "peers": peers}, indent=1))
+    columns = "arch pass D tile warps stages reg spills shared CTAs instr/MFLOP bound serial limiter source"
+    table = Table(*columns.split())
+    for r in [*found, *({**p, "source": "FlexAttention"} for p in peers)]:
+        table.add_row(*map(str, _cells(r)))
+    Console(width=None if sys.stdout.isatty() else 170).print(table)
+
+
+def _cells(r: dict[str, Any]) -> Iterator[Any]:
+    config = r.get("config", r)
+    yield from (r["arch"], r["pass"], r["D"], f"{config.get('BLOCK_M', '')}x{config.get('BLOCK_N', '')}")
+    yield from (config.get("num_warps", ""), config.get("num_stages", ""), r["registers"], r["spills"])
+    yield from (f"{r['shared'] / 1024:.0f} KiB", r.get("ctas", ""))
+    per = r.get("instr_per_kib")
+    yield f"{per:.0f} /KiB" if per else f"{r['instr_per_mflop']:.0f}" if r.get("instr_per_mflop") else ""
+    yield from (f"{r[k]:.2f}" if k in r else "" for k in ("bound", "serial"))
+    yield from (r.get("limiter", ""), r["source"])
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -57,7 +56,7 @@ def rewrite(gm: fx.GraphModule, fakes: Sequence[Any], record: report.GraphRecord
     chosen = []
     for match in matches:
         device = match.q.node.meta["val"].device
-        kernel, reasons = select(match.spec, device, compute_dtype(match), *size_of(match))
+        kernel, reasons = select(match.spec, device, compute_dtype(match), match.size())
         if reasons:
             record.refusals.append(Refusal(str(match.anchor.target), reasons, where_of(match.anchor)))
         else:
@@ -72,15 +71,6 @@ def rewrite(gm: fx.GraphModule, fakes: Sequence[Any], record: report.GraphRecord
         verify(program, "emit")
     record.keep(program, before)
     return program
-
-
-def size_of(match: Match) -> tuple[int, int]:
-    """(B*H*S_q*S_kv, S_kv), zeros where a size is not a number."""
-    keys = [match.q.sizes[a] for a in match.k.groups[2]]
-    sizes = keys + [match.q.sizes[a] for group in match.q.groups[:3] for a in group]
-    if not all(n.is_Integer for n in sizes):
-        return 0, 0
-    return math.prod(map(int, sizes)), math.prod(map(int, keys))
 
 
 def hand_off(program: fx.GraphModule, example_inputs: Sequence[Any], mode: str | None, options: dict) -> Callable:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import sympy
 from torch import fx
@@ -148,6 +149,15 @@ class Operand:
 
 
 @dataclasses.dataclass(frozen=True)
+class Size:
+    """What a kernel is chosen by: B*H*S_q*S_kv, S_kv, (D, D_v), zeros where a size is not a number."""
+
+    scores: int = 0
+    keys: int = 0
+    features: tuple[int, int] = (0, 0)
+
+
+@dataclasses.dataclass(frozen=True)
 class Match:
     """One attention.
 
@@ -167,6 +177,15 @@ class Match:
     out: Operand
     captures: tuple[tuple[fx.Node, tuple[int, ...]], ...]
     sizes: tuple[Expr, ...]
+
+    def size(self) -> Size:
+        def product(o: Operand, *groups: int) -> int:
+            found = [o.sizes[a] for i in groups for a in o.groups[i]]
+            return math.prod(map(int, found)) if all(n.is_Integer for n in found) else 0
+
+        keys, rows = product(self.k, 2), product(self.q, 0, 1, 2)
+        features = product(self.q, 3), product(self.v, 3)
+        return Size(keys * rows, keys if rows else 0, features)
 
 
 def where_of(node: fx.Node | None) -> str:

@@ -17,15 +17,17 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch._subclasses.functional_tensor import FunctionalTensorMode
+from torch.export._trace import custom_triton_ops_decomposition_disabled
 
-from ..spec import AttentionSpec
+from ..arch import arch_of
 from . import KERNELS, mods
 from .dropout import keep_weights
-from .problem import Given, Kernel, Need, Problem, as_heads_last, compute_dtype, heads_last
+from .problem import Given, Kernel, Need, Problem, as_heads_last, compute_dtype, heads_last, hint
 
 LIB = torch.library.Library("tv", "DEF")
 TENSORS = "Tensor q, Tensor k, Tensor v, Tensor[] captures, SymInt[] sizes, str spec, Tensor? seed"
@@ -78,21 +80,22 @@ def _mask(x: Tensor, keep: Tensor, kept: Tensor, empty: str) -> Tensor:
     return torch.where(kept, x.masked_fill(~keep, -math.inf), level)
 
 
-def choose(need: Need, device: str) -> Kernel:
+@functools.lru_cache(maxsize=4096)
+def choose(need: Need) -> Kernel:
     """The first kernel that serves. Raises NotImplementedError with every kernel's reason if none does."""
-    reasons = []
+    reasons, device = [], "cpu" if need.arch == "cpu" else "cuda" if need.arch[:2] in ("sm", "gf") else need.arch
     for kernel in KERNELS:
         here = kernel.device == device
         reason = kernel.supports(need) if here else f"runs on {kernel.device}"
         if reason is None:
             return kernel
         reasons.append(f"{kernel.name}: {reason}")
-    raise NotImplementedError(f"no kernel for `{need.spec}` on {device}: " + "; ".join(reasons))
+    raise NotImplementedError(f"no kernel for `{need.spec}` on {need.arch}: " + "; ".join(reasons))
 
 
-@functools.lru_cache(maxsize=4096)
-def _chosen(spec: str, wanted: tuple[str, ...] | None, dtype: torch.dtype, scores: int, keys: int, device: str):
-    return choose(Need(AttentionSpec.parse(spec), dtype, wanted, scores, keys), device)
+def _kernel(p: Problem, wanted: tuple[str, ...] | None) -> Kernel:
+    sizes = (hint(p.scores), hint(p.k.shape[2]))
+    return choose(Need(p.spec, p.q.dtype, wanted, *sizes, (p.q.shape[3], p.v.shape[3]), arch_of(p.q.device)))
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -106,14 +109,13 @@ def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 def _forward(q, k, v, captures, sizes, spec, seed):
     p = Problem.of(q, k, v, captures, sizes, spec, seed)
-    return _chosen(spec, None, q.dtype, p.scores, k.shape[2], q.device.type).forward(p)
+    return _kernel(p, None).forward(p)
 
 
 def _backward(grad_out, q, k, v, captures, sizes, spec, seed, out, lse, wanted):
     p = Problem.of(q, k, v, captures, sizes, spec, seed)
     names = tuple(list(p.scope.captures)[i] for i in wanted)
-    kernel = _chosen(spec, names, q.dtype, p.scores, k.shape[2], q.device.type)
-    found = kernel.backward(p, Given(grad_out, out, lse), names)
+    found = _kernel(p, names).backward(p, Given(grad_out, out, lse), names)
     dq, dk, dv = (as_heads_last(g, q.dtype) for g in (found.dq, found.dk, found.dv))
     return dq, dk, dv, [found.captures[n].to(p.scope.captures[n].dtype) for n in names]
 
@@ -148,10 +150,22 @@ def _differentiate(ctx, grad_out, _grad_lse):
     return dq, dk, dv, dcaptures, None if ctx.sizes else [], None, None
 
 
+def _opened(run: Callable, mode: FunctionalTensorMode, op, types, args, kwargs):
+    """In AOTAutograd, on a GPU: the tensor operations and launches of `run` take the op's place in the graph."""
+    q = next(x for x in args if isinstance(x, Tensor))
+    if q.device.type != "cuda" or custom_triton_ops_decomposition_disabled():
+        return mode.__torch_dispatch__(op, types, args, kwargs)
+    with mode:
+        return run(*args, **kwargs)
+
+
 for _name, _run, _fake in (
     ("attention", _forward, _fake_forward),
     ("attention_backward", _backward, _fake_backward),
 ):
     LIB.impl(_name, _run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"tv::{_name}", _fake, lib=LIB)
+    torch.library.register_torch_dispatch(
+        f"tv::{_name}", FunctionalTensorMode, functools.partial(_opened, _run), lib=LIB
+    )
 torch.library.register_autograd("tv::attention", _differentiate, setup_context=_save, lib=LIB)

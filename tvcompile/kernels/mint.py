@@ -14,19 +14,19 @@ int32, unless a product of them may need more; captured integers keep their widt
 from __future__ import annotations
 
 import functools
-import hashlib
-import linecache
 from collections.abc import Sequence
 
 import sympy
 import triton
 import triton.language as tl
 
-from .. import expr as E
+from .. import bounds, expr as E
 from ..derive import derivative
 from ..expr import Expr
+from .launch import define
 
 POSITIONS = ("b", "h", "q", "kv")
+BLOCK_ENDS = ("b", "h", "h_last", "q_low", "q_high", "kv_low", "kv_high")
 LARGE = 1 << 12  # times a position of up to 2^19 stays within 32 bits
 
 
@@ -132,7 +132,7 @@ def mint(e: Expr, captures: Captures, sizes: tuple[str, ...], scored: bool = Fal
     """
     writer = _Writer(captures, sizes)
     value = writer.write(e)
-    return _function(["s"] * scored, [*_widened(e), *writer.lines, f"return {value}"])
+    return _function("formula", ["s"] * scored, [*_widened(e), *writer.lines, f"return {value}"])
 
 
 @functools.lru_cache(maxsize=4096)
@@ -156,27 +156,44 @@ def mint_gradients(e: Expr, wanted: tuple[str, ...], captures: Captures, sizes: 
                 value = f"tl.sum({value}, {axis}, keep_dims=True)"
         shape = f"[{'g.shape[0]' if held[0] else '1'}, {'g.shape[1]' if held[1] else '1'}]"
         writer.lines.append(f"tl.atomic_add(captures[{number}] + tl.zeros({shape}, tl.int32){offset}, {value})")
-    return _function(["g", "s"], [*_widened(e), *writer.lines, "return"])
+    return _function("gradients", ["g", "s"], [*_widened(e), *writer.lines, "return"])
 
 
-def _widened(e: Expr) -> list[str]:
+@functools.lru_cache(maxsize=4096)
+def mint_kinds(
+    keep: Expr,
+    known: tuple[tuple[Expr, bounds.Interval], ...],
+    points: tuple[str, ...],
+    captures: Captures,
+    sizes: tuple[str, ...],
+) -> triton.JITFunction:
+    """The jit function of a block's kind: 0 EMPTY, 1 PARTIAL, 2 FULL.
+
+    It takes (b, h, h_last, q_low, q_high, kv_low, kv_high, data), one of the two sides as a vector of blocks.
+    known: (load, its interval) of captures; points: positions of which a block has only one.
+    """
+    low, high = bounds.ends(keep, dict(known).get, (*points, *sizes))
+    writer = _Writer(captures, sizes)
+    kind = " + ".join(f"tl.where({writer.write(e)}, 1, 0)" for e in (low, high))
+    # Whatever the formula mentions, the kind is one of a vector of blocks.
+    lines = ["h_low, h_high = h, h_last", "q = q_low", *_widened(sympy.Tuple(low, high), BLOCK_ENDS[3:]), *writer.lines]
+    return _function("kinds", [], [*lines, f"return {kind} + (q_low + kv_low) * 0"], BLOCK_ENDS)
+
+
+def _widened(e: Expr, names: Sequence[str] = ("q", "kv")) -> list[str]:
     """Positions in 64 bits where the formula multiplies them with each other or by a large number."""
     for x in E.walk(e):
         coefficient, rest = x.as_coeff_Mul() if isinstance(x, sympy.Mul) else (0, None)
         if isinstance(x, sympy.Pow) or isinstance(rest, sympy.Mul) or abs(coefficient) >= LARGE:
-            return [f"{name} = tl.cast({name}, tl.int64)" for name in ("q", "kv")]
+            return [f"{name} = tl.cast({name}, tl.int64)" for name in names]
     return []
 
 
-def _function(first: Sequence[str], lines: Sequence[str]) -> triton.JITFunction:
-    """Triton reads a function's source back, so its text has to be where inspect looks."""
-    lines = [f"def formula({', '.join([*first, *POSITIONS, 'data'])}):", "captures, layout, sizes = data", *lines]
-    text = "\n    ".join(lines) + "\n"
-    file = f"<tvcompile {hashlib.sha256(text.encode()).hexdigest()[:16]}>"
-    linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)
-    scope = {"__name__": __name__, "tl": tl} | {f.__name__: f for f in (floordiv, mod, tanh, softplus, integer, inside)}
-    exec(compile(text, file, "exec"), scope)
-    return triton.jit(scope["formula"])
+def _function(
+    name: str, first: Sequence[str], lines: Sequence[str], positions: Sequence[str] = POSITIONS
+) -> triton.JITFunction:
+    scope = {f.__name__: f for f in (floordiv, mod, tanh, softplus, integer, inside)}
+    return define(name, [*first, *positions, "data"], ["captures, layout, sizes = data", *lines], scope)
 
 
 class _Writer:

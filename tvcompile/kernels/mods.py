@@ -203,14 +203,15 @@ def _view(name: str, axes: tuple[str, ...], scope: Scope) -> Tensor:
 def _gather(name: str, scope: Scope, *indices: Any) -> Tensor:
     inside = _inside(scope.captures[name], indices)
     loaded = scope.captures[name][inside]
-    return _tapped(name, scope, loaded, lambda buffer, g: _scatter(buffer, inside, g))
+    return _tapped(name, scope, loaded, lambda buffer, g: scatter(buffer, inside, g))
 
 
 def _inside(capture: Tensor, indices: Sequence[Any]) -> tuple[Any, ...]:
     return tuple(_clamp(i, size) for i, size in zip(indices, capture.shape))
 
 
-def _scatter(buffer: Tensor, indices: tuple[Any, ...], g: Tensor) -> None:
+def scatter(buffer: Tensor, indices: Sequence[Any], g: Tensor) -> None:
+    """Adds g to the buffer's elements at `indices`, which broadcast to g's shape."""
     flat: Any = 0
     for i, size in zip(indices, buffer.shape):
         flat = flat * size + i % size
@@ -234,7 +235,7 @@ def _diagonals(name: str, formulas: tuple[Expr, ...], scope: Scope) -> Tensor:
     def add(buffer: Tensor, g: Tensor) -> None:
         # A row that is M longer each time shifts by one where it is cut at M+N-1.
         skewed = torch.nn.functional.pad(g.flip(-2), (0, M)).flatten(-2)[..., :-M]
-        _scatter(buffer, inside, skewed.unflatten(-1, (M, M + N - 1)).sum(-2, keepdim=True))
+        scatter(buffer, inside, skewed.unflatten(-1, (M, M + N - 1)).sum(-2, keepdim=True))
 
     return _tapped(name, scope, loaded, add)
 

@@ -21,6 +21,11 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def hint(n: int | torch.SymInt) -> int:
+    """A size as a number; of one that may change, the number it has now, or 0 if nothing is known of it."""
+    return n if isinstance(n, int) else int(n.node.hint or 0)
+
+
 def heads_last(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
     """An empty [B,H,S,D] that lies in memory as [B,S,H,D]."""
     B, H, S, D = shape
@@ -128,6 +133,7 @@ class Need:
 
     wanted  None: forward; in backward the captures that need a gradient
     scores  about B*H*S_q*S_kv, 0 if not known; keys: S_kv
+    features  (D, D_v); arch: `cpu`, `sm90`, ...
     """
 
     spec: AttentionSpec
@@ -135,6 +141,8 @@ class Need:
     wanted: tuple[str, ...] | None = None
     scores: int = 0
     keys: int = 0
+    features: tuple[int, int] = (0, 0)
+    arch: str = "cpu"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,90 @@
+"""Compiles the launches of tv.attention for a GPU that is not here: what would run, not an imitation of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+from unittest import mock
+
+import torch
+
+SPEC = "scale=0.088; keep = kv <= q"
+SHARED = {"sm80": 163, "sm86": 99, "sm89": 99, "sm90": 227, "sm100": 227, "sm120": 99, "gfx942": 64, "gfx950": 160}
+TYPES = {
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+    torch.uint8: "*u8",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """The arguments of kernels.launch.launch."""
+
+    kernel: Any
+    grid: tuple
+    args: Sequence
+    constants: Mapping[str, Any]
+    num_warps: int
+    num_stages: int
+
+
+def launches(pass_: str, config: Any, dtype: torch.dtype, D: int, D_v: int, spec: str = SPEC, **sizes) -> list[Launch]:
+    """What a pass (fwd, dq, dkdv, decode) launches; sizes: B H H_kv S_q S_kv."""
+    from tvcompile.kernels import flash
+    from tvcompile.kernels.problem import Given, Problem
+
+    n = {"B": 2, "H": 16, "H_kv": 4, "S_q": 1 if pass_ == "decode" else 4096, "S_kv": 4096} | sizes
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    q, k = empty(n["B"], n["H"], n["S_q"], D), empty(n["B"], n["H_kv"], n["S_kv"], D)
+    v, dout = empty(n["B"], n["H_kv"], n["S_kv"], D_v), empty(n["B"], n["H"], n["S_q"], D_v)
+    seed = empty(1, dtype=torch.int64) if "dropout" in spec else None
+    p = Problem.of(q, k, v, [], [], spec, seed)
+    found: list[Launch] = []
+    with mock.patch.object(flash, "launch", lambda *a: found.append(Launch(*a))):
+        if pass_ in ("fwd", "decode"):
+            flash.forward(p, config)
+        else:
+            lse = empty(n["B"], n["H"], n["S_q"], dtype=torch.float32)
+            flash.backward(p, Given(dout, dout, lse), (), config, config)
+            found = [x for x in found if x.kernel.__name__ == f"attention_{pass_}"]
+    return found
+
+
+def compile_launch(launch: Launch, arch: str) -> Any:
+    """Triton's compiled kernel, specialised as it would be for these arguments."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from tvcompile.kernels import blocks
+    from tvcompile.kernels.launch import entry_of
+
+    constants_ = dict(launch.constants)
+    if "SAME" in constants_:
+        constants_["SAME"] = blocks.same_in_warp if arch.startswith("sm") else blocks.same_in_wave
+    entry, flat = entry_of(launch.kernel, launch.args, constants_)
+    types: dict[str, str] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    aligned: dict[tuple[int, ...], Any] = {}
+    for i, (name, x) in enumerate(zip(entry.arg_names, flat, strict=True)):
+        if isinstance(x, torch.Tensor):
+            types[name] = TYPES[x.dtype]
+        elif isinstance(x, int) and x == 1:
+            types[name], constants[(i,)] = "constexpr", 1
+        else:
+            types[name] = "fp32" if isinstance(x, float) else "i32" if x < 1 << 31 else "i64"
+        if isinstance(x, torch.Tensor) or isinstance(x, int) and x != 1 and x % 16 == 0:
+            aligned[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=entry, signature=types, constexprs=constants, attrs=aligned)
+    nvidia = arch.startswith("sm")
+    target = GPUTarget("cuda", int(arch[2:]), 32) if nvidia else GPUTarget("hip", arch, 64)
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    return triton.compile(source, target=target, options=options)
