@@ -94,6 +94,7 @@ def forward(p: Problem, config: Config) -> tuple[Tensor, Tensor]:
         return out.zero_(), lse.fill_(math.inf)
     packed, splits = config.packed, config.splits
     data, formulas = arguments(p, config)
+    described = config.descriptors and describable(p.k) and describable(p.v)
     lanes = B * H_kv if packed else B * H
     rows = S_q * p.group if packed else S_q
     ends = {"SINK": minted(p, p.spec.sink, data.shape), "EMPTY": (p.empty or "nan").removesuffix("_cut")}
@@ -112,7 +113,8 @@ def forward(p: Problem, config: Config) -> tuple[Tensor, Tensor]:
         {
             **formulas, **ends, **widths(p),
             "PACKED": packed, "SPLIT": splits > 1, "BLOCK_M": config.BLOCK_M, "BLOCK_N": config.BLOCK_N,
-            "DESCRIPTORS": config.descriptors and describable(p.k) and describable(p.v),
+            "DESCRIPTORS": described,
+            "SPECIALIZE": described and config.specialize, "HOIST": config.hoist,
         },
         config.num_warps, config.num_stages,
     )  # fmt: skip
@@ -320,6 +322,7 @@ def backward(p: Problem, given: Given, wanted: tuple[str, ...], dq_config: Confi
         {
             **formulas, **widths(p), "AVERAGING": None if cut else averaging,
             "BLOCK_M": c.BLOCK_M, "BLOCK_N": c.BLOCK_N,
+            "HOIST": c.hoist,
         },
         c.num_warps, c.num_stages,
     )  # fmt: skip
@@ -335,6 +338,7 @@ def backward(p: Problem, given: Given, wanted: tuple[str, ...], dq_config: Confi
         ),
         {
             **formulas, **widths(p), "AVERAGING": averaging, "CUT": cut, "BLOCK_M": c.BLOCK_M, "BLOCK_N": c.BLOCK_N,
+            "HOIST": c.hoist,
         },
         c.num_warps, c.num_stages,
     )  # fmt: skip

@@ -69,12 +69,12 @@ def _dq_sweep(
     dq, q, dout, lse, delta, k_ptr, v_ptr, k_at, v_at, stride_kn, stride_vn, lo, hi, S_kv, b, h, rows, line, seed, data,
     SCALE: tl.constexpr, SCORE: tl.constexpr, KEEP: tl.constexpr, SLOPE: tl.constexpr,
     GRADIENTS: tl.constexpr, LIMIT: tl.constexpr, GROW: tl.constexpr, MASKED: tl.constexpr, EMPTIES: tl.constexpr,
-    D: tl.constexpr, D_v: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, D_v: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, HOIST: tl.constexpr,
 ):  # fmt: skip
     columns = tl.arange(0, BLOCK_N)
     k_ptr += tl.cast(lo, tl.int64) * stride_kn
     v_ptr += tl.cast(lo, tl.int64) * stride_vn
-    for start in tl.range(lo, hi, BLOCK_N):
+    for start in tl.range(lo, hi, BLOCK_N, disable_licm=not HOIST):
         k = load_block(k_ptr, k_at, start, S_kv, MASKED, D, BLOCK_N, q.shape[1], False)
         v = load_block(v_ptr, v_at, start, S_kv, MASKED, D_v, BLOCK_N, dout.shape[1], False)
         s = tl.dot(q, k.T, input_precision=PRECISION)
@@ -96,7 +96,7 @@ def attention_dq(
     SCALE: tl.constexpr, SCORE: tl.constexpr, KEEP: tl.constexpr, KINDS: tl.constexpr, SAME: tl.constexpr,
     SLOPE: tl.constexpr, GRADIENTS: tl.constexpr, LIMIT: tl.constexpr, GROW: tl.constexpr, AVERAGING: tl.constexpr,
     D: tl.constexpr, D_v: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, HOIST: tl.constexpr,
 ):  # fmt: skip
     n_blocks = tl.cdiv(S_q, BLOCK_M)
     first = (n_blocks - 1 - tl.program_id(0) % n_blocks) * BLOCK_M
@@ -126,7 +126,7 @@ def attention_dq(
             dq = _dq_sweep(
                 dq, q, dout, lse, delta, k_ptr, v_ptr, k_at, v_at, k_strides[2], v_strides[2],
                 run * BLOCK_N, stop * BLOCK_N, S_kv, b, h, rows, line, seed, data,
-                SCALE, SCORE, KEEP, SLOPE, GRADIENTS, LIMIT, GROW, MASKED == 1, None, D, D_v, BLOCK_N, PRECISION,
+                SCALE, SCORE, KEEP, SLOPE, GRADIENTS, LIMIT, GROW, MASKED == 1, None, D, D_v, BLOCK_N, PRECISION, HOIST,
             )  # fmt: skip
             at = stop
     if AVERAGING is not None:
@@ -135,7 +135,7 @@ def attention_dq(
             dq = _dq_sweep(
                 dq, q, dout, lse, delta, k_ptr, v_ptr, k_at, v_at, k_strides[2], v_strides[2], 0, S_kv,
                 S_kv, b, h, rows, line, seed, data,
-                SCALE, SCORE, KEEP, SLOPE, GRADIENTS, LIMIT, GROW, True, AVERAGING, D, D_v, BLOCK_N, PRECISION,
+                SCALE, SCORE, KEEP, SLOPE, GRADIENTS, LIMIT, GROW, True, AVERAGING, D, D_v, BLOCK_N, PRECISION, HOIST,
             )  # fmt: skip
     dq_at = offsets(dq_strides, BLOCK_M, BLOCK_D)
     store_block(head(dq_ptr, dq_strides, b, h, first), dq_at, first, S_q, dq * SCALE, D)
@@ -147,12 +147,12 @@ def _dkdv_sweep(
     b, h, kv, line, seed, data,
     SCALE: tl.constexpr, SCORE: tl.constexpr, KEEP: tl.constexpr, SLOPE: tl.constexpr,
     LIMIT: tl.constexpr, GROW: tl.constexpr, CUT: tl.constexpr, MASKED: tl.constexpr, EMPTIES: tl.constexpr,
-    D: tl.constexpr, D_v: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, D_v: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr, HOIST: tl.constexpr,
 ):  # fmt: skip
     local = tl.arange(0, BLOCK_M)
     q_ptr += tl.cast(lo, tl.int64) * stride_qm
     dout_ptr += tl.cast(lo, tl.int64) * stride_dom
-    for start in tl.range(lo, hi, BLOCK_M):
+    for start in tl.range(lo, hi, BLOCK_M, disable_licm=not HOIST):
         rows = start + local
         if MASKED:
             lse = tl.load(lse_ptr + line + rows, mask=rows < S_q, other=float("inf") if EMPTIES is None else 0.0)
@@ -182,7 +182,7 @@ def attention_dkdv(
     SCALE: tl.constexpr, SCORE: tl.constexpr, KEEP: tl.constexpr, KINDS: tl.constexpr, SAME: tl.constexpr,
     SLOPE: tl.constexpr, LIMIT: tl.constexpr, GROW: tl.constexpr, AVERAGING: tl.constexpr, CUT: tl.constexpr,
     D: tl.constexpr, D_v: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, HOIST: tl.constexpr,
 ):  # fmt: skip
     n_blocks = tl.cdiv(S_kv, BLOCK_N)
     first = tl.program_id(0) % n_blocks * BLOCK_N
@@ -213,7 +213,7 @@ def attention_dkdv(
                     dk, dv, k, v, q_head, dout_head, lse_ptr, delta_ptr, q_at, dout_at,
                     q_strides[2], dout_strides[2], run * BLOCK_M, stop * BLOCK_M, S_q, S_kv,
                     b, h, kv, line, seed, data,
-                    SCALE, SCORE, KEEP, SLOPE, LIMIT, GROW, CUT, MASKED == 1, None, D, D_v, BLOCK_M, PRECISION,
+                    SCALE, SCORE, KEEP, SLOPE, LIMIT, GROW, CUT, MASKED == 1, None, D, D_v, BLOCK_M, PRECISION, HOIST,
                 )  # fmt: skip
                 at = stop
         if AVERAGING is not None:
@@ -225,7 +225,7 @@ def attention_dkdv(
                         dk, dv, k, v, q_head, dout_head, lse_ptr, delta_ptr, q_at, dout_at,
                         q_strides[2], dout_strides[2], start, start + BLOCK_M, S_q, S_kv,
                         b, h, kv, line, seed, data,
-                        SCALE, SCORE, KEEP, SLOPE, LIMIT, GROW, CUT, True, AVERAGING, D, D_v, BLOCK_M, PRECISION,
+                        SCALE, SCORE, KEEP, SLOPE, LIMIT, GROW, CUT, True, AVERAGING, D, D_v, BLOCK_M, PRECISION, HOIST,
                     )  # fmt: skip
     dk_at, dv_at = offsets(dk_strides, BLOCK_N, BLOCK_D), offsets(dv_strides, BLOCK_N, BLOCK_DV)
     store_block(head(dk_ptr, dk_strides, b, h_kv, first), dk_at, first, S_kv, dk * SCALE, D)

@@ -30,6 +30,7 @@ def _sweep(
     acc, l, m, q, k_ptr, v_ptr, k_at, v_at, stride_kn, stride_vn, lo, hi, S_kv, b, h, rows, line, seed, data,
     SCALE: tl.constexpr, SCORE: tl.constexpr, KEEP: tl.constexpr, LIMIT: tl.constexpr, MASKED: tl.constexpr,
     D: tl.constexpr, D_v: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    SPECIALIZE: tl.constexpr, HOIST: tl.constexpr,
 ):  # fmt: skip
     """The online softmax over the kv blocks of [lo, hi); nothing but arithmetic where they are FULL."""
     # A positive scale goes into the exponent's multiplication; x is then <q, k> itself.
@@ -38,7 +39,10 @@ def _sweep(
     columns = tl.arange(0, BLOCK_N)
     k_ptr += tl.cast(lo, tl.int64) * stride_kn
     v_ptr += tl.cast(lo, tl.int64) * stride_vn
-    for start in tl.range(lo, hi, BLOCK_N, num_stages=1 if MASKED and DESCRIPTORS else None, disable_licm=MASKED):
+    for start in tl.range(
+        lo, hi, BLOCK_N, num_stages=1 if MASKED and DESCRIPTORS else None,
+        warp_specialize=SPECIALIZE and not MASKED, disable_licm=MASKED or not HOIST,
+    ):  # fmt: skip
         kv = start + columns[None, :]
         k = load_block(k_ptr, k_at, start, S_kv, MASKED, D, BLOCK_N, q.shape[1], DESCRIPTORS).T
         v = load_block(v_ptr, v_at, start, S_kv, MASKED, D_v, BLOCK_N, acc.shape[1], DESCRIPTORS)
@@ -132,6 +136,7 @@ def attention_fwd(
     PACKED: tl.constexpr, SPLIT: tl.constexpr,
     D: tl.constexpr, D_v: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    SPECIALIZE: tl.constexpr, HOIST: tl.constexpr,
 ):  # fmt: skip
     members = G if PACKED else 1
     n_rows = S_q * members
@@ -191,6 +196,7 @@ def attention_fwd(
                 acc, l, m, q, k_ptr, v_ptr, k_at, v_at, k_strides[2], v_strides[2], first * BLOCK_N, last * BLOCK_N,
                 S_kv, b, heads, rows, line, seed, data,
                 SCALE, SCORE, KEEP, LIMIT, MASKED == 1, D, D_v, BLOCK_N, PRECISION, DESCRIPTORS,
+                SPECIALIZE, HOIST,
             )  # fmt: skip
             at = last
 

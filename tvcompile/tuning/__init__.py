@@ -29,6 +29,8 @@ class Config:
     BLOCK_M, BLOCK_N   rows of q and kv positions of a block
     num_warps          warps of a program; num_stages: blocks of the moving side in flight
     descriptors        whether K and V come through tensor descriptors (TMA)
+    specialize         whether loads, products and softmax of the loop over FULL blocks run in warps of their own
+    hoist              whether that loop may keep what does not change in registers
     packed             whether a program takes the q heads of a group together; splits: programs that share its kv
     """
 
@@ -37,6 +39,8 @@ class Config:
     num_warps: int
     num_stages: int
     descriptors: bool = False
+    specialize: bool = False
+    hoist: bool = True
     packed: bool = False
     splits: int = 1
 
