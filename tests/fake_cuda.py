@@ -29,6 +29,7 @@ import torch
 from torch import fx, nn
 from torch._dynamo import device_interface
 from torch._functorch import aot_autograd, config as functorch_config, partitioners
+from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 from torch._inductor import codecache, compile_fx, config, decomposition, graph, utils
 from torch._inductor.runtime.hints import DeviceProperties
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -52,6 +53,7 @@ DEVICES = {  # name, multiprocessors, KiB of shared memory a block can have, thr
 class Captured(NamedTuple):
     kind: str  # forward | backward | inference
     graph: fx.GraphModule
+    kernels: list[Any]  # of the graph's Triton launches, in order; Dynamo forgets them with its next reset
 
 
 def tv(gm: fx.GraphModule, record: GraphRecord | None = None) -> fx.GraphModule:
@@ -64,7 +66,7 @@ def capture(program: Callable, inputs: dict | tuple, step: Callable = tv, **how:
     found: list[Captured] = []
 
     def keep(kind):
-        return lambda gm, _: found.append(Captured(kind, gm)) or gm.forward
+        return lambda gm, _: found.append(Captured(kind, gm, kernels_of(gm))) or gm.forward
 
     aot = functools.partial(
         aot_autograd.aot_module_simplified,
@@ -77,6 +79,14 @@ def capture(program: Callable, inputs: dict | tuple, step: Callable = tv, **how:
     )
     _run(program, inputs, lambda gm, example_inputs: aot(step(gm), example_inputs), **how)
     return found
+
+
+def launches_of(gm: fx.GraphModule) -> list[fx.Node]:
+    return [node for node in gm.graph.nodes if "triton_kernel_wrapper" in str(node.target)]
+
+
+def kernels_of(gm: fx.GraphModule) -> list[Any]:
+    return [kernel_side_table.get_kernel(node.kwargs["kernel_idx"]) for node in launches_of(gm)]
 
 
 def inductor_source(program: Callable, inputs: dict | tuple, step: Callable = tv, **how: Any) -> str:

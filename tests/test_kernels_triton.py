@@ -146,6 +146,7 @@ FORMULAS = [
     "ids2[b, kv]*3 + ids2[b, q]",
     "(q*100000 + kv*99991)*(kv + 100000)%977",
     "ids[b, q + kv] + ids[b, kv - q + 20]",
+    "pow(0.25, float32(h + 1))*float32(kv) + pow(1.7, s)",
 ]
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-CHUNK = tl.constexpr(128)
+CHUNK = tl.constexpr(32)
 
 
 @triton.jit
@@ -57,6 +57,18 @@ def head(ptr, strides, b, h, row):
 def offsets(strides, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """32-bit offsets of a block [ROWS,COLUMNS] for one pointer that moves: a block of pointers costs registers."""
     return tl.arange(0, ROWS)[:, None] * strides[2] + tl.arange(0, COLUMNS)[None, :] * strides[3]
+
+
+@triton.jit
+def moving(
+    ptr, strides, S, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DESCRIPTORS: tl.constexpr
+):  # fmt: skip
+    """How load_block reads blocks of the [S,D] tensor at ptr, one after the other."""
+    if DESCRIPTORS:
+        at = tl.make_tensor_descriptor(ptr, [S, D], [strides[2], 1], [ROWS, COLUMNS])
+    else:
+        at = offsets(strides, ROWS, COLUMNS)
+    return at
 
 
 @triton.jit

@@ -94,7 +94,6 @@ def forward(p: Problem, config: Config) -> tuple[Tensor, Tensor]:
         return out.zero_(), lse.fill_(math.inf)
     packed, splits = config.packed, config.splits
     data, formulas = arguments(p, config)
-    described = config.descriptors and describable(p.k) and describable(p.v)
     lanes = B * H_kv if packed else B * H
     rows = S_q * p.group if packed else S_q
     ends = {"SINK": minted(p, p.spec.sink, data.shape), "EMPTY": (p.empty or "nan").removesuffix("_cut")}
@@ -113,8 +112,7 @@ def forward(p: Problem, config: Config) -> tuple[Tensor, Tensor]:
         {
             **formulas, **ends, **widths(p),
             "PACKED": packed, "SPLIT": splits > 1, "BLOCK_M": config.BLOCK_M, "BLOCK_N": config.BLOCK_N,
-            "DESCRIPTORS": described,
-            "SPECIALIZE": described and config.specialize, "HOIST": config.hoist,
+            **loop_of(config, p.k, p.v),
         },
         config.num_warps, config.num_stages,
     )  # fmt: skip
@@ -153,6 +151,12 @@ def widths(p: Problem) -> dict[str, Any]:
         "BLOCK_DV": padded(D_v),
         "PRECISION": "ieee" if precise or torch.version.hip else "tf32",
     }
+
+
+def loop_of(c: Config, *moving: Tensor) -> dict[str, Any]:
+    """How the loop goes over its moving blocks."""
+    described = c.descriptors and all(map(describable, moving))
+    return {"DESCRIPTORS": described, "SPECIALIZE": described and c.specialize, "HOIST": c.hoist}
 
 
 def extent(x: Tensor) -> Any:
@@ -322,7 +326,7 @@ def backward(p: Problem, given: Given, wanted: tuple[str, ...], dq_config: Confi
         {
             **formulas, **widths(p), "AVERAGING": None if cut else averaging,
             "BLOCK_M": c.BLOCK_M, "BLOCK_N": c.BLOCK_N,
-            "HOIST": c.hoist,
+            **loop_of(c, p.k, p.v),
         },
         c.num_warps, c.num_stages,
     )  # fmt: skip
@@ -338,7 +342,7 @@ def backward(p: Problem, given: Given, wanted: tuple[str, ...], dq_config: Confi
         ),
         {
             **formulas, **widths(p), "AVERAGING": averaging, "CUT": cut, "BLOCK_M": c.BLOCK_M, "BLOCK_N": c.BLOCK_N,
-            "HOIST": c.hoist,
+            **loop_of(c, p.q, dout),
         },
         c.num_warps, c.num_stages,
     )  # fmt: skip

@@ -18,7 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .blocks import count_runs, head, kept_weights, load_block, next_run, offsets, store_block
+from .blocks import count_runs, head, kept_weights, load_block, moving, next_run, offsets, store_block
 from .flash_fwd import LOG2E
 
 
@@ -70,13 +70,17 @@ def _dq_sweep(
     SCALE: tl.constexpr, SCORE: tl.constexpr, KEEP: tl.constexpr, SLOPE: tl.constexpr,
     GRADIENTS: tl.constexpr, LIMIT: tl.constexpr, GROW: tl.constexpr, MASKED: tl.constexpr, EMPTIES: tl.constexpr,
     D: tl.constexpr, D_v: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, HOIST: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, SPECIALIZE: tl.constexpr,
 ):  # fmt: skip
     columns = tl.arange(0, BLOCK_N)
     k_ptr += tl.cast(lo, tl.int64) * stride_kn
     v_ptr += tl.cast(lo, tl.int64) * stride_vn
-    for start in tl.range(lo, hi, BLOCK_N, disable_licm=not HOIST):
-        k = load_block(k_ptr, k_at, start, S_kv, MASKED, D, BLOCK_N, q.shape[1], False)
-        v = load_block(v_ptr, v_at, start, S_kv, MASKED, D_v, BLOCK_N, dout.shape[1], False)
+    for start in tl.range(
+        lo, hi, BLOCK_N, num_stages=1 if MASKED and DESCRIPTORS else None,
+        warp_specialize=SPECIALIZE and not MASKED, disable_licm=not HOIST,
+    ):  # fmt: skip
+        k = load_block(k_ptr, k_at, start, S_kv, MASKED, D, BLOCK_N, q.shape[1], DESCRIPTORS)
+        v = load_block(v_ptr, v_at, start, S_kv, MASKED, D_v, BLOCK_N, dout.shape[1], DESCRIPTORS)
         s = tl.dot(q, k.T, input_precision=PRECISION)
         dp = tl.dot(dout, v.T, input_precision=PRECISION)
         _, ds = _slopes(
@@ -97,6 +101,7 @@ def attention_dq(
     SLOPE: tl.constexpr, GRADIENTS: tl.constexpr, LIMIT: tl.constexpr, GROW: tl.constexpr, AVERAGING: tl.constexpr,
     D: tl.constexpr, D_v: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, HOIST: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, SPECIALIZE: tl.constexpr,
 ):  # fmt: skip
     n_blocks = tl.cdiv(S_q, BLOCK_M)
     first = (n_blocks - 1 - tl.program_id(0) % n_blocks) * BLOCK_M
@@ -104,13 +109,14 @@ def attention_dq(
     positions = first + tl.arange(0, BLOCK_M)
     rows = positions[:, None]
     q_at, dout_at = offsets(q_strides, BLOCK_M, BLOCK_D), offsets(dout_strides, BLOCK_M, BLOCK_DV)
-    k_at, v_at = offsets(k_strides, BLOCK_N, BLOCK_D), offsets(v_strides, BLOCK_N, BLOCK_DV)
     q = load_block(head(q_ptr, q_strides, b, h, first), q_at, first, S_q, True, D, BLOCK_M, BLOCK_D, False)
     dout = load_block(
         head(dout_ptr, dout_strides, b, h, first), dout_at, first, S_q, True, D_v, BLOCK_M, BLOCK_DV, False
     )
     k_ptr = head(k_ptr, k_strides, b, h // G, 0)
     v_ptr = head(v_ptr, v_strides, b, h // G, 0)
+    k_at = moving(k_ptr, k_strides, S_kv, D, BLOCK_N, BLOCK_D, DESCRIPTORS)
+    v_at = moving(v_ptr, v_strides, S_kv, D_v, BLOCK_N, BLOCK_DV, DESCRIPTORS)
     line = ((b * H + h).to(tl.int64) * S_q + positions)[:, None]
     lse = tl.load(lse_ptr + line, mask=rows < S_q, other=float("inf"))
     delta = tl.load(delta_ptr + line, mask=rows < S_q, other=0.0)
@@ -127,6 +133,7 @@ def attention_dq(
                 dq, q, dout, lse, delta, k_ptr, v_ptr, k_at, v_at, k_strides[2], v_strides[2],
                 run * BLOCK_N, stop * BLOCK_N, S_kv, b, h, rows, line, seed, data,
                 SCALE, SCORE, KEEP, SLOPE, GRADIENTS, LIMIT, GROW, MASKED == 1, None, D, D_v, BLOCK_N, PRECISION, HOIST,
+                DESCRIPTORS, SPECIALIZE,
             )  # fmt: skip
             at = stop
     if AVERAGING is not None:
@@ -136,6 +143,7 @@ def attention_dq(
                 dq, q, dout, lse, delta, k_ptr, v_ptr, k_at, v_at, k_strides[2], v_strides[2], 0, S_kv,
                 S_kv, b, h, rows, line, seed, data,
                 SCALE, SCORE, KEEP, SLOPE, GRADIENTS, LIMIT, GROW, True, AVERAGING, D, D_v, BLOCK_N, PRECISION, HOIST,
+                DESCRIPTORS, SPECIALIZE,
             )  # fmt: skip
     dq_at = offsets(dq_strides, BLOCK_M, BLOCK_D)
     store_block(head(dq_ptr, dq_strides, b, h, first), dq_at, first, S_q, dq * SCALE, D)
@@ -148,19 +156,20 @@ def _dkdv_sweep(
     SCALE: tl.constexpr, SCORE: tl.constexpr, KEEP: tl.constexpr, SLOPE: tl.constexpr,
     LIMIT: tl.constexpr, GROW: tl.constexpr, CUT: tl.constexpr, MASKED: tl.constexpr, EMPTIES: tl.constexpr,
     D: tl.constexpr, D_v: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr, HOIST: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, SPECIALIZE: tl.constexpr,
 ):  # fmt: skip
     local = tl.arange(0, BLOCK_M)
     q_ptr += tl.cast(lo, tl.int64) * stride_qm
     dout_ptr += tl.cast(lo, tl.int64) * stride_dom
-    for start in tl.range(lo, hi, BLOCK_M, disable_licm=not HOIST):
+    for start in tl.range(lo, hi, BLOCK_M, warp_specialize=SPECIALIZE and not MASKED, disable_licm=not HOIST):
         rows = start + local
         if MASKED:
             lse = tl.load(lse_ptr + line + rows, mask=rows < S_q, other=float("inf") if EMPTIES is None else 0.0)
             delta = tl.load(delta_ptr + line + rows, mask=rows < S_q, other=0.0)
         else:
             lse, delta = tl.load(lse_ptr + line + rows), tl.load(delta_ptr + line + rows)
-        q = load_block(q_ptr, q_at, start, S_q, MASKED, D, BLOCK_M, k.shape[1], False)
-        dout = load_block(dout_ptr, dout_at, start, S_q, MASKED, D_v, BLOCK_M, v.shape[1], False)
+        q = load_block(q_ptr, q_at, start, S_q, MASKED, D, BLOCK_M, k.shape[1], DESCRIPTORS)
+        dout = load_block(dout_ptr, dout_at, start, S_q, MASKED, D_v, BLOCK_M, v.shape[1], DESCRIPTORS)
         s = tl.dot(k, q.T, input_precision=PRECISION)
         dp = tl.dot(v, dout.T, input_precision=PRECISION)
         p, ds = _slopes(
@@ -183,6 +192,7 @@ def attention_dkdv(
     SLOPE: tl.constexpr, LIMIT: tl.constexpr, GROW: tl.constexpr, AVERAGING: tl.constexpr, CUT: tl.constexpr,
     D: tl.constexpr, D_v: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, HOIST: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, SPECIALIZE: tl.constexpr,
 ):  # fmt: skip
     n_blocks = tl.cdiv(S_kv, BLOCK_N)
     first = tl.program_id(0) % n_blocks * BLOCK_N
@@ -190,7 +200,6 @@ def attention_dkdv(
     kv = first + tl.arange(0, BLOCK_N)[:, None]
     last_kv = tl.minimum(first + BLOCK_N, S_kv) - 1
     k_at, v_at = offsets(k_strides, BLOCK_N, BLOCK_D), offsets(v_strides, BLOCK_N, BLOCK_DV)
-    q_at, dout_at = offsets(q_strides, BLOCK_M, BLOCK_D), offsets(dout_strides, BLOCK_M, BLOCK_DV)
     k = load_block(head(k_ptr, k_strides, b, h_kv, first), k_at, first, S_kv, True, D, BLOCK_N, BLOCK_D, False)
     v = load_block(head(v_ptr, v_strides, b, h_kv, first), v_at, first, S_kv, True, D_v, BLOCK_N, BLOCK_DV, False)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -200,6 +209,8 @@ def attention_dkdv(
         h = h_kv * G + member
         q_head = head(q_ptr, q_strides, b, h, 0)
         dout_head = head(dout_ptr, dout_strides, b, h, 0)
+        q_at = moving(q_head, q_strides, S_q, D, BLOCK_M, BLOCK_D, DESCRIPTORS)
+        dout_at = moving(dout_head, dout_strides, S_q, D_v, BLOCK_M, BLOCK_DV, DESCRIPTORS)
         line = (b * H + h).to(tl.int64) * S_q
         for MASKED in tl.static_range(2):
             at, end = tl.cast(0, tl.int32), tl.cast(tl.cdiv(S_q, BLOCK_M), tl.int32)
@@ -214,6 +225,7 @@ def attention_dkdv(
                     q_strides[2], dout_strides[2], run * BLOCK_M, stop * BLOCK_M, S_q, S_kv,
                     b, h, kv, line, seed, data,
                     SCALE, SCORE, KEEP, SLOPE, LIMIT, GROW, CUT, MASKED == 1, None, D, D_v, BLOCK_M, PRECISION, HOIST,
+                DESCRIPTORS, SPECIALIZE,
                 )  # fmt: skip
                 at = stop
         if AVERAGING is not None:
@@ -226,6 +238,7 @@ def attention_dkdv(
                         q_strides[2], dout_strides[2], start, start + BLOCK_M, S_q, S_kv,
                         b, h, kv, line, seed, data,
                         SCALE, SCORE, KEEP, SLOPE, LIMIT, GROW, CUT, True, AVERAGING, D, D_v, BLOCK_M, PRECISION, HOIST,
+                DESCRIPTORS, SPECIALIZE,
                     )  # fmt: skip
     dk_at, dv_at = offsets(dk_strides, BLOCK_N, BLOCK_D), offsets(dv_strides, BLOCK_N, BLOCK_DV)
     store_block(head(dk_ptr, dk_strides, b, h_kv, first), dk_at, first, S_kv, dk * SCALE, D)

@@ -19,7 +19,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .blocks import count_runs, head, hull, kept_weights, load_block, next_run, offsets, packed_offsets, store_block
+from .blocks import (
+    count_runs,
+    head,
+    hull,
+    kept_weights,
+    load_block,
+    moving,
+    next_run,
+    offsets,
+    packed_offsets,
+    store_block,
+)
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -151,21 +162,16 @@ def attention_fwd(
     line = ((b * H + h).to(tl.int64) * S_q + r)[:, None]
     k_ptr = head(k_ptr, k_strides, b, h_kv, 0)
     v_ptr = head(v_ptr, v_strides, b, h_kv, 0)
-    if DESCRIPTORS:
-        k_at = tl.make_tensor_descriptor(k_ptr, [S_kv, D], [k_strides[2], 1], [BLOCK_N, BLOCK_D])
-        v_at = tl.make_tensor_descriptor(v_ptr, [S_kv, D_v], [v_strides[2], 1], [BLOCK_N, BLOCK_DV])
-    else:
-        k_at = offsets(k_strides, BLOCK_N, BLOCK_D)
-        v_at = offsets(v_strides, BLOCK_N, BLOCK_DV)
+    k_at = moving(k_ptr, k_strides, S_kv, D, BLOCK_N, BLOCK_D, DESCRIPTORS)
+    v_at = moving(v_ptr, v_strides, S_kv, D_v, BLOCK_N, BLOCK_DV, DESCRIPTORS)
     if PACKED:
-        q_ptr, out_ptr = head(q_ptr, q_strides, b, h, 0), head(out_ptr, out_strides, b, h, 0)
+        q_ptr = head(q_ptr, q_strides, b, h, 0)
         q_at = packed_offsets(q_strides, r, S_q, BLOCK_D)
-        out_at = packed_offsets(out_strides, r, S_q, BLOCK_DV)
         rows, heads = (r % S_q)[:, None], h + (r // S_q)[:, None]
         low, high = 0, S_q - 1
     else:
-        q_ptr, out_ptr = head(q_ptr, q_strides, b, h, first_row), head(out_ptr, out_strides, b, h, first_row)
-        q_at, out_at = offsets(q_strides, BLOCK_M, BLOCK_D), offsets(out_strides, BLOCK_M, BLOCK_DV)
+        q_ptr = head(q_ptr, q_strides, b, h, first_row)
+        q_at = offsets(q_strides, BLOCK_M, BLOCK_D)
         rows, heads = r[:, None], h
         low, high = first_row, tl.minimum(first_row + BLOCK_M, S_q) - 1
     q = load_block(q_ptr, q_at, first_row, n_rows, True, D, BLOCK_M, BLOCK_D, False)
@@ -204,6 +210,12 @@ def attention_fwd(
         acc, l, m, v_ptr, v_at, v_strides[2], S_kv, b, heads, rows, line, seed, data,
         None if SPLIT else SINK, "zero" if SPLIT else EMPTY, LIMIT, GROW, D_v, BLOCK_N, PRECISION, DESCRIPTORS,
     )  # fmt: skip
+    if PACKED:
+        out_ptr = head(out_ptr, out_strides, b, h, 0)
+        out_at = packed_offsets(out_strides, r, S_q, BLOCK_DV)
+    else:
+        out_ptr = head(out_ptr, out_strides, b, h, first_row)
+        out_at = offsets(out_strides, BLOCK_M, BLOCK_DV)
     store_block(out_ptr, out_at, first_row, n_rows, out, D_v)
     tl.store(lse_ptr + (b * H + h).to(tl.int64) * S_q + r, lse, mask=r < n_rows)
 

@@ -14,6 +14,7 @@ int32, unless a product of them may need more; captured integers keep their widt
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 
 import sympy
@@ -116,7 +117,9 @@ def unprintable(e: Expr) -> str | None:
     """What in the formula has no Triton form, or None."""
     for x in E.walk(e):
         op = E.op_of(x)
-        if op is not None and op not in FUNCTIONS and op not in ("load", "le", "eq"):
+        if op == "pow" and not (E.constant(E.operands(x)[0]) or 0.0) > 0.0:
+            return "a power has a Triton form only where its base is a positive number"
+        if op is not None and op not in FUNCTIONS and op not in ("load", "le", "eq", "pow"):
             return f"{op} has no Triton form"
     return None
 
@@ -231,6 +234,9 @@ class _Writer:
         if op in ("le", "eq"):
             left, right = E.sides(E.operands(e)[0])
             return f"({self.write(left)} {'<=' if op == 'le' else '=='} {self.write(right)})"
+        if op == "pow":
+            base, exponent = E.operands(e)
+            return f"tl.exp2({self.write(exponent)} * {math.log2(E.constant(base))!r})"
         if op is not None:
             form = FUNCTIONS[op]
             if op in ("//", "%") and all(a.is_nonnegative for a in E.operands(e)):
