@@ -30,14 +30,15 @@ from torch import fx, nn
 from torch._dynamo import device_interface
 from torch._functorch import aot_autograd, config as functorch_config, partitioners
 from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
-from torch._inductor import codecache, compile_fx, config, decomposition, graph, utils
+from torch._inductor import codecache, config, decomposition, graph, utils
 from torch._inductor.runtime.hints import DeviceProperties
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental import proxy_tensor
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree, _triton
 
-from tvcompile.backend import placeholders_of, rewrite, tracing_context
+from tvcompile.backend import hand_off, placeholders_of, rewrite, tracing_context
+from tvcompile.kernels import selfcheck
 from tvcompile.report import GraphRecord
 
 DEVICES = {  # name, multiprocessors, KiB of shared memory a block can have, threads per multiprocessor
@@ -102,7 +103,7 @@ def inductor_source(program: Callable, inputs: dict | tuple, step: Callable = tv
         config.patch(fx_graph_cache=False, shape_padding=False, joint_graph_constant_folding=False),
         contextlib.suppress(_Ready),
     ):
-        _run(program, inputs, lambda gm, example_inputs: compile_fx.compile_fx(step(gm), example_inputs), **how)
+        _run(program, inputs, lambda gm, example_inputs: hand_off(step(gm), example_inputs, None, {}), **how)
     return "\n".join(sources)
 
 
@@ -117,7 +118,7 @@ def _run(program, inputs, backend, train: bool = False, arch: str = "sm90", dyna
     backend.backend_ctx_ctor = tracing_context  # type: ignore[attr-defined]
     torch._dynamo.reset()
     program = copy.deepcopy(program).train(train) if isinstance(program, nn.Module) else program
-    with fake_cuda(arch) as mode, torch.set_grad_enabled(train):
+    with fake_cuda(arch) as mode, torch.set_grad_enabled(train), selfcheck.only_if(False):
         memo: dict[int, torch.Tensor] = {}  # by identity: what is tied stays tied
         for module in program.modules() if isinstance(program, nn.Module) else ():
             for tensors in (module._parameters, module._buffers):

@@ -50,15 +50,14 @@ def run(case: Case, arch: str) -> dict[str, Any]:
     if case.train and hasattr(model.config, "use_cache"):
         inputs["use_cache"] = False
     start = time.perf_counter()
-    graphs = fake_cuda.capture(
-        model, inputs, step=lambda gm: fake_cuda.tv(gm, record), train=case.train, arch=arch
-    )
+    graphs = fake_cuda.capture(model, inputs, step=lambda gm: fake_cuda.tv(gm, record), train=case.train, arch=arch)
     found = [x for g in graphs for x in launches(g)]
     counts = Counter(name for name, _ in found)
+    left = sum("tv.attention" in str(node.target) for g in graphs for node in g.graph.graph.nodes)
     return {
         "case": str(case), "arch": arch, "fusable": case.entry.fusable, "sites": len(record.sites),
         "kernels": sorted({s.kernel for s in record.sites}), "refusals": [str(r) for r in record.refusals],
-        "launches": dict(counts), "left": sum("tv.attention" in str(n.target) for g in graphs for n in g.graph.graph.nodes),
+        "launches": dict(counts), "left": left,
         "writes": sorted({f"{name}: {' '.join(held['writes'])}" for name, held in found}),
         "seconds": round(time.perf_counter() - start, 1),
     }  # fmt: skip

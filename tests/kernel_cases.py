@@ -89,7 +89,7 @@ def results(run, q, k, v, captures, direction):
     """out, lse and the gradients of q, k, v and the float captures, by autograd."""
     leaves = [t.detach().requires_grad_() for t in (q, k, v)]
     held = [c.detach().requires_grad_(c.is_floating_point()) for c in captures]
-    out, lse = run(*leaves, held)
+    out, lse, *_ = run(*leaves, held)
     sources = leaves + [c for c in held if c.requires_grad]
     grads = torch.autograd.grad(out, sources, direction.to(out.dtype), allow_unused=True)
     return [out.detach().to(q.dtype), lse.detach(), *grads]
@@ -102,10 +102,10 @@ def by_kernel(kernel, q, k, v, captures, spec, seed, direction):
     reason = kernel.supports(Need(p.spec, q.dtype))
     if reason is not None:
         pytest.skip(f"{kernel.name}: {reason}")
-    out, lse = kernel.forward(p)
+    out, lse, *rest = kernel.forward(p)
     for wanted in (tuple(floats), ()):
         if kernel.supports(Need(p.spec, q.dtype, wanted)) is None:
-            g = kernel.backward(p, Given(direction, out, lse), wanted)
+            g = kernel.backward(p, Given(direction, out, lse, *rest), wanted)
             grads = [x.to(q.dtype) for x in (g.dq, g.dk, g.dv)]
             held = [g.captures[n].to(q.dtype) if n in wanted else None for n in floats]
             return [out, lse, *grads, *held]

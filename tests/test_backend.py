@@ -286,6 +286,6 @@ def test_a_write_inside_an_autograd_function_stays():
 @pytest.mark.parametrize("strided", range(3))
 def test_operands_whose_features_are_strided(strided):
     tensors = [x.mT.contiguous().mT if i == strided else x for i, x in enumerate(qkv())]
-    out, _ = torch.ops.tv.attention(*tensors, [], [], "scale=0.25", None)
+    out, *_ = torch.ops.tv.attention(*tensors, [], [], "scale=0.25", None)
     want = (tensors[0] @ tensors[1].mT / 4).softmax(-1) @ tensors[2]
     torch.testing.assert_close(out, want)

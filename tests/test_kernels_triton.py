@@ -38,7 +38,7 @@ def kernel(*configs: Config) -> Kernel:
         return tuple(x.cpu() for x in flash.forward(moved(p, DEVICE), configs[0]))
 
     def back(p: Problem, given: Given, wanted: tuple[str, ...]):
-        there = Given(*(x.to(DEVICE) for x in (given.grad_out, given.out, given.lse)))
+        there = Given(*(x.to(DEVICE) for x in (given.grad_out, given.out, given.lse, given.rest) if x is not None))
         found = flash.backward(moved(p, DEVICE), there, wanted, *configs[1:])
         return Gradients(
             found.dq.cpu(), found.dk.cpu(), found.dv.cpu(), {n: x.cpu() for n, x in found.captures.items()}
@@ -119,8 +119,8 @@ def test_rows_beyond_the_end_add_nothing_even_where_their_score_is_nan():
     q, k, v, direction = (torch.randn(1, 1, S, D) for _ in range(4))
     bias, spec = torch.rand(S), "scale=0.25; score = s*bias[kv] + s/abs(s); keep = kv <= q"
     p = Problem.of(q, k, v, [bias], [], spec, None)
-    out, lse = SMALL.forward(p)
-    found = SMALL.backward(p, Given(direction, out, lse), ("bias",))
+    out, lse, rest = SMALL.forward(p)
+    found = SMALL.backward(p, Given(direction, out, lse, rest), ("bias",))
     exact = results(lambda a, b, c, d: attention_ref(a, b, c, d, [], spec), q, k, v, [bias], direction)
     torch.testing.assert_close([found.dq, found.dk, found.dv, found.captures["bias"]], exact[2:])
 

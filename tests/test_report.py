@@ -58,7 +58,7 @@ class Reports(TestCase):
 -softmax: float32[2, 4, 8, 8] = softmax(masked_fill, -1)
 -matmul_1: float32[2, 4, 8, 16] = matmul(softmax, l_v_)
 -return [matmul_1]
-+attention_default: (float32[2, 4, 8, 16], float32[2, 4, 8]) = tv.attention(l_q_, l_k_, l_v_, [l_pad_], [], 'scale=0.25; keep = kv <= q & q - kv < 4 & pad[b, kv]; empty=mean_cut', None)
++attention_default: (float32[2, 4, 8, 16], float32[2, 4, 8], float32[0]) = tv.attention(l_q_, l_k_, l_v_, [l_pad_], [], 'scale=0.25; keep = kv <= q & q - kv < 4 & pad[b, kv]; empty=mean_cut', None)
 +getitem: float32[2, 4, 8, 16] = getitem(attention_default, 0)
 +clone_default: float32[2, 4, 8, 16] = clone(getitem, memory_format=torch.contiguous_format)
 +return [clone_default]""",

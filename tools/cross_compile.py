@@ -18,6 +18,7 @@ TYPES = {
     torch.int64: "*i64",
     torch.int32: "*i32",
     torch.uint8: "*u8",
+    torch.bool: "*i1",
 }
 
 
@@ -53,7 +54,7 @@ def launches(pass_: str, config: Any, dtype: torch.dtype, D: int, D_v: int, spec
             flash.forward(p, config)
         else:
             lse = empty(n["B"], n["H"], n["S_q"], dtype=torch.float32)
-            flash.backward(p, Given(dout, dout, lse), (), config, config)
+            flash.backward(p, Given(dout, dout, lse, lse), (), config, config)
             found = [x for x in found if x.kernel.__name__ == f"attention_{pass_}"]
     return found
 

@@ -11,8 +11,11 @@ from typing import Any
 import torch
 from torch import fx
 from torch._dynamo.repro.after_dynamo import WrapBackendDebug
+from torch._functorch.compile_utils import fx_graph_cse
+from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from . import report
+from .kernels import selfcheck
 from .options import Options
 from .passes import LIFTS
 from .passes.canonicalize import canonicalize, checkpoint_bodies, placeholders_of
@@ -25,6 +28,11 @@ from .spec import Match, Refusal, where_of
 def tv(gm: fx.GraphModule, example_inputs: Sequence[Any], mode: str | None = None, options: dict | None = None):
     """A Dynamo backend. `mode` and options without the prefix `tv.` go to Inductor as they are."""
     ours, inductor = Options.parse(options)
+    with selfcheck.only_if(ours.selfcheck == "on"):
+        return _compile(gm, example_inputs, mode, ours, inductor)
+
+
+def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], mode: str | None, ours: Options, inductor: dict):
     record = report.GraphRecord()
     try:
         program = rewrite(gm, placeholders_of(gm), record)
@@ -75,11 +83,33 @@ def rewrite(gm: fx.GraphModule, fakes: Sequence[Any], record: report.GraphRecord
 
 def hand_off(program: fx.GraphModule, example_inputs: Sequence[Any], mode: str | None, options: dict) -> Callable:
     """Inductor: autograd, fusion and everything that is not attention."""
-    from torch._inductor import list_mode_options
+    from torch._inductor import config, list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
     patches = {**(list_mode_options(mode) if mode and mode != "default" else {}), **options}
-    return compile_fx(program, example_inputs, config_patches=patches or None)
+    name = "joint_custom_post_pass"
+    patches[name] = Sharing(patches.get(name, getattr(config, name)))
+    return compile_fx(program, example_inputs, config_patches=patches)
+
+
+class Sharing(CustomGraphPass):
+    """After the user's own pass: what layers compute alike, as the block map of a mask, is computed once.
+
+    AOTAutograd does that for training only.
+    """
+
+    def __init__(self, users: Any):
+        self.users = users if isinstance(users, (list, tuple)) else [users] * (users is not None)
+
+    def __call__(self, graph: fx.Graph) -> None:
+        module = graph.owning_module
+        for each in self.users:
+            each(module.graph)
+        module.graph = fx_graph_cse(module.graph)
+
+    def uuid(self) -> Any:
+        found = [each.uuid() if isinstance(each, CustomGraphPass) else None for each in self.users]
+        return None if None in found else ["tv.sharing", *found]
 
 
 def fallback_message(error: Exception) -> str:

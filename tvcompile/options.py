@@ -5,24 +5,27 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 PREFIX = "tv."
-CHOICES = {"codegen": ("inductor", "none"), "log": ("", "report", "diff")}
+CHOICES = {"codegen": ("inductor", "none"), "log": ("", "report", "diff"), "selfcheck": ("on", "off")}
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
     """Options of backend "tv"; in `torch.compile(options=...)` they carry the prefix `tv.`.
 
-    strict   an internal error raises; by default the graph falls back to stock Inductor with a warning
-    codegen  "inductor", or "none" to run the rewritten ATen graph eagerly (tests, debugging)
-    log      "report" or "diff" prints what was done as it compiles (environment: TVCOMPILE_LOG)
+    strict     an internal error raises; by default the graph falls back to stock Inductor with a warning
+    codegen    "inductor", or "none" to run the rewritten ATen graph eagerly (tests, debugging)
+    selfcheck  "off" trusts GPU kernels without their check on this GPU
+    log        "report" or "diff" prints what was done as it compiles (environment: TVCOMPILE_LOG)
     """
 
     strict: bool = False
     codegen: str = "inductor"
     log: str = ""
+    selfcheck: str = "on"
 
     def __post_init__(self):
         for name, allowed in CHOICES.items():
@@ -41,6 +44,12 @@ class Options:
             names = ", ".join(PREFIX + n for n in sorted(known))
             raise ValueError(f"unknown option {PREFIX}{unknown[0]}; the options of backend 'tv' are {names}")
         return Options(**{**from_environment(), **ours}), given
+
+
+def cache_folder() -> Path:
+    """Where verdicts about this machine are kept: TVCOMPILE_CACHE, or tvcompile in the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.environ.get("TVCOMPILE_CACHE") or f"{base}/tvcompile").expanduser()
 
 
 def from_environment() -> dict[str, str]:

@@ -8,6 +8,9 @@
     q [B,H,S_q,D]   k [B,H_kv,S_kv,D]   v [B,H_kv,S_kv,D_v]
     out [B,H,S_q,D_v], in memory [B,S_q,H,D_v]     lse [B,H,S_q], float32 (float64 for float64)
 
+rest [B,H,S_q] is what lse lost by rounding, where scores are edited on a GPU: sum_kv exp(x - lse - rest) = 1 also where
+all scores are near finfo.min. Elsewhere it is empty.
+
 A row without any kept kv gives what `empty` says; its lse is +inf, so that exp(x - lse) is 0, and its
 gradients never come from lse. Where there is a sink such a row is 0: the sink takes all. Backward
 recomputes from q, k, v, out, lse and the captures.
@@ -24,16 +27,18 @@ from torch import Tensor
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.export._trace import custom_triton_ops_decomposition_disabled
 
+from .. import expr as E
 from ..arch import arch_of
+from ..spec import AttentionSpec
 from . import KERNELS, mods
 from .dropout import keep_weights
 from .problem import Given, Kernel, Need, Problem, as_heads_last, compute_dtype, heads_last, hint
 
 LIB = torch.library.Library("tv", "DEF")
 TENSORS = "Tensor q, Tensor k, Tensor v, Tensor[] captures, SymInt[] sizes, str spec, Tensor? seed"
-LIB.define(f"attention({TENSORS}) -> (Tensor out, Tensor lse)")
+LIB.define(f"attention({TENSORS}) -> (Tensor out, Tensor lse, Tensor rest)")
 LIB.define(
-    f"attention_backward(Tensor grad_out, {TENSORS}, Tensor out, Tensor lse, int[] wanted)"
+    f"attention_backward(Tensor grad_out, {TENSORS}, Tensor out, Tensor lse, Tensor rest, int[] wanted)"
     " -> (Tensor dq, Tensor dk, Tensor dv, Tensor[] dcaptures)"
 )
 
@@ -109,13 +114,14 @@ def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 def _forward(q, k, v, captures, sizes, spec, seed):
     p = Problem.of(q, k, v, captures, sizes, spec, seed)
-    return _kernel(p, None).forward(p)
+    out, lse, *rest = _kernel(p, None).forward(p)
+    return out, lse, rest[0] if rest else lse.new_empty(0)
 
 
-def _backward(grad_out, q, k, v, captures, sizes, spec, seed, out, lse, wanted):
+def _backward(grad_out, q, k, v, captures, sizes, spec, seed, out, lse, rest, wanted):
     p = Problem.of(q, k, v, captures, sizes, spec, seed)
     names = tuple(list(p.scope.captures)[i] for i in wanted)
-    found = _kernel(p, names).backward(p, Given(grad_out, out, lse), names)
+    found = _kernel(p, names).backward(p, Given(grad_out, out, lse, rest), names)
     dq, dk, dv = (as_heads_last(g, q.dtype) for g in (found.dq, found.dk, found.dv))
     return dq, dk, dv, [found.captures[n].to(p.scope.captures[n].dtype) for n in names]
 
@@ -124,26 +130,27 @@ def _fake_forward(q, k, v, captures, sizes, spec, seed):
     _check(q, k, v)
     B, H, S_q, _ = q.shape
     lse = q.new_empty((B, H, S_q), dtype=compute_dtype(q.dtype))
-    return heads_last(q, (B, H, S_q, v.shape[3])), lse
+    edited = q.device.type == "cuda" and AttentionSpec.parse(spec).score != E.S
+    return heads_last(q, (B, H, S_q, v.shape[3])), lse, lse.new_empty(lse.shape if edited else 0)
 
 
-def _fake_backward(grad_out, q, k, v, captures, sizes, spec, seed, out, lse, wanted):
+def _fake_backward(grad_out, q, k, v, captures, sizes, spec, seed, out, lse, rest, wanted):
     grads = [captures[i].new_empty(captures[i].shape) for i in wanted]
     return *(heads_last(x, x.shape) for x in (q, k, v)), grads
 
 
 def _save(ctx, inputs, output):
     q, k, v, captures, sizes, spec, seed = inputs
-    ctx.mark_non_differentiable(output[1])
+    ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(q, k, v, *output, seed, *captures)
     ctx.sizes, ctx.spec = sizes, spec
 
 
-def _differentiate(ctx, grad_out, _grad_lse):
-    q, k, v, out, lse, seed, *captures = ctx.saved_tensors
+def _differentiate(ctx, grad_out, _grad_lse, _grad_rest):
+    q, k, v, out, lse, rest, seed, *captures = ctx.saved_tensors
     wanted = [i for i, c in enumerate(captures) if c.is_floating_point() and c.requires_grad]
     dq, dk, dv, found = torch.ops.tv.attention_backward(
-        grad_out, q, k, v, captures, ctx.sizes, ctx.spec, seed, out, lse, wanted
+        grad_out, q, k, v, captures, ctx.sizes, ctx.spec, seed, out, lse, rest, wanted
     )
     dcaptures = [found[wanted.index(i)] if i in wanted else None for i in range(len(captures))]
     # An empty list counts as a list of tensors, a list of integers as one argument.

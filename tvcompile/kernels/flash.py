@@ -22,13 +22,14 @@ from torch import Tensor
 from .. import bounds, expr as E
 from ..arch import arch_of, units_of
 from ..derive import derivative
-from ..tuning import FEW_ROWS, Ask, Choice, Config, choose
+from ..tuning import FEW_ROWS, PASSES, Ask, Choice, Config, choose
 from . import blocks, mods
 from .flash_bwd import attention_dkdv, attention_dq
 from .flash_fwd import attention_fwd, attention_merge
 from .launch import launch
 from .mint import mint, mint_gradients, mint_kinds, unprintable
 from .problem import Given, Gradients, Kernel, Need, Problem, heads_last, hint
+from .selfcheck import working
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 WIDEST = 256  # features of a head
@@ -39,10 +40,18 @@ def supports(need: Need) -> str | None:
         return f"no {str(need.dtype)[6:]}"
     if max(need.features) > WIDEST:
         return f"heads of {max(need.features)} features, {WIDEST} at most"
-    if not choose(Ask(need.arch, "fwd", need.dtype.itemsize, max(need.features))):
-        return f"no configs for {need.arch}"
     reason = next(filter(None, map(unprintable, need.spec.formulas())), None)
-    return reason or _underivable(need.spec.score)
+    return reason or _underivable(need.spec.score) or _unconfigured(need)
+
+
+def _unconfigured(need: Need) -> str | None:
+    for pass_ in PASSES:
+        found = choose(Ask(need.arch, pass_, need.dtype.itemsize, max(need.features)))
+        if not found:
+            return f"no configs for {need.arch}"
+        if max(need.features) and not working(found, pass_, need.dtype, need.features):
+            return f"no config of {pass_} passed its check on this GPU"
+    return None
 
 
 def _underivable(score: E.Expr) -> str | None:
@@ -70,7 +79,7 @@ def choices(p: Problem, pass_: str) -> list[Choice]:
         keys = 0 if p.spec.dropout else visible(p)
         programs = hint(B * H_kv)
         ask = dataclasses.replace(ask, keys=keys, programs=programs, units=units_of(p.q.device))
-    return choose(ask)
+    return working(choose(ask), ask.pass_, p.q.dtype, (p.q.shape[3], p.v.shape[3]))
 
 
 def visible(p: Problem) -> int:
@@ -85,28 +94,32 @@ def visible(p: Problem) -> int:
 # Forward
 
 
-def forward(p: Problem, config: Config) -> tuple[Tensor, Tensor]:
-    """(out [B,H,S_q,D_v], lse [B,H,S_q]) of a problem that `supports` admits."""
+def forward(p: Problem, config: Config) -> tuple[Tensor, ...]:
+    """(out [B,H,S_q,D_v], lse [B,H,S_q], and where scores are edited rest) of a problem that `supports` admits."""
     out, lse = p.results()
+    edited = p.spec.score != E.S
+    rest = torch.empty_like(lse) if edited else None
+    found = (out, lse, rest) if rest is not None else (out, lse)
     B, H, S_q, _ = p.q.shape
     H_kv, S_kv, D_v = p.k.shape[1], p.k.shape[2], p.v.shape[3]
     if _none(out.numel()) or _none(S_kv):
-        return out.zero_(), lse.fill_(math.inf)
+        return out.zero_(), lse.fill_(math.inf), *(x.zero_() for x in found[2:])
     packed, splits = config.packed, config.splits
     data, formulas = arguments(p, config)
     lanes = B * H_kv if packed else B * H
     rows = S_q * p.group if packed else S_q
     ends = {"SINK": minted(p, p.spec.sink, data.shape), "EMPTY": (p.empty or "nan").removesuffix("_cut")}
-    part, part_lse = out, lse
+    part, part_lse, part_rest = out, lse, rest
     if splits > 1:
         part = out.new_empty((splits, B, H, S_q, D_v), dtype=torch.float32)
         part_lse = lse.new_empty((splits, B, H, S_q))
+        part_rest = torch.empty_like(part_lse) if edited else None
     steps = (part.stride(0), part_lse.stride(0)) if splits > 1 else (0, 0)
     launch(
         attention_fwd,
         (triton.cdiv(rows, config.BLOCK_M) * lanes, splits),
         (
-            p.q, p.k, p.v, part, part_lse, p.seed, data.arguments,
+            p.q, p.k, p.v, part, part_lse, part_rest, p.seed, data.arguments,
             p.q.stride(), p.k.stride(), p.v.stride(), part.stride()[-4:], H, p.group, S_q, S_kv, splits, *steps,
         ),
         {
@@ -122,13 +135,13 @@ def forward(p: Problem, config: Config) -> tuple[Tensor, Tensor]:
             attention_merge,
             (triton.cdiv(S_q * p.group, merge.BLOCK_M) * B * H_kv,),
             (
-                part, part_lse, p.v, out, lse, data.arguments, p.v.stride(), out.stride(), H, p.group, S_q, S_kv,
-                splits, *steps,
+                part, part_lse, part_rest, p.v, out, lse, rest, data.arguments, p.v.stride(), out.stride(),
+                H, p.group, S_q, S_kv, splits, *steps,
             ),
             {**ends, "D_v": D_v, "BLOCK_DV": padded(D_v), "BLOCK_M": merge.BLOCK_M, "BLOCK_N": merge.BLOCK_N},
             merge.num_warps, 1,
         )  # fmt: skip
-    return out, lse
+    return found
 
 
 def _none(n: Any) -> bool:
@@ -192,7 +205,7 @@ class Data:
 
     @property
     def arguments(self) -> tuple[tuple, tuple, tuple]:
-        pointers = tuple(x.view(torch.uint8) if x.dtype == torch.bool else x for x in self.captures.values())
+        pointers = tuple(self.captures.values())
         layout = tuple(n for x in self.captures.values() for n in (*x.shape, *x.stride()))
         return pointers, layout, tuple(self.sizes.values())
 
@@ -280,18 +293,18 @@ def _block_index(axis: str, config: Config) -> E.Expr:
 
 def extremes(x: Tensor, cut: dict[int, tuple[Any, Any]]) -> tuple[Tensor, Tensor]:
     """(least, greatest) values of x over blocks; cut: dim -> (how much of it counts, size of a block)."""
-    low = high = x.to(torch.uint8) if x.dtype == torch.bool else x
-    for d, (size, step) in cut.items():
-        n = (size + step - 1) // step
-        low, high = (_blocks(y.narrow(d, 0, size), d, n, step) for y in (low, high))
-        low, high = low.amin(d + 1), high.amax(d + 1)
-    return low, high
-
-
-def _blocks(x: Tensor, d: int, n: Any, step: Any) -> Tensor:
-    """[..,S,..] -> [..,n,step,..], the last value repeated beyond the end."""
-    at = torch.arange(n * step, device=x.device).clamp_max(x.shape[d] - 1)
-    return x.index_select(d, at).unflatten(d, (n, step))
+    x = x.to(torch.uint8) if x.dtype == torch.bool else x
+    inner = []
+    for d, (size, step) in sorted(cut.items()):
+        d += len(inner)
+        x = x.narrow(d, 0, size)
+        if not isinstance(size, int) or size % step:
+            # The last block repeats the last value.
+            at = torch.arange((size + step - 1) // step * step, device=x.device)
+            x = x.index_select(d, at.clamp_max(size - 1))
+        x = x.unflatten(d, (-1, step))
+        inner.append(d + 1)
+    return x.amin(inner), x.amax(inner)
 
 
 # Backward
@@ -306,11 +319,13 @@ def backward(p: Problem, given: Given, wanted: tuple[str, ...], dq_config: Confi
     if _none(given.lse.numel()) or _none(S_kv):
         return Gradients(dq.zero_(), dk.zero_(), dv.zero_(), buffers)
     dout, lse = given.grad_out, given.lse.contiguous()
+    rest = given.rest if p.spec.score != E.S else None
     delta = (dout.float() * given.out.float()).sum(-1).contiguous()
     if p.spec.sink is not None:
         _sink_gradient(p, delta, lse, buffers)
     cut = p.empty in ("nan_cut", "mean_cut")
-    averaging = None if p.empty in (None, "zero") else p.empty.removesuffix("_cut")
+    empty = "nan" if p.empty is None and _may_vanish(p.spec.score) else p.empty
+    averaging = None if empty in (None, "zero") else empty.removesuffix("_cut")
     strides = [x.stride() for x in (p.q, p.k, p.v, dout)]
     counts = H, p.group, S_q, S_kv
 
@@ -321,7 +336,7 @@ def backward(p: Problem, given: Given, wanted: tuple[str, ...], dq_config: Confi
         attention_dq,
         (triton.cdiv(S_q, c.BLOCK_M) * B * H,),
         (
-            p.q, p.k, p.v, dout, lse, delta, dq, p.seed, data.arguments, *strides, dq.stride(), *counts,
+            p.q, p.k, p.v, dout, lse, rest, delta, dq, p.seed, data.arguments, *strides, dq.stride(), *counts,
         ),
         {
             **formulas, **widths(p), "AVERAGING": None if cut else averaging,
@@ -337,7 +352,7 @@ def backward(p: Problem, given: Given, wanted: tuple[str, ...], dq_config: Confi
         attention_dkdv,
         (triton.cdiv(S_kv, c.BLOCK_N) * B * H_kv,),
         (
-            p.q, p.k, p.v, dout, lse, delta, dk, dv, p.seed, data.arguments, *strides,
+            p.q, p.k, p.v, dout, lse, rest, delta, dk, dv, p.seed, data.arguments, *strides,
             dk.stride(), dv.stride(), *counts,
         ),
         {
@@ -347,6 +362,14 @@ def backward(p: Problem, given: Given, wanted: tuple[str, ...], dq_config: Confi
         c.num_warps, c.num_stages,
     )  # fmt: skip
     return Gradients(dq, dk, dv, buffers)
+
+
+def _may_vanish(score: E.Expr) -> bool:
+    """Whether every score of a row may be -inf: softmax is NaN there, and so are its gradients."""
+    parts = list(E.walk(score))
+    return any(E.constant(x) in (math.inf, -math.inf) for x in parts) or any(
+        E.op_of(x) == "load" and E.kind(x) == "float" and E.mentions(x, E.KV) for x in parts
+    )
 
 
 def _sink_gradient(p: Problem, delta: Tensor, lse: Tensor, buffers: dict[str, Tensor]) -> None:
@@ -360,7 +383,7 @@ def _sink_gradient(p: Problem, delta: Tensor, lse: Tensor, buffers: dict[str, Te
             mods.scatter(buffers[name.name], [mods.evaluate(i, scope) for i in indices], g)
 
 
-def _forward(p: Problem) -> tuple[Tensor, Tensor]:
+def _forward(p: Problem) -> tuple[Tensor, ...]:
     return forward(p, choices(p, "fwd")[0].config)
 
 

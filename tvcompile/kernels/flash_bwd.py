@@ -1,6 +1,6 @@
 """Softmax attention on a GPU, backward: the weights again from lse, in two passes without atomics between them.
 
-    p     = exp2(x - lse log2 e)        dp = dout v^T       delta = rowsum(dout out)
+    p     = exp(x - lse - rest)         dp = dout v^T       delta = rowsum(dout out)
     dx    = p (dp - delta)              ds = dx dscore/ds   dcapture += dx dscore/dcapture
     dq    = scale ds k                  one program per q block and head
     dk    = scale ds^T q,  dv = p^T dout   one program per kv block and head of K, over the q heads of its group
@@ -24,7 +24,7 @@ from .flash_fwd import LOG2E
 
 @triton.jit
 def _slopes(
-    s, dp, lse, delta, b, h, q, kv, line, seed, data, S_kv,
+    s, dp, lse, rest, delta, b, h, q, kv, line, seed, data, S_kv,
     SCALE: tl.constexpr, SCORE: tl.constexpr, KEEP: tl.constexpr, SLOPE: tl.constexpr,
     GRADIENTS: tl.constexpr, LIMIT: tl.constexpr, GROW: tl.constexpr,
     MASKED: tl.constexpr, EMPTIES: tl.constexpr, GUARDED: tl.constexpr,
@@ -35,13 +35,16 @@ def _slopes(
         x = s * (SCALE * LOG2E)
     else:
         raw = s * SCALE
-        x = SCORE(raw, b, h, q, kv, data) * LOG2E
+        x = SCORE(raw, b, h, q, kv, data)
     if EMPTIES == "nan":
         p = tl.where((lse == float("inf")) & (kv < S_kv), float("nan"), 0.0) + tl.zeros_like(x)
     elif EMPTIES == "mean":
         p = tl.where((lse == float("inf")) & (kv < S_kv), 1.0 / S_kv, 0.0) + tl.zeros_like(x)
     else:
-        p = tl.math.exp2(x - lse * LOG2E)
+        if SCORE is None:
+            p = tl.math.exp2(x - lse * LOG2E)
+        else:
+            p = tl.math.exp2((x - lse) * LOG2E - rest * LOG2E)
         if GUARDED:
             # Rows beyond the end have lse = +inf, and a score that may be NaN: where they are added up, they count 0.
             p = tl.where(lse == float("inf"), 0.0, p)
@@ -60,13 +63,16 @@ def _slopes(
     if GRADIENTS is not None:
         GRADIENTS(dx, raw, b, h, q, kv, data)
     if SLOPE is not None:
-        dx = tl.where(dx != 0.0, dx * SLOPE(raw, b, h, q, kv, data), 0.0)
+        # A score that a `where` replaced gets 0 even from NaN.
+        slope = SLOPE(raw, b, h, q, kv, data)
+        dx = tl.where((dx != 0.0) & (slope != 0.0), dx * slope, 0.0)
     return dropped, dx
 
 
 @triton.jit
 def _dq_sweep(
-    dq, q, dout, lse, delta, k_ptr, v_ptr, k_at, v_at, stride_kn, stride_vn, lo, hi, S_kv, b, h, rows, line, seed, data,
+    dq, q, dout, lse, rest, delta, k_ptr, v_ptr, k_at, v_at, stride_kn, stride_vn, lo, hi, S_kv,
+    b, h, rows, line, seed, data,
     SCALE: tl.constexpr, SCORE: tl.constexpr, KEEP: tl.constexpr, SLOPE: tl.constexpr,
     GRADIENTS: tl.constexpr, LIMIT: tl.constexpr, GROW: tl.constexpr, MASKED: tl.constexpr, EMPTIES: tl.constexpr,
     D: tl.constexpr, D_v: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, HOIST: tl.constexpr,
@@ -84,7 +90,7 @@ def _dq_sweep(
         s = tl.dot(q, k.T, input_precision=PRECISION)
         dp = tl.dot(dout, v.T, input_precision=PRECISION)
         _, ds = _slopes(
-            s, dp, lse, delta, b, h, rows, start + columns[None, :], line, seed, data, S_kv,
+            s, dp, lse, rest, delta, b, h, rows, start + columns[None, :], line, seed, data, S_kv,
             SCALE, SCORE, KEEP, SLOPE, GRADIENTS, LIMIT, GROW, MASKED, EMPTIES, GRADIENTS is not None,
         )  # fmt: skip
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
@@ -95,7 +101,7 @@ def _dq_sweep(
 
 @triton.jit
 def attention_dq(
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, seed_ptr, data,
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, rest_ptr, delta_ptr, dq_ptr, seed_ptr, data,
     q_strides, k_strides, v_strides, dout_strides, dq_strides, H, G, S_q, S_kv,
     SCALE: tl.constexpr, SCORE: tl.constexpr, KEEP: tl.constexpr, KINDS: tl.constexpr, SAME: tl.constexpr,
     SLOPE: tl.constexpr, GRADIENTS: tl.constexpr, LIMIT: tl.constexpr, GROW: tl.constexpr, AVERAGING: tl.constexpr,
@@ -119,6 +125,7 @@ def attention_dq(
     v_at = moving(v_ptr, v_strides, S_kv, D_v, BLOCK_N, BLOCK_DV, DESCRIPTORS)
     line = ((b * H + h).to(tl.int64) * S_q + positions)[:, None]
     lse = tl.load(lse_ptr + line, mask=rows < S_q, other=float("inf"))
+    rest = 0.0 if rest_ptr is None else tl.load(rest_ptr + line, mask=rows < S_q, other=0.0)
     delta = tl.load(delta_ptr + line, mask=rows < S_q, other=0.0)
     seed = tl.load(seed_ptr) if LIMIT is not None else 0
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -130,7 +137,7 @@ def attention_dq(
         ):
             run, stop = next_run(at, end, b, h, h, first, last_row, S_kv, data, 2 - MASKED, KINDS, BLOCK_N, False, SAME)
             dq = _dq_sweep(
-                dq, q, dout, lse, delta, k_ptr, v_ptr, k_at, v_at, k_strides[2], v_strides[2],
+                dq, q, dout, lse, rest, delta, k_ptr, v_ptr, k_at, v_at, k_strides[2], v_strides[2],
                 run * BLOCK_N, stop * BLOCK_N, S_kv, b, h, rows, line, seed, data,
                 SCALE, SCORE, KEEP, SLOPE, GRADIENTS, LIMIT, GROW, MASKED == 1, None, D, D_v, BLOCK_N, PRECISION, HOIST,
                 DESCRIPTORS, SPECIALIZE,
@@ -140,7 +147,7 @@ def attention_dq(
         lse = tl.where(rows < S_q, lse, 0.0)
         if tl.max(tl.max(lse, 0), 0) == float("inf"):
             dq = _dq_sweep(
-                dq, q, dout, lse, delta, k_ptr, v_ptr, k_at, v_at, k_strides[2], v_strides[2], 0, S_kv,
+                dq, q, dout, lse, rest, delta, k_ptr, v_ptr, k_at, v_at, k_strides[2], v_strides[2], 0, S_kv,
                 S_kv, b, h, rows, line, seed, data,
                 SCALE, SCORE, KEEP, SLOPE, GRADIENTS, LIMIT, GROW, True, AVERAGING, D, D_v, BLOCK_N, PRECISION, HOIST,
                 DESCRIPTORS, SPECIALIZE,
@@ -151,8 +158,8 @@ def attention_dq(
 
 @triton.jit
 def _dkdv_sweep(
-    dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, q_at, dout_at, stride_qm, stride_dom, lo, hi, S_q, S_kv,
-    b, h, kv, line, seed, data,
+    dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, rest_ptr, delta_ptr, q_at, dout_at, stride_qm, stride_dom, lo, hi,
+    S_q, S_kv, b, h, kv, line, seed, data,
     SCALE: tl.constexpr, SCORE: tl.constexpr, KEEP: tl.constexpr, SLOPE: tl.constexpr,
     LIMIT: tl.constexpr, GROW: tl.constexpr, CUT: tl.constexpr, MASKED: tl.constexpr, EMPTIES: tl.constexpr,
     D: tl.constexpr, D_v: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr, HOIST: tl.constexpr,
@@ -168,12 +175,19 @@ def _dkdv_sweep(
             delta = tl.load(delta_ptr + line + rows, mask=rows < S_q, other=0.0)
         else:
             lse, delta = tl.load(lse_ptr + line + rows), tl.load(delta_ptr + line + rows)
+        if rest_ptr is None:
+            rest = tl.zeros([BLOCK_M], tl.float32)
+        elif MASKED:
+            rest = tl.load(rest_ptr + line + rows, mask=rows < S_q, other=0.0)
+        else:
+            rest = tl.load(rest_ptr + line + rows)
         q = load_block(q_ptr, q_at, start, S_q, MASKED, D, BLOCK_M, k.shape[1], DESCRIPTORS)
         dout = load_block(dout_ptr, dout_at, start, S_q, MASKED, D_v, BLOCK_M, v.shape[1], DESCRIPTORS)
         s = tl.dot(k, q.T, input_precision=PRECISION)
         dp = tl.dot(v, dout.T, input_precision=PRECISION)
         p, ds = _slopes(
-            s, dp, lse[None, :], delta[None, :], b, h, rows[None, :], kv, (line + rows)[None, :], seed, data, S_kv,
+            s, dp, lse[None, :], rest[None, :], delta[None, :], b, h, rows[None, :], kv, (line + rows)[None, :], seed,
+            data, S_kv,
             SCALE, SCORE, KEEP, SLOPE, None, LIMIT, GROW, MASKED, EMPTIES, MASKED and SCORE is not None,
         )  # fmt: skip
         dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
@@ -186,7 +200,7 @@ def _dkdv_sweep(
 
 @triton.jit
 def attention_dkdv(
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, seed_ptr, data,
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, rest_ptr, delta_ptr, dk_ptr, dv_ptr, seed_ptr, data,
     q_strides, k_strides, v_strides, dout_strides, dk_strides, dv_strides, H, G, S_q, S_kv,
     SCALE: tl.constexpr, SCORE: tl.constexpr, KEEP: tl.constexpr, KINDS: tl.constexpr, SAME: tl.constexpr,
     SLOPE: tl.constexpr, LIMIT: tl.constexpr, GROW: tl.constexpr, AVERAGING: tl.constexpr, CUT: tl.constexpr,
@@ -221,7 +235,7 @@ def attention_dkdv(
                     at, end, b, h, h, first, last_kv, S_q, data, 2 - MASKED, KINDS, BLOCK_M, True, SAME
                 )
                 dk, dv = _dkdv_sweep(
-                    dk, dv, k, v, q_head, dout_head, lse_ptr, delta_ptr, q_at, dout_at,
+                    dk, dv, k, v, q_head, dout_head, lse_ptr, rest_ptr, delta_ptr, q_at, dout_at,
                     q_strides[2], dout_strides[2], run * BLOCK_M, stop * BLOCK_M, S_q, S_kv,
                     b, h, kv, line, seed, data,
                     SCALE, SCORE, KEEP, SLOPE, LIMIT, GROW, CUT, MASKED == 1, None, D, D_v, BLOCK_M, PRECISION, HOIST,
@@ -234,7 +248,7 @@ def attention_dkdv(
                 lse = tl.load(lse_ptr + line + rows, mask=rows < S_q, other=0.0)
                 if tl.max(lse, 0) == float("inf"):
                     dk, dv = _dkdv_sweep(
-                        dk, dv, k, v, q_head, dout_head, lse_ptr, delta_ptr, q_at, dout_at,
+                        dk, dv, k, v, q_head, dout_head, lse_ptr, rest_ptr, delta_ptr, q_at, dout_at,
                         q_strides[2], dout_strides[2], start, start + BLOCK_M, S_q, S_kv,
                         b, h, kv, line, seed, data,
                         SCALE, SCORE, KEEP, SLOPE, LIMIT, GROW, CUT, True, AVERAGING, D, D_v, BLOCK_M, PRECISION, HOIST,

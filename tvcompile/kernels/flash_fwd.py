@@ -1,11 +1,11 @@
 """Softmax attention on a GPU, forward: one pass over the kv blocks that `keep` leaves, in O(S) memory.
 
-    x      = score(scale <q, k>) log2(e)       in log2, so that exp is the hardware's exp2
-    m'     = max(m, rowmax x);   p = exp2(x - m');   a = exp2(m - m')
+    x      = score(scale <q, k>)
+    m'     = max(m, rowmax x);   p = exp(x - m');   a = exp(m - m')          exp by the hardware's exp2
     l'     = a l + rowsum p;     acc' = a acc + drop(p) v                   FlashAttention-2, arXiv 2307.08691
-    out    = acc / l             lse = (m + log2 l) ln 2
+    out    = acc / l             lse = m + log l;   rest: what lse lost by rounding
 
-    q [B,H,S_q,D]   k [B,H_kv,S_kv,D]   v [B,H_kv,S_kv,D_v]   out [B,H,S_q,D_v]   lse [B,H,S_q] float32
+    q [B,H,S_q,D]   k [B,H_kv,S_kv,D]   v [B,H_kv,S_kv,D_v]   out [B,H,S_q,D_v]   lse, rest [B,H,S_q] float32
 
 One program makes BLOCK_M rows of one head; `keep` is tested in PARTIAL blocks only, where also the end of kv lies.
 Where S_q is small, a program takes the q heads of a group together (PACKED: rows count the positions of one head after
@@ -59,7 +59,7 @@ def _sweep(
         v = load_block(v_ptr, v_at, start, S_kv, MASKED, D_v, BLOCK_N, acc.shape[1], DESCRIPTORS)
         s = tl.dot(q, k, input_precision=PRECISION)
         if SCORE is not None:
-            s = SCORE(s * SCALE, b, h, rows, kv, data) * LOG2E
+            s = SCORE(s * SCALE, b, h, rows, kv, data)
         elif not FOLDED:
             s = s * IN_LOG2
         if MASKED:
@@ -72,8 +72,12 @@ def _sweep(
             m_new = tl.maximum(m, tl.max(s, 1))
         # A row that has seen nothing yet: exp2(-inf - 0) is 0, exp2(-inf + inf) is not.
         base = tl.where(m_new == float("-inf"), 0.0, m_new) if MASKED or not FOLDED else m_new
-        p = tl.math.exp2(s * IN_LOG2 - base[:, None]) if FOLDED else tl.math.exp2(s - base[:, None])
-        a = tl.math.exp2(m - base)
+        if SCORE is not None:
+            # A score near the largest float is subtracted from before it is multiplied.
+            p, a = tl.math.exp2((s - base[:, None]) * LOG2E), tl.math.exp2((m - base) * LOG2E)
+        else:
+            p = tl.math.exp2(s * IN_LOG2 - base[:, None]) if FOLDED else tl.math.exp2(s - base[:, None])
+            a = tl.math.exp2(m - base)
         l = l * a + tl.sum(p, 1)
         if LIMIT is not None:
             p = tl.where(kept_weights(seed, line, kv, LIMIT), p, 0.0)
@@ -110,22 +114,28 @@ def _mean_of(
 @triton.jit
 def _finish(
     acc, l, m, v_ptr, v_at, stride_vn, S_kv, b, h, rows, line, seed, data,
-    SINK: tl.constexpr, EMPTY: tl.constexpr, LIMIT: tl.constexpr, GROW: tl.constexpr,
+    SINK: tl.constexpr, EMPTY: tl.constexpr, EDITED: tl.constexpr, LIMIT: tl.constexpr, GROW: tl.constexpr,
     D_v: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """(out, lse) of rows whose sums are complete."""
+    """(out, lse, rest) of rows whose sums are complete; m: in log2, with a SCORE in natural units."""
+    UNIT: tl.constexpr = 1.0 if EDITED else LN2
+    INVERSE: tl.constexpr = 1.0 if EDITED else LOG2E
     if SINK is not None:
-        sink = SINK(b, h, rows, 0, data) * LOG2E + tl.zeros([l.shape[0], 1], tl.float32)
+        sink = SINK(b, h, rows, 0, data) * INVERSE + tl.zeros([l.shape[0], 1], tl.float32)
         sink = tl.reshape(sink, [l.shape[0]])
         m_new = tl.maximum(m, sink)
         base = tl.where(m_new == float("-inf"), 0.0, m_new)
-        a = tl.math.exp2(m - base)
-        l = l * a + tl.math.exp2(sink - base)
+        a = tl.math.exp2((m - base) * (UNIT * LOG2E))
+        l = l * a + tl.math.exp2((sink - base) * (UNIT * LOG2E))
         acc = acc * a[:, None]
         m = m_new
     empty = l == 0.0
+    m = tl.where(empty, 0.0, m)
     out = acc / tl.where(empty, 1.0, l)[:, None] * GROW
-    lse = tl.where(empty, float("inf"), (m + tl.math.log2(tl.where(empty, 1.0, l))) * LN2)
+    log_l = tl.math.log2(tl.where(empty, 1.0, l)) * LN2
+    lse = m * UNIT + log_l
+    rest = (m * UNIT - lse) + log_l
+    lse = tl.where(empty, float("inf"), lse)
     if EMPTY == "nan":
         out = tl.where(empty[:, None], float("nan"), out)
     elif EMPTY == "mean":
@@ -135,12 +145,12 @@ def _finish(
                 LIMIT, GROW, D_v, BLOCK_N, acc.shape[1], PRECISION, DESCRIPTORS,
             )  # fmt: skip
             out = tl.where(empty[:, None], mean, out)
-    return out, lse
+    return out, lse, rest
 
 
 @triton.jit
 def attention_fwd(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, seed_ptr, data,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, rest_ptr, seed_ptr, data,
     q_strides, k_strides, v_strides, out_strides, H, G, S_q, S_kv, splits, out_step, lse_step,
     SCALE: tl.constexpr, SCORE: tl.constexpr, KEEP: tl.constexpr, KINDS: tl.constexpr, SAME: tl.constexpr,
     SINK: tl.constexpr, EMPTY: tl.constexpr, LIMIT: tl.constexpr, GROW: tl.constexpr,
@@ -190,6 +200,8 @@ def attention_fwd(
         end = tl.minimum(begin + share, end)
         out_ptr += tl.program_id(1).to(tl.int64) * out_step
         lse_ptr += tl.program_id(1).to(tl.int64) * lse_step
+        if rest_ptr is not None:
+            rest_ptr += tl.program_id(1).to(tl.int64) * lse_step
     for MASKED in tl.static_range(2):
         at = begin
         for _ in range(
@@ -206,9 +218,10 @@ def attention_fwd(
             )  # fmt: skip
             at = last
 
-    out, lse = _finish(
+    out, lse, rest = _finish(
         acc, l, m, v_ptr, v_at, v_strides[2], S_kv, b, heads, rows, line, seed, data,
-        None if SPLIT else SINK, "zero" if SPLIT else EMPTY, LIMIT, GROW, D_v, BLOCK_N, PRECISION, DESCRIPTORS,
+        None if SPLIT else SINK, "zero" if SPLIT else EMPTY, SCORE is not None, LIMIT, GROW,
+        D_v, BLOCK_N, PRECISION, DESCRIPTORS,
     )  # fmt: skip
     if PACKED:
         out_ptr = head(out_ptr, out_strides, b, h, 0)
@@ -217,17 +230,20 @@ def attention_fwd(
         out_ptr = head(out_ptr, out_strides, b, h, first_row)
         out_at = offsets(out_strides, BLOCK_M, BLOCK_DV)
     store_block(out_ptr, out_at, first_row, n_rows, out, D_v)
-    tl.store(lse_ptr + (b * H + h).to(tl.int64) * S_q + r, lse, mask=r < n_rows)
+    at = (b * H + h).to(tl.int64) * S_q + r
+    tl.store(lse_ptr + at, lse, mask=r < n_rows)
+    if rest_ptr is not None:
+        tl.store(rest_ptr + at, rest, mask=r < n_rows)
 
 
 @triton.jit
 def attention_merge(
-    part_ptr, part_lse_ptr, v_ptr, out_ptr, lse_ptr, data, v_strides, out_strides, H, G, S_q, S_kv,
-    splits, out_step, lse_step,
+    part_ptr, part_lse_ptr, part_rest_ptr, v_ptr, out_ptr, lse_ptr, rest_ptr, data,
+    v_strides, out_strides, H, G, S_q, S_kv, splits, out_step, lse_step,
     SINK: tl.constexpr, EMPTY: tl.constexpr, D_v: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """part [splits,B,H,S_q,D_v] and part_lse [splits,B,H,S_q] float32, where +inf: this part kept nothing."""
+    """part [splits,B,H,S_q,D_v], part_lse and part_rest [splits,B,H,S_q] float32; lse +inf: this part kept nothing."""
     n_rows = S_q * G
     n_blocks = tl.cdiv(n_rows, BLOCK_M)
     first_row = tl.program_id(0) % n_blocks * BLOCK_M
@@ -244,10 +260,13 @@ def attention_merge(
     part_at = line[:, None] * D_v + columns
     for _ in range(splits):
         lse = tl.load(part_lse_ptr + line, mask=r < n_rows, other=float("inf"))
-        x = tl.where(lse == float("inf"), float("-inf"), lse * LOG2E)
+        x = tl.where(lse == float("inf"), float("-inf"), lse)
         m_new = tl.maximum(m, x)
         base = tl.where(m_new == float("-inf"), 0.0, m_new)
-        a, w = tl.math.exp2(m - base), tl.math.exp2(x - base)
+        a, w = tl.math.exp2((m - base) * LOG2E), tl.math.exp2((x - base) * LOG2E)
+        if part_rest_ptr is not None:
+            w *= tl.math.exp2(tl.load(part_rest_ptr + line, mask=r < n_rows, other=0.0) * LOG2E)
+            part_rest_ptr += lse_step
         acc = acc * a[:, None] + w[:, None] * tl.load(part_ptr + part_at, mask=inside, other=0.0)
         l = l * a + w
         m = m_new
@@ -255,10 +274,12 @@ def attention_merge(
         part_lse_ptr += lse_step
     v_at = offsets(v_strides, BLOCK_N, BLOCK_DV)
     rows, heads = (r % S_q)[:, None], h + (r // S_q)[:, None]
-    out, lse = _finish(
+    out, lse, rest = _finish(
         acc, l, m, head(v_ptr, v_strides, b, h_kv, 0), v_at, v_strides[2], S_kv, b, heads, rows, line, 0, data,
-        SINK, EMPTY, None, 1.0, D_v, BLOCK_N, "ieee", False,
+        SINK, EMPTY, True, None, 1.0, D_v, BLOCK_N, "ieee", False,
     )  # fmt: skip
     out_at = packed_offsets(out_strides, r, S_q, BLOCK_DV)
     store_block(head(out_ptr, out_strides, b, h, 0), out_at, first_row, n_rows, out, D_v)
     tl.store(lse_ptr + line, lse, mask=r < n_rows)
+    if rest_ptr is not None:
+        tl.store(rest_ptr + line, rest, mask=r < n_rows)

@@ -102,11 +102,12 @@ class Problem:
 
 @dataclasses.dataclass(frozen=True)
 class Given:
-    """What backward gets beside the problem: grad_out, out [B,H,S_q,D_v], lse [B,H,S_q]."""
+    """What backward gets beside the problem: grad_out, out [B,H,S_q,D_v], lse [B,H,S_q], rest like lse or empty."""
 
     grad_out: Tensor
     out: Tensor
     lse: Tensor
+    rest: Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,12 +151,12 @@ class Kernel:
     """name, device, and
 
     supports  need -> None or the reason why it does not serve
-    forward   problem -> (out, lse)
+    forward   problem -> (out, lse), or (out, lse, rest)
     backward  problem, given, names of captures that need a gradient -> Gradients
     """
 
     name: str
     device: str
     supports: Callable[[Need], str | None]
-    forward: Callable[[Problem], tuple[Tensor, Tensor]]
+    forward: Callable[[Problem], tuple[Tensor, ...]]
     backward: Callable[[Problem, Given, tuple[str, ...]], Gradients]

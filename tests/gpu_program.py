@@ -1,0 +1,75 @@
+"""Small programs on fake CUDA, as JSON for tests/test_gpu_graphs.py: what their graphs hold, and Inductor's source."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import torch
+from torch import Tensor
+
+from tests import fake_cuda
+from tests.gpu_zoo import launches
+
+
+def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    i = torch.arange(k.shape[2], device=q.device)
+    s = q @ k.transpose(-1, -2) / 8.0
+    s = s.masked_fill(i > i[-q.shape[2] :, None], float("-inf"))
+    return s.softmax(-1) @ v
+
+
+def two_layers(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    for _ in range(2):
+        q = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return q
+
+
+def tensors(S_q: int, S_kv: int, H_kv: int = 2, grad: bool = False) -> list[Tensor]:
+    shapes = (1, 4, S_q, 64), (1, H_kv, S_kv, 64), (1, H_kv, S_kv, 64)
+    return [torch.zeros(shape, dtype=torch.bfloat16, requires_grad=grad) for shape in shapes]
+
+
+COMPUTING = ("amin", "amax", "sum", "mul", "clone", "index", "bmm", "mm")
+SHOWN = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages", "DESCRIPTORS", "SPECIALIZE", "PACKED", "SPLIT")
+
+
+def lines(graphs: list[fake_cuda.Captured]) -> list[str]:
+    """The graphs' operations by name, launches with what they write."""
+    found = []
+    for g in graphs:
+        found.append(f"{g.kind}:")
+        held = iter(launches(g))
+        for node in g.graph.graph.nodes:
+            if node in fake_cuda.launches_of(g.graph):
+                name, values = next(held)
+                found.append(f"  {name} grid {node.kwargs['grid'][0]} -> {', '.join(values['writes'])}")
+            elif any(str(node.target).startswith(f"aten.{op}.") for op in COMPUTING):
+                found.append(f"  {node.target}")
+    return found
+
+
+def config(graphs: list[fake_cuda.Captured]) -> str:
+    name, held = launches(graphs[0])[0]
+    return " ".join(f"{k}={held[k]}" for k in SHOWN if str(held.get(k, False)) != "False")
+
+
+def main() -> None:
+    capture = fake_cuda.capture
+    mask = torch.zeros(1, 1, 256, 256, dtype=torch.bool)
+    one = tensors(1, 8192)
+    mask_source = fake_cuda.inductor_source(two_layers, (*tensors(256, 256, H_kv=4), mask), arch="sm90")
+    shown = {
+        "training": lines(capture(causal, tuple(tensors(256, 256, grad=True)), train=True, arch="sm90")),
+        "configs": [f"{a}: {config(capture(causal, tuple(tensors(256, 256)), arch=a))}" for a in fake_cuda.DEVICES],
+        "mask": lines(capture(two_layers, (*tensors(256, 256, H_kv=4, grad=True), mask), train=True, arch="sm90"))[:6],
+        "decode": [*lines(capture(causal, tuple(one), arch="sm90")), config(capture(causal, tuple(one), arch="sm90"))],
+        "shared": [x for x in mask_source.splitlines() if " = async_compile.triton(" in x or ".run(" in x],
+        "source": fake_cuda.inductor_source(causal, tuple(tensors(256, 256)), arch="sm90"),
+    }
+    json.dump(shown, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

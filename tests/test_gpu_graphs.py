@@ -1,0 +1,110 @@
+"""What GPUs would run, without one: launches in the graphs of AOTAutograd, their configs, Inductor's source.
+
+The graphs are made in processes of their own: TRITON_INTERPRET, which the other tests run under, takes the place of
+kernels that a graph can hold.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from expecttest import TestCase
+
+pytest.importorskip("triton", reason="no Triton beside this PyTorch")
+
+from tests.zoo import ENTRIES
+from tvcompile.tuning import Ask, choose
+
+ROOT = Path(__file__).resolve().parent.parent
+DAY = int(os.environ.get("TV_ZOO_DAY", datetime.date.today().toordinal()))
+ARCHS = ("sm80", "sm86", "sm90", "sm100", "sm120")
+SLICES = 6
+
+
+def run(*arguments: str) -> str:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def wrong(row: dict, train: bool) -> str:
+    """What is not as it must be in one model: every fusable attention launches our kernels, and only them."""
+    n = row["fusable"]
+    want = {"attention_fwd": n} | ({"attention_dq": n, "attention_dkdv": n} if train else {})
+    found = {k: v for k, v in row["launches"].items() if k != "attention_merge"}
+    if row["sites"] != n or row["left"]:
+        return f"{row['case']}: {row['sites']} of {n} sites, {row['left']} left as ops; {row['refusals']}"
+    if found != {k: v for k, v in want.items() if v}:
+        return f"{row['case']}: launches {found}, expected {want}"
+    allowed = {
+        "attention_fwd: out_ptr lse_ptr", "attention_dq: dq_ptr", "attention_dkdv: dk_ptr dv_ptr",
+        "attention_merge: out_ptr lse_ptr",
+    }  # fmt: skip
+    # Gradients of captures are added to zeros.
+    strange = [w for w in row["writes"] if w not in allowed and not w.startswith("attention_dq: dq_ptr data_")]
+    return f"{row['case']}: seen to write {strange}" if strange else ""
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("part", range(SLICES))
+def test_every_attention_of_the_zoo_launches_our_kernels(part, train, record_property):
+    names = [e.name for e in ENTRIES if e.kind != "wave" or not train][part::SLICES]
+    arch = ARCHS[(part + DAY + train) % len(ARCHS)]
+    impl, pad = (("eager", "sdpa")[(DAY + part) % 2], ("", "left", "right")[(DAY // 2 + part) % 3])
+    how = ["--arch", arch, "--impl", impl, "--pad", pad, *["--train"] * train]
+    rows = [json.loads(x) for x in run("tests.gpu_zoo", *how, *names).splitlines() if x.startswith("{")]
+    assert len(rows) == len(names)
+    found = [w for row in rows if (w := wrong(row, train))]
+    record_property("gpu", f"{arch} {len(rows)} models, {sum(r['sites'] for r in rows)} sites")
+    assert not found, "\n".join(found)
+
+
+@pytest.fixture(scope="module")
+def shown() -> dict:
+    """What tests.gpu_program prints: graphs and source of small programs, by name."""
+    return json.loads(run("tests.gpu_program"))
+
+
+class Golden(TestCase):
+    shown: dict
+
+    @pytest.fixture(autouse=True)
+    def _shown(self, shown):
+        self.shown = shown
+
+    def test_forward_and_backward_of_a_causal_program(self):
+        self.assertExpectedInline("\n".join(self.shown["training"]), """""")
+
+    def test_the_config_is_that_of_the_architecture(self):
+        self.assertExpectedInline("\n".join(self.shown["configs"]), """""")
+
+    def test_a_captured_mask_is_bounded_once_for_all_layers(self):
+        self.assertExpectedInline("\n".join(self.shown["mask"]), """""")
+
+    def test_one_row_is_decoded_in_splits(self):
+        self.assertExpectedInline("\n".join(self.shown["decode"]), """""")
+
+
+def test_inductor_launches_the_kernel_itself(shown):
+    source = shown["source"]
+    assert "@triton.jit\ndef _sweep(" in source and "torch.ops.tv" not in source
+    assert any("attention_fwd" in line and ".run(" in line for line in source.splitlines())
+    assert "'fp64'" not in source, "a float argument would make the scores float64"
+
+
+@pytest.mark.parametrize("arch", ["sm75", "sm70", "gfx90a"])
+def test_an_architecture_without_configs_is_refused(arch):
+    assert choose(Ask(arch, "fwd", 2, 64)) == []
+
+
+@pytest.mark.parametrize("arch, family", [("sm103", "sm100"), ("sm121", "sm120"), ("sm87", "sm86")])
+def test_a_newer_member_of_a_family_gets_its_configs(arch, family):
+    assert choose(Ask(arch, "fwd", 2, 64)) == choose(Ask(family, "fwd", 2, 64))

@@ -1,0 +1,129 @@
+"""A config is used on a GPU only after it computed the right thing there once.
+
+No GPU was at hand when the kernels were written. So the first use of a (pass, config, dtype, width) on a device runs it
+on small random inputs against the formula in float64. The verdict is kept in a file, by device, driver, versions and
+the kernels' source; a failure is warned of once and the next config takes its place. `tv.selfcheck=off` skips it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+import functools
+import hashlib
+import json
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from ..options import cache_folder
+from ..tuning import Choice, Config
+from .problem import Given, Problem
+
+SPEC = "scale=0.125; keep = kv <= q & q - kv < 200; empty=zero"
+TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 3e-3}  # of the largest; float32 may be tf32
+enabled: contextvars.ContextVar[bool] = contextvars.ContextVar("tv.selfcheck", default=True)
+
+
+@contextlib.contextmanager
+def only_if(wanted: bool) -> Iterator[None]:
+    """Checks configs in this context, or trusts them."""
+    token = enabled.set(wanted)
+    try:
+        yield
+    finally:
+        enabled.reset(token)
+
+
+def working(choices: list[Choice], pass_: str, dtype: torch.dtype, widths: tuple[int, int]) -> list[Choice]:
+    """The choices that compute the right thing on the current GPU: all of them where nothing is to be checked."""
+    if not enabled.get() or not torch.cuda.is_available():
+        return choices
+    for i, choice in enumerate(choices):
+        if _verdict(dataclasses.replace(choice.config, splits=1), pass_, dtype, widths):
+            return choices[i:]
+    return []
+
+
+@functools.lru_cache(maxsize=1024)
+def _verdict(config: Config, pass_: str, dtype: torch.dtype, widths: tuple[int, int]) -> bool:
+    key = f"{pass_} {dtype} {widths} {config}"
+    file = cache_folder() / f"selfcheck-{_machine()}.json"
+    kept = _read(file)
+    if key not in kept:
+        reason = check(config, pass_, dtype, widths, torch.device("cuda"))
+        if reason:
+            warnings.warn(
+                f"tvcompile: the kernel `{pass_}` with {config} failed its check on this GPU ({reason}) and is not "
+                f"used. Please report it with the output of `python -m torch.utils.collect_env`; {file} keeps the "
+                "verdict, tv.selfcheck=off skips the check.",
+                stacklevel=2,
+            )
+        kept = {**_read(file), key: reason}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(kept, indent=1))
+    return not kept[key]
+
+
+def _read(file: Path) -> dict[str, str]:
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+@functools.lru_cache(maxsize=1)
+def _machine() -> str:
+    """A hash of the GPU, its driver, the versions and the source of the kernels."""
+    import triton
+
+    here = Path(__file__).parent
+    source = b"".join(f.read_bytes() for f in sorted([*here.glob("*.py"), here.parent / "bounds.py"]))
+    driver = torch._C._cuda_getDriverVersion() if torch.version.cuda else torch.version.hip
+    about = (torch.cuda.get_device_name(), driver, torch.__version__, triton.__version__)
+    return hashlib.sha256(repr(about).encode() + source).hexdigest()[:16]
+
+
+def check(config: Config, pass_: str, dtype: torch.dtype, widths: tuple[int, int], device: torch.device) -> str:
+    """ "" if a config computes the right thing on the device, else what is wrong."""
+    from . import flash
+    from .attention import attention_ref
+
+    with _disable_current_modes(), torch.enable_grad():
+        q, k, v, direction = _inputs(pass_, dtype, widths, device)
+        wide = [x.double().requires_grad_() for x in (q, k, v)]
+        out, lse = attention_ref(*wide, spec=SPEC)
+        p = Problem.of(q, k, v, [], [], SPEC, None)
+        try:
+            with torch.no_grad():
+                if pass_ in ("fwd", "decode"):
+                    configs = [config] + [dataclasses.replace(config, splits=3)] * config.packed
+                    pairs = [(x, y) for c in configs for x, y in zip(flash.forward(p, c), (out, lse))]
+                else:
+                    given = Given(direction, out.detach().to(dtype), lse.detach().float())
+                    found = flash.backward(p, given, (), config, config)
+                    exact = torch.autograd.grad(out, wide, direction.double())
+                    ours = {"dq": [(found.dq, exact[0])], "dkdv": [(found.dk, exact[1]), (found.dv, exact[2])]}
+                    pairs = ours[pass_]
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"[:300]
+        worst = max(_error(x, y.detach()) for x, y in pairs)
+    return "" if worst <= TOLERANCE[dtype] else f"relative error {worst:.1e}, {TOLERANCE[dtype]:.0e} allowed"
+
+
+def _inputs(pass_: str, dtype: torch.dtype, widths: tuple[int, int], device: torch.device) -> list[Tensor]:
+    D, D_v = widths
+    S_q, S_kv, H, H_kv = (3, 333, 8, 2) if pass_ == "decode" else (333, 333, 4, 2)
+    shapes = (1, H, S_q, D), (1, H_kv, S_kv, D), (1, H_kv, S_kv, D_v), (1, H, S_q, D_v)
+    return [torch.randn(shape, device=device).to(dtype) for shape in shapes]
+
+
+def _error(found: Tensor, exact: Tensor) -> float:
+    if not bool(torch.isfinite(found).all()):
+        return float("inf")
+    return float((found.double() - exact).abs().max() / exact.abs().max())
