@@ -41,12 +41,12 @@ def resized(w: parts.Writer, choose=parts.choose_sizes) -> None:
     """The fuzzer's sizes as the interpreter has time for; those that are alike stay alike."""
     choose(w)
     s = w.sizes
-    if s["M"] in ROWS and s["N"] in KEYS:
+    if s["N"] in KEYS:
         s["B"] = min(s["B"], max(1, MANY_HEADS // s["H"]))
         # The positions of a single head may be read as the heads of a group, one launch each: they stay few.
         if s["H"] > 1 and s["B"] * s["H"] <= FEW_HEADS:
-            rows, keys = ROWS[s["M"]], KEYS[s["N"]]
-            s["M"], s["N"] = keys if s["M"] == s["N"] else rows, keys
+            keys = KEYS[s["N"]]
+            s["M"], s["N"] = keys if s["M"] == s["N"] else ROWS[s["M"]], keys
     else:
         s |= dict.fromkeys("BGHMNDE", min(s["B"], 3))
     s |= {"BH": s["B"] * s["H"], "HD": s["H"] * s["D"], "GD": s["G"] * s["D"], "GE": s["G"] * s["E"]}

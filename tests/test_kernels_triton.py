@@ -15,7 +15,7 @@ from tvcompile.kernels.problem import Given, Gradients, Kernel, Need, Problem
 
 triton = pytest.importorskip("triton", reason="no Triton beside this PyTorch")
 
-from tvcompile.kernels import flash, mint  # noqa: E402
+from tvcompile.kernels import data as data_, flash, mint  # noqa: E402
 from tvcompile.tuning import Config  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -194,7 +194,7 @@ def runs(spec: str, S_q: int, S_kv: int, row: int, want: int, captures=()) -> li
 
     q, k = torch.empty(1, 1, S_q, 16), torch.empty(1, 1, S_kv, 16)
     p = moved(Problem.of(q, k, k, list(captures), [], spec, None), DEVICE)
-    data, formulas = flash.arguments(p, Config(16, 16, 4, 1))
+    data, formulas = data_.arguments(p, Config(16, 16, 4, 1))
 
     @triton.jit
     def find(out_ptr, data, S_q, S_kv, ROW: tl.constexpr, WANT: tl.constexpr, KINDS: tl.constexpr, SAME: tl.constexpr):

@@ -137,7 +137,7 @@ def formula(arch: str, pass_: str, size: int, width: int) -> Config:
     """A config that fits everywhere: the block that stays takes half of a 64 KiB register file's accumulators, the
     moving blocks a third of shared memory."""
     if pass_ == "decode":
-        return Config(16, 64 if size * width <= 256 else 32, 4, 2, packed=True)
+        return Config(16, 64 if size * width <= 256 else 32 if size * width <= 512 else 16, 4, 2, packed=True)
     stays = 64 if width * size <= 256 else 32 if width * size <= 512 else 16
     budget = SHARED[arch] * 1024 // 3
     moves = 64
