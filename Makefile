@@ -11,7 +11,7 @@ endif
 export CXX
 BIN := $(VENV)/bin
 PROGRAMS ?= 20000
-BENCHMARKS ?= $(basename $(notdir $(filter-out %/__init__.py,$(wildcard benchmarks/[a-z]*.py))))
+BENCHMARKS ?= $(filter-out attention_gpu plot,$(basename $(notdir $(wildcard benchmarks/[a-z]*.py))))
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check fuzz bench kernels clean

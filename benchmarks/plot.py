@@ -107,13 +107,17 @@ def label(row: dict, separator: str = "\n") -> str:
 
 def draw(found: dict[str, Any], file: Path) -> None:
     """Bars of TFLOP/s, and of GB/s for decoding: a panel for each pass, a group of bars for each case and size."""
-    import matplotlib
-
+    try:
+        import matplotlib
+    except ImportError:
+        print(f"{file} is not drawn: it needs matplotlib (pip install tvcompile[bench])")
+        return
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    order = [*NAMES, "decode"]
-    rows = sorted((r for r in found["rows"] if r.get("ms")), key=lambda r: (order.index(panel(r)), r["D"]))
+    order = [*NAMES, "decode", *dict.fromkeys(r["case"] for r in found["rows"])]
+    at = lambda r: (order.index(panel(r)), r["D"], order.index(r["case"]), r["H"] // r["H_kv"], r["S_kv"])
+    rows = sorted((r for r in found["rows"] if r.get("ms")), key=at)
     panels = [(name, list(group)) for name, group in itertools.groupby(rows, panel)]
     if not panels:
         return
@@ -123,8 +127,8 @@ def draw(found: dict[str, Any], file: Path) -> None:
     for axis, (name, group) in zip(axes[:, 0], panels):
         unit = "gbs" if name == "decode" else "tflops"
         for i, way in enumerate(ways):
-            at = [x + (i + 0.5) / (len(ways) + 1) - 0.5 for x in range(len(group))]
-            axis.bar(at, [r[unit].get(way, 0) for r in group], 1 / (len(ways) + 1), color=COLORS[way], label=way)
+            places = [x + (i + 0.5) / (len(ways) + 1) - 0.5 for x in range(len(group))]
+            axis.bar(places, [r[unit].get(way, 0) for r in group], 1 / (len(ways) + 1), color=COLORS[way], label=way)
         labels = [label({**r, "pass": ""}).strip() for r in group]
         axis.set_xticks(range(len(group)), labels, fontsize=7)
         axis.set(

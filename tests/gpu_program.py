@@ -20,6 +20,12 @@ def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return s.softmax(-1) @ v
 
 
+def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    i, j = torch.arange(q.shape[2], device=q.device), torch.arange(k.shape[2], device=q.device)
+    s = q @ k.transpose(-1, -2) / 8.0
+    return s.masked_fill(j > i[:, None], float("-inf")).softmax(-1) @ v
+
+
 def two_layers(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     for _ in range(2):
         q = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -44,7 +50,8 @@ def lines(graphs: list[fake_cuda.Captured]) -> list[str]:
         for node in g.graph.graph.nodes:
             if node in fake_cuda.launches_of(g.graph):
                 name, values = next(held)
-                found.append(f"  {name} grid {node.kwargs['grid'][0]} -> {', '.join(values['writes'])}")
+                grid = tuple(n if isinstance(n, int) else "n" for n in node.kwargs["grid"][0])
+                found.append(f"  {name} grid {grid} -> {', '.join(values['writes'])}")
             elif any(str(node.target).startswith(f"aten.{op}.") for op in COMPUTING):
                 found.append(f"  {node.target}")
     return found
@@ -63,6 +70,7 @@ def main() -> None:
     shown = {
         "training": lines(capture(causal, tuple(tensors(256, 256, grad=True)), train=True, arch="sm90")),
         "configs": [f"{a}: {config(capture(causal, tuple(tensors(256, 256)), arch=a))}" for a in fake_cuda.DEVICES],
+        "dynamic": lines(capture(plain, tuple(tensors(256, 256, 4, True)), train=True, dynamic=True, arch="sm90")),
         "mask": lines(capture(two_layers, (*tensors(256, 256, H_kv=4, grad=True), mask), train=True, arch="sm90"))[:6],
         "decode": [*lines(capture(causal, tuple(one), arch="sm90")), config(capture(causal, tuple(one), arch="sm90"))],
         "shared": [x for x in mask_source.splitlines() if " = async_compile.triton(" in x or ".run(" in x],

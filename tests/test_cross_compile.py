@@ -19,22 +19,21 @@ ROOT = Path(__file__).resolve().parent.parent
 TENSOR_CORE = {"sm90": "HGMMA", "sm100": "UTCHMMA"}
 
 
-@pytest.fixture(scope="module", params=SHARED)
-def found(request, tmp_path_factory) -> list[dict]:
-    file = tmp_path_factory.mktemp("kernels") / "found.json"
+def compiled(arch: str, file: Path) -> list[dict]:
     # The interpreter of the other tests would take the kernels' place.
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "tools/kernels.py", "--arch", request.param, "--json", str(file)]
+    command = [sys.executable, "tools/kernels.py", "--arch", arch, "--json", str(file)]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     rows = json.loads(file.read_text())["ours"]
-    assert len(rows) == len(list(cases([request.param])))
+    assert len(rows) == len(list(cases([arch])))
     return rows
 
 
-def test_every_config_compiles_to_good_machine_code(found):
+@pytest.mark.parametrize("arch", SHARED)
+def test_every_config_compiles_to_good_machine_code(arch, tmp_path):
     wrong = []
-    for row in found:
+    for row in compiled(arch, tmp_path / "found.json"):
         name = f"{row['arch']} {row['pass']} D={row['D']} ({row['source']})"
         ops = row.get("ops", {})
         if row["spills"]:
@@ -43,14 +42,12 @@ def test_every_config_compiles_to_good_machine_code(found):
             wrong.append(f"{name}: {row['shared']} bytes of shared memory")
         if not row["mma"]:
             wrong.append(f"{name}: no tensor-core instruction in the loop over FULL blocks")
+        # Heads of 256 features do not fit the registers that the best instructions want.
+        best = TENSOR_CORE.get(row["arch"], "HMMA") if row["arch"].startswith("sm") and row["D"] <= 128 else None
+        if row["pass"] == "fwd" and best is not None and best not in ops:
+            wrong.append(f"{name}: no {best} among {sorted(ops)}")
         if ops.get("FSEL", 0):
             wrong.append(f"{name}: {ops['FSEL']} selects of a mask in the loop over FULL blocks")
         if "loads" in row and not any("128" in op or "UTMALDG" in op for op in row["loads"]):
             wrong.append(f"{name}: no 128-bit load among {row['loads']}")
     assert not wrong, "\n".join(wrong)
-
-
-def test_the_forward_uses_the_tensor_cores_of_its_architecture(found):
-    for row in found:
-        if row["pass"] == "fwd" and "ops" in row and row["D"] <= 128:
-            assert TENSOR_CORE.get(row["arch"], "HMMA") in row["ops"], row

@@ -100,7 +100,7 @@ def choose(need: Need) -> Kernel:
 
 def _kernel(p: Problem, wanted: tuple[str, ...] | None) -> Kernel:
     sizes = (hint(p.scores), hint(p.k.shape[2]))
-    return choose(Need(p.spec, p.q.dtype, wanted, *sizes, (p.q.shape[3], p.v.shape[3]), arch_of(p.q.device)))
+    return choose(Need(p.spec, p.q.dtype, wanted, *sizes, p.features, arch_of(p.q.device)))
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -71,7 +71,7 @@ def _underivable(score: E.Expr) -> str | None:
 def choices(p: Problem, pass_: str) -> list[Choice]:
     """The configs of a pass (fwd, dq, dkdv), best first."""
     B, H_kv, S_kv, _ = p.k.shape
-    D = max(p.q.shape[3], p.v.shape[3])
+    D = max(p.features)
     rows = hint(p.q.shape[2]) * p.group
     few = pass_ == "fwd" and 0 < rows <= FEW_ROWS
     ask = Ask(arch_of(p.q.device), "decode" if few else pass_, p.q.dtype.itemsize, D, rows)
@@ -80,7 +80,7 @@ def choices(p: Problem, pass_: str) -> list[Choice]:
         keys = 0 if p.spec.dropout else visible(p)
         programs = hint(B * H_kv)
         ask = dataclasses.replace(ask, keys=keys, programs=programs, units=units_of(p.q.device))
-    return working(choose(ask), ask.pass_, p.q.dtype, (p.q.shape[3], p.v.shape[3]))
+    return working(choose(ask), ask.pass_, p.q.dtype, p.features)
 
 
 def visible(p: Problem) -> int:
@@ -102,7 +102,7 @@ def forward(p: Problem, config: Config) -> tuple[Tensor, ...]:
     rest = torch.empty_like(lse) if edited else None
     found = (out, lse, rest) if rest is not None else (out, lse)
     B, H, S_q, _ = p.q.shape
-    H_kv, S_kv, D_v = p.k.shape[1], p.k.shape[2], p.v.shape[3]
+    H_kv, S_kv, D_v = p.k.shape[1], p.k.shape[2], p.features[1]
     if _none(out.numel()) or _none(S_kv):
         return out.zero_(), lse.fill_(math.inf), *(x.zero_() for x in found[2:])
     packed, splits = config.packed, config.splits
@@ -156,7 +156,7 @@ def padded(D: int) -> int:
 
 
 def widths(p: Problem) -> dict[str, Any]:
-    D, D_v = p.q.shape[3], p.v.shape[3]
+    D, D_v = p.features
     precise = p.q.dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
     return {
         "D": D,

@@ -64,7 +64,7 @@ def _slopes(
         GRADIENTS(dx, raw, b, h, q, kv, data)
     if SLOPE is not None:
         # A score that a `where` replaced gets 0 even from NaN.
-        slope = SLOPE(raw, b, h, q, kv, data)
+        slope = SLOPE(raw, b, h, q, kv, data) * tl.full([1, 1], 1.0, tl.float32)
         dx = tl.where((dx != 0.0) & (slope != 0.0), dx * slope, 0.0)
     return dropped, dx
 

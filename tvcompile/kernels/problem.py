@@ -84,6 +84,11 @@ class Problem:
         return self.q.shape[1] // max(1, self.k.shape[1])
 
     @property
+    def features(self) -> tuple[int, int]:
+        """(D, D_v), numbers always: kernels are compiled for them."""
+        return int(self.q.shape[3]), int(self.v.shape[3])
+
+    @property
     def scores(self) -> int:
         """B*H*S_q*S_kv"""
         return self.q.shape[0] * self.q.shape[1] * self.q.shape[2] * self.k.shape[2]
