@@ -165,7 +165,7 @@ def test_cache_written_in_place():
 
 
 def test_unknown_option_lists_the_known_ones():
-    with pytest.raises(Exception, match=r"unknown option tv\.strikt.*tv\.codegen, tv\.log, tv\.strict"):
+    with pytest.raises(Exception, match=r"unknown option tv\.strikt.*tv\.codegen, tv\.log, tv\.selfcheck, tv\.strict"):
         torch.compile(causal, backend="tv", options={"tv.strikt": True})(*qkv())
 
 

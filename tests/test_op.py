@@ -87,16 +87,16 @@ def test_real_and_fake_results_lie_alike_in_memory(spec, layout):
     mode = torch._subclasses.FakeTensorMode()
     found = []
     for q, k, v in (tensors, [mode.from_tensor(x) for x in tensors]):
-        out, lse = OP(q, k, v, [], [], spec, None)
-        grads = torch.ops.tv.attention_backward(out, q, k, v, [], [], spec, None, out, lse, [])
-        found.append([(t.shape, t.stride(), t.dtype) for t in (out, lse, *grads[:3])])
+        out, lse, rest = OP(q, k, v, [], [], spec, None)
+        grads = torch.ops.tv.attention_backward(out, q, k, v, [], [], spec, None, out, lse, rest, [])
+        found.append([(t.shape, t.stride(), t.dtype) for t in (out, lse, rest, *grads[:3])])
     assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("S_q, S_kv, batch", [(0, 5, 2), (5, 0, 2), (5, 5, 0)])
 def test_empty_tensors(S_q, S_kv, batch):
     q, k, v = qkv(S_q, S_kv, batch=batch)
-    out, lse = OP(q, k, v, [], [], CAUSAL + "; empty=zero", None)
+    out, lse, _ = OP(q, k, v, [], [], CAUSAL + "; empty=zero", None)
     assert out.shape == (batch, H, S_q, D) and lse.shape == (batch, H, S_q)
     assert not out.any()
     for g, x in zip(torch.autograd.grad(out.sum(), (q, k, v)), (q, k, v)):
@@ -119,7 +119,7 @@ def test_it_survives_inductor_with_sizes_and_gradients_of_captures(dynamic):
     def program(q, k, v, slope):
         shift = k.shape[2] - q.shape[2]
         spec = "scale=0.25; score = s + slope[h]*float32(kv - q); keep = kv <= n0 + q"
-        out, _ = OP(q * 2, k, v, [slope], [shift], spec, None)
+        out, *_ = OP(q * 2, k, v, [slope], [shift], spec, None)
         return out.transpose(1, 2).flatten(2).sin()
 
     compiled = torch.compile(program, dynamic=dynamic, fullgraph=True)
@@ -180,7 +180,7 @@ def test_no_tensor_of_training_grows_with_the_square_of_the_length(spec):
         q, k, v = (torch.randn(1, 1, length, 8) for _ in range(3))
         with Largest() as seen:
             p = tvcompile.kernels.Problem.of(q, k, v, [], [], spec, None)
-            kernel = tvcompile.kernels.KERNELS[-1]
+            kernel = tvcompile.kernels.cpu.KERNEL
             out, lse = kernel.forward(p)
             kernel.backward(p, tvcompile.kernels.problem.Given(out, out, lse), ())
         found.append(seen.size)

@@ -24,11 +24,11 @@ from ..arch import arch_of, units_of
 from ..derive import derivative
 from ..tuning import FEW_ROWS, PASSES, Ask, Choice, Config, choose
 from . import mods
-from .data import arguments, minted
+from .data import arguments
 from .flash_bwd import attention_dkdv, attention_dq
 from .flash_fwd import attention_fwd, attention_merge
 from .launch import launch
-from .mint import unprintable
+from .mint import mint, unprintable
 from .problem import Given, Gradients, Kernel, Need, Problem, heads_last, hint
 from .selfcheck import working
 
@@ -109,7 +109,10 @@ def forward(p: Problem, config: Config) -> tuple[Tensor, ...]:
     data, formulas = arguments(p, config)
     lanes = B * H_kv if packed else B * H
     rows = S_q * p.group if packed else S_q
-    ends = {"SINK": minted(p, p.spec.sink, data.shape), "EMPTY": (p.empty or "nan").removesuffix("_cut")}
+    ends = {
+        "SINK": None if p.spec.sink is None else mint(p.spec.sink, data.shape, tuple(p.scope.sizes)),
+        "EMPTY": (p.empty or "nan").removesuffix("_cut"),
+    }
     part, part_lse, part_rest = out, lse, rest
     if splits > 1:
         part = out.new_empty((splits, B, H, S_q, D_v), dtype=torch.float32)

@@ -21,7 +21,7 @@ import sympy
 import triton
 import triton.language as tl
 
-from .. import bounds, expr as E
+from .. import expr as E
 from ..derive import derivative
 from ..expr import Expr
 from .launch import define
@@ -163,24 +163,17 @@ def mint_gradients(e: Expr, wanted: tuple[str, ...], captures: Captures, sizes: 
 
 
 @functools.lru_cache(maxsize=4096)
-def mint_kinds(
-    keep: Expr,
-    known: tuple[tuple[Expr, bounds.Interval], ...],
-    points: tuple[str, ...],
-    captures: Captures,
-    sizes: tuple[str, ...],
-) -> triton.JITFunction:
-    """The jit function of a block's kind: 0 EMPTY, 1 PARTIAL, 2 FULL.
+def mint_kinds(low: Expr, high: Expr, captures: Captures, sizes: tuple[str, ...]) -> triton.JITFunction:
+    """The jit function of a block's kind: 0 EMPTY, 1 PARTIAL, 2 FULL, from what bounds.ends says of it.
 
     It takes (b, h, h_last, q_low, q_high, kv_low, kv_high, data), one of the two sides as a vector of blocks.
-    known: (load, its interval) of captures; points: positions of which a block has only one.
     """
-    low, high = bounds.ends(keep, dict(known).get, (*points, *sizes))
     writer = _Writer(captures, sizes)
-    kind = " + ".join(f"tl.where({writer.write(e)}, 1, 0)" for e in (low, high))
-    # Whatever the formula mentions, the kind is one of a vector of blocks.
+    full, some = writer.write(low), writer.write(high)
+    # Whatever the formulas mention, the kind is one of a vector of blocks.
+    kind = f"tl.where({some}, tl.where({full}, 2, 1), 0) + (q_low + kv_low) * 0"
     lines = ["h_low, h_high = h, h_last", "q = q_low", *_widened(sympy.Tuple(low, high), BLOCK_ENDS[3:]), *writer.lines]
-    return _function("kinds", [], [*lines, f"return {kind} + (q_low + kv_low) * 0"], BLOCK_ENDS)
+    return _function("kinds", [], [*lines, f"return {kind}"], BLOCK_ENDS)
 
 
 def _widened(e: Expr, names: Sequence[str] = ("q", "kv")) -> list[str]:

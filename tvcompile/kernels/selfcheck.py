@@ -97,7 +97,7 @@ def check(config: Config, pass_: str, dtype: torch.dtype, widths: tuple[int, int
     with _disable_current_modes(), torch.enable_grad():
         q, k, v, direction = _inputs(pass_, dtype, widths, device)
         wide = [x.double().requires_grad_() for x in (q, k, v)]
-        out, lse = attention_ref(*wide, spec=SPEC)
+        out, lse = attention_ref(wide[0], wide[1], wide[2], spec=SPEC)
         p = Problem.of(q, k, v, [], [], SPEC, None)
         try:
             with torch.no_grad():
