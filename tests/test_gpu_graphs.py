@@ -84,7 +84,9 @@ class Golden(TestCase):
         self.shown = shown
 
     def test_forward_and_backward_of_a_causal_program(self):
-        self.assertExpectedInline("\n".join(self.shown["training"]), """\
+        self.assertExpectedInline(
+            "\n".join(self.shown["training"]),
+            """\
 forward:
   attention_fwd grid (8, 1, 1) -> out_ptr, lse_ptr
   aten.clone.default
@@ -92,19 +94,25 @@ backward:
   aten.mul.Tensor
   aten.sum.dim_IntList
   attention_dq grid (8, 1, 1) -> dq_ptr
-  attention_dkdv grid (4, 1, 1) -> dk_ptr, dv_ptr""")
+  attention_dkdv grid (4, 1, 1) -> dk_ptr, dv_ptr""",
+        )
 
     def test_the_config_is_that_of_the_architecture(self):
-        self.assertExpectedInline("\n".join(self.shown["configs"]), """\
+        self.assertExpectedInline(
+            "\n".join(self.shown["configs"]),
+            """\
 sm80: BLOCK_M=128 BLOCK_N=64 num_warps=8 num_stages=2
 sm86: BLOCK_M=128 BLOCK_N=64 num_warps=8 num_stages=2
 sm89: BLOCK_M=128 BLOCK_N=64 num_warps=8 num_stages=2
 sm90: BLOCK_M=128 BLOCK_N=128 num_warps=4 num_stages=2 DESCRIPTORS=True
 sm100: BLOCK_M=128 BLOCK_N=128 num_warps=8 num_stages=2 DESCRIPTORS=True SPECIALIZE=True
-sm120: BLOCK_M=128 BLOCK_N=64 num_warps=8 num_stages=2""")
+sm120: BLOCK_M=128 BLOCK_N=64 num_warps=8 num_stages=2""",
+        )
 
     def test_dynamic_sizes_stay_in_the_graph(self):
-        self.assertExpectedInline("\n".join(self.shown["dynamic"]), """\
+        self.assertExpectedInline(
+            "\n".join(self.shown["dynamic"]),
+            """\
 forward:
   attention_fwd grid ('n', 1, 1) -> out_ptr, lse_ptr
   aten.clone.default
@@ -112,26 +120,33 @@ backward:
   aten.mul.Tensor
   aten.sum.dim_IntList
   attention_dq grid ('n', 1, 1) -> dq_ptr
-  attention_dkdv grid ('n', 1, 1) -> dk_ptr, dv_ptr""")
+  attention_dkdv grid ('n', 1, 1) -> dk_ptr, dv_ptr""",
+        )
 
     def test_a_captured_mask_is_bounded_once_for_all_layers(self):
-        self.assertExpectedInline("\n".join(self.shown["mask"]), """\
+        self.assertExpectedInline(
+            "\n".join(self.shown["mask"]),
+            """\
 forward:
   aten.amin.default
   aten.amax.default
   attention_fwd grid (8, 1, 1) -> out_ptr, lse_ptr
   aten.clone.default
-  attention_fwd grid (8, 1, 1) -> out_ptr, lse_ptr""")
+  attention_fwd grid (8, 1, 1) -> out_ptr, lse_ptr""",
+        )
         launched = [line for line in self.shown["shared"] if ".run(" in line]
         assert sum("attention_fwd" in line for line in launched) == 2
         assert sum("amax" in line and "_red_" in line for line in launched) == 1, launched
 
     def test_one_row_is_decoded_in_splits(self):
-        self.assertExpectedInline("\n".join(self.shown["decode"]), """\
+        self.assertExpectedInline(
+            "\n".join(self.shown["decode"]),
+            """\
 inference:
   attention_fwd grid (2, 16, 1) -> out_ptr, lse_ptr
   attention_merge grid (2, 1, 1) -> out_ptr, lse_ptr
-BLOCK_M=16 BLOCK_N=128 num_warps=2 num_stages=2 PACKED=True SPLIT=True""")
+BLOCK_M=16 BLOCK_N=128 num_warps=2 num_stages=2 PACKED=True SPLIT=True""",
+        )
 
 
 def test_inductor_launches_the_kernel_itself(shown):

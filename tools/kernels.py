@@ -63,6 +63,9 @@ def measure_config(case: Case, config: Any, source: str = "", spec: str | None =
     if (loop := found.steady) is not None:
         row |= {"instr_per_mflop": loop.instr_per_mflop, "limiter": loop.limiter, "bound": loop.bound}
         row |= {"serial": loop.serial, "classes": loop.warp_instructions, "ops": loop.ops, "mma": 1}
+        if config.specialize:
+            # Each partition of warps has a loop of its own, of which one is read: no figure of the whole.
+            row |= {"instr_per_mflop": None, "bound": float("nan"), "serial": float("nan"), "limiter": "specialized"}
         if pass_ == "decode":
             row["instr_per_kib"] = machine_code.per_kib(loop, 2 * config.BLOCK_N * width * size)
     return row
