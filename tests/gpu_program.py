@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from tests import fake_cuda
 from tests.gpu_zoo import launches
+from tools import machine_code
 
 
 def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -62,19 +64,40 @@ def config(graphs: list[fake_cuda.Captured]) -> str:
     return " ".join(f"{k}={held[k]}" for k in SHOWN if str(held.get(k, False)) != "False")
 
 
+def compiled(source: str, arch: str) -> dict[str, int]:
+    """Spill instructions of every attention kernel in Inductor's source, each compiled from that text alone."""
+    from torch._inductor.codecache import PyCodeCache
+    from triton import compile as compile_
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    found = {}
+    for name, text in re.findall(r"async_compile\.triton\('(attention\w+)', '''(.*?)''', device_str", source, re.S):
+        with fake_cuda.fake_cuda(arch):
+            kernel = getattr(PyCodeCache.load(text), name)
+        meta, config = kernel.triton_meta, kernel.configs[0]
+        code = ASTSource(kernel.fn, meta["signature"], meta["constants"], meta["configs"][0])
+        options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+        made = compile_(code, target=GPUTarget("cuda", int(arch[2:]), 32), options=options)
+        found[name.rpartition("_")[0]] = machine_code.read(made, arch).spills
+    return found
+
+
 def main() -> None:
     capture = fake_cuda.capture
     mask = torch.zeros(1, 1, 256, 256, dtype=torch.bool)
     one = tensors(1, 8192)
     mask_source = fake_cuda.inductor_source(two_layers, (*tensors(256, 256, H_kv=4), mask), arch="sm90")
+    trained = fake_cuda.inductor_source(causal, tuple(tensors(256, 256, grad=True)), train=True, arch="sm90")
     shown = {
+        "compiled": compiled(trained, "sm90"),
         "training": lines(capture(causal, tuple(tensors(256, 256, grad=True)), train=True, arch="sm90")),
         "configs": [f"{a}: {config(capture(causal, tuple(tensors(256, 256)), arch=a))}" for a in fake_cuda.DEVICES],
         "dynamic": lines(capture(plain, tuple(tensors(256, 256, 4, True)), train=True, dynamic=True, arch="sm90")),
         "mask": lines(capture(two_layers, (*tensors(256, 256, H_kv=4, grad=True), mask), train=True, arch="sm90"))[:6],
         "decode": [*lines(capture(causal, tuple(one), arch="sm90")), config(capture(causal, tuple(one), arch="sm90"))],
         "shared": [x for x in mask_source.splitlines() if " = async_compile.triton(" in x or ".run(" in x],
-        "source": fake_cuda.inductor_source(causal, tuple(tensors(256, 256)), arch="sm90"),
+        "source": trained,
     }
     json.dump(shown, sys.stdout)
 

@@ -156,6 +156,10 @@ def test_inductor_launches_the_kernel_itself(shown):
     assert "'fp64'" not in source, "a float argument would make the scores float64"
 
 
+def test_what_inductor_writes_compiles_from_its_text_alone(shown):
+    assert shown["compiled"] == {"attention_fwd": 0, "attention_dq": 0, "attention_dkdv": 0}
+
+
 @pytest.mark.parametrize("arch", ["sm75", "sm70", "gfx90a"])
 def test_an_architecture_without_configs_is_refused(arch):
     assert choose(Ask(arch, "fwd", 2, 64)) == []

@@ -9,6 +9,7 @@ import torch
 
 from tests.kernel_cases import H_KV, SHAPES, SPECS, B, D, H, captures_of, compare, results
 from tvcompile import expr as E, syntax
+from tvcompile.arch import arch_of
 from tvcompile.kernels import mods
 from tvcompile.kernels.attention import attention_ref
 from tvcompile.kernels.problem import Given, Gradients, Kernel, Need, Problem
@@ -17,7 +18,7 @@ triton = pytest.importorskip("triton", reason="no Triton beside this PyTorch")
 
 from tvcompile.kernels import data as data_, flash, mint  # noqa: E402
 from tvcompile.kernels.blocks import count_runs, next_run  # noqa: E402
-from tvcompile.tuning import Config  # noqa: E402
+from tvcompile.tuning import Ask, Config, choose  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -271,14 +272,39 @@ def test_few_rows_take_the_heads_of_a_group_together_and_share_out_the_keys(spec
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
-def test_the_shipped_configs_are_right_on_this_gpu(spec, dtype):
-    from tvcompile.arch import arch_of
-    from tvcompile.tuning import rows
-
+@pytest.mark.parametrize("shape", [(515, 777), (3, 777)], ids=["many", "few"])
+def test_the_chosen_configs_are_right_on_this_gpu(spec, dtype, shape):
+    few = shape[0] == 3
+    passes = ("decode" if few else "fwd", "dq", "dkdv")
     arch = arch_of(torch.device("cuda"))
-    found = {row.pass_: Config(**row.config) for row in rows() if row.arch == arch and row.D == 128}
-    if len(found) < 3:
-        pytest.skip(f"no shipped configs for {arch}")
-    compare(kernel(found["fwd"], found["dq"], found["dkdv"]), spec, (515, 777), dtype)
+    # One row stands for the few that a whole group has.
+    found = [choose(Ask(arch, x, dtype.itemsize, D, rows=shape[0] * H // H_KV, keys=777, units=8)) for x in passes]
+    if not all(found):
+        pytest.skip(f"no configs for {arch}")
+    forward, *backward = (choices[0].config for choices in found)
+    if "dropout" in spec:
+        forward = dataclasses.replace(forward, splits=1)
+    compare(kernel(forward, *backward), spec, shape, dtype)
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    s = q @ k.transpose(-1, -2) / 8.0
+    return s.masked_fill(~mask, float("-inf")).softmax(-1) @ v
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+def test_a_compiled_program_runs_on_this_gpu_and_in_a_cuda_graph(mode):
+    tensors = [torch.randn(2, 4, 300, 64, device="cuda", dtype=torch.float16, requires_grad=True) for _ in range(3)]
+    mask = torch.ones(300, 300, dtype=torch.bool, device="cuda").tril()
+    call = torch.compile(attend, backend="tv", mode=mode)
+    exact = [x.detach().double().requires_grad_() for x in tensors]
+    want = attend(*exact, mask)
+    for _ in range(4):
+        out = call(*tensors, mask)
+        torch.testing.assert_close(out.double(), want, rtol=1e-2, atol=1e-2)
+        grads = torch.autograd.grad(out.sum(), tensors)
+    for g, e in zip(grads, torch.autograd.grad(want.sum(), exact)):
+        torch.testing.assert_close(g.double(), e, rtol=1e-2, atol=2e-2)

@@ -19,6 +19,7 @@ import linecache
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch._subclasses.fake_tensor import FakeTensor
@@ -34,7 +35,13 @@ def launch(
     if any(map(is_traced, flat)):
         wrap_triton(_configured(entry, num_warps, num_stages))[grid](*flat)
     else:
+        # Descriptors are made in memory that Triton asks for; Inductor sets this for its launches.
+        triton.set_allocator(_scratch)
         entry[grid](*flat, num_warps=num_warps, num_stages=num_stages)
+
+
+def _scratch(size: int, alignment: int, stream: int | None) -> torch.Tensor:
+    return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
 def entry_of(kernel: Any, args: Sequence, constants: Mapping[str, Any]) -> tuple[Any, list[Any]]:
