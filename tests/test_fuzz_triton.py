@@ -26,7 +26,7 @@ triton = pytest.importorskip("triton", reason="no Triton beside this PyTorch")
 
 from tests.test_kernels_triton import kernel  # noqa: E402
 from tvcompile.kernels import blocks, flash  # noqa: E402
-from tvcompile.tuning import FEW_ROWS, Config  # noqa: E402
+from tvcompile.tuning import Config, few_rows  # noqa: E402
 
 SLICES, SEEDS, SERVED = 16, 50, 19  # a slice goes through its seeds until Triton has served so many
 DTYPES = (torch.float32, torch.float16)  # the interpreter's bfloat16 is wrong
@@ -85,7 +85,7 @@ def varied(seed: int, tally: Tally) -> Kernel:
 
     def forward(p: Problem):
         tally.forwards += 1
-        config = few if p.q.shape[2] * p.group <= FEW_ROWS and not p.spec.dropout else fwd
+        config = few if p.q.shape[2] * p.group <= few_rows(max(p.features)) and not p.spec.dropout else fwd
         return kernel(config).forward(p)
 
     def backward(p: Problem, given: Given, wanted: tuple[str, ...]):

@@ -22,7 +22,7 @@ from torch import Tensor
 from .. import bounds, expr as E
 from ..arch import arch_of, units_of
 from ..derive import derivative
-from ..tuning import FEW_ROWS, PASSES, Ask, Choice, Config, choose
+from ..tuning import PASSES, Ask, Choice, Config, choose, few_rows
 from . import mods
 from .data import arguments
 from .flash_bwd import attention_dkdv, attention_dq
@@ -73,7 +73,7 @@ def choices(p: Problem, pass_: str) -> list[Choice]:
     B, H_kv, S_kv, _ = p.k.shape
     D = max(p.features)
     rows = hint(p.q.shape[2]) * p.group
-    few = pass_ == "fwd" and 0 < rows <= FEW_ROWS
+    few = pass_ == "fwd" and 0 < rows <= few_rows(D)
     ask = Ask(arch_of(p.q.device), "decode" if few else pass_, p.q.dtype.itemsize, D, rows)
     if few:
         # Dropped weights are drawn where whole rows are, so that one program sees each row.

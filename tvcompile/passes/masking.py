@@ -141,8 +141,8 @@ def empty_meaning(parts: Masked, training: bool, dtype: torch.dtype = torch.floa
     """
     fills, cuts = parts.fills, {f.cut for f in parts.fills}
     if all(math.isinf(f.value) for f in fills):
-        if len(cuts) > 1 and training:
-            return None  # an added -inf passes gradients, a filled one does not
+        if training and (len(cuts) > 1 or parts.caveat):
+            return None  # an added -inf passes gradients, a filled one does not; what is added later gets them
         return "nan_cut" if cuts == {True} else "nan"
     if any(math.isinf(f.value) for f in fills):
         raise Refuse("two maskings that do not commute: -inf and a finite fill, and a row may be fully masked")

@@ -17,7 +17,6 @@ from importlib import resources
 
 PASSES = ("fwd", "dq", "dkdv", "decode")
 WIDTHS = (64, 128, 256)  # features of a head that rows are made for
-FEW_ROWS = 64  # up to so many rows of a group of heads are decoded together
 SHARED = {"sm80": 163, "sm86": 99, "sm89": 99, "sm90": 227, "sm100": 227, "sm120": 99, "gfx942": 64, "gfx950": 160}
 """KiB of shared memory a block may have, per architecture that has configs."""
 
@@ -100,6 +99,11 @@ def rows() -> tuple[Row, ...]:
     return tuple(Row(r["arch"], r["pass"], r["size"], r["width"], Config(**r["config"])) for r in table["rows"])
 
 
+def few_rows(width: int) -> int:
+    """Up to so many rows of a group of heads are decoded together: their sums fit the registers of four warps."""
+    return 64 if width <= 128 else 32
+
+
 def family(arch: str) -> str | None:
     """The architecture whose configs serve: itself, or the nearest older one with the same instructions."""
     if arch in SHARED:
@@ -127,7 +131,9 @@ def _fitted(c: Config, ask: Ask) -> Config:
     """No more rows than there are; for decoding, as many splits as keep the GPU busy."""
     if ask.pass_ != "decode":
         return c
-    M = min(FEW_ROWS, max(16, 1 << (max(1, ask.rows) - 1).bit_length()))
+    M = min(few_rows(ask.width), max(16, 1 << (max(1, ask.rows) - 1).bit_length()))
+    # More rows, fewer keys at a time: as many scores as the row of the table was made for.
+    c = dataclasses.replace(c, BLOCK_N=max(16, c.BLOCK_N * c.BLOCK_M // M))
     # Two programs per multiprocessor, each with four blocks at least.
     splits = min(math.ceil(2 * ask.units / max(1, ask.programs)), ask.keys // (4 * c.BLOCK_N), 128)
     return dataclasses.replace(c, BLOCK_M=M, packed=True, splits=max(1, splits))
