@@ -39,6 +39,8 @@ def run(*arguments: str) -> str:
 
 def wrong(row: dict, train: bool) -> str:
     """What is not as it must be in one model: every fusable attention launches our kernels, and only them."""
+    if "error" in row:
+        return f"{row['case']}: {row['error']}" if row["ours"] else ""
     n = row["fusable"]
     want = {"attention_fwd": n} | ({"attention_dq": n, "attention_dkdv": n} if train else {})
     found = {k: v for k, v in row["launches"].items() if k != "attention_merge"}
@@ -46,10 +48,9 @@ def wrong(row: dict, train: bool) -> str:
         return f"{row['case']}: {row['sites']} of {n} sites, {row['left']} left as ops; {row['refusals']}"
     if found != {k: v for k, v in want.items() if v}:
         return f"{row['case']}: launches {found}, expected {want}"
-    allowed = {
-        "attention_fwd: out_ptr lse_ptr", "attention_dq: dq_ptr", "attention_dkdv: dk_ptr dv_ptr",
-        "attention_merge: out_ptr lse_ptr",
-    }  # fmt: skip
+    out, parts = "out_ptr lse_ptr", ("attention_fwd", "attention_merge")
+    allowed = {f"{x}: {out}{rest}" for x in parts for rest in ("", " rest_ptr")}
+    allowed |= {"attention_dq: dq_ptr", "attention_dkdv: dk_ptr dv_ptr"}
     # Gradients of captures are added to zeros.
     strange = [w for w in row["writes"] if w not in allowed and not w.startswith("attention_dq: dq_ptr data_")]
     return f"{row['case']}: seen to write {strange}" if strange else ""
@@ -66,8 +67,10 @@ def test_every_attention_of_the_zoo_launches_our_kernels(part, train, record_pro
     rows = [json.loads(x) for x in run("tests.gpu_zoo", *how, *names).splitlines() if x.startswith("{")]
     assert len(rows) == len(names)
     found = [w for row in rows if (w := wrong(row, train))]
-    record_property("gpu", f"{arch} {len(rows)} models, {sum(r['sites'] for r in rows)} sites")
+    traced = [row for row in rows if "error" not in row]
+    record_property("gpu", f"{arch} {len(traced)} of {len(rows)} models, {sum(r['sites'] for r in traced)} sites")
     assert not found, "\n".join(found)
+    assert len(traced) >= len(rows) // 2, rows
 
 
 @pytest.fixture(scope="module")

@@ -195,7 +195,9 @@ def backward(p: Problem, given: Given, wanted: tuple[str, ...], dq_config: Confi
         return Gradients(dq.zero_(), dk.zero_(), dv.zero_(), buffers)
     dout, lse = given.grad_out, given.lse.contiguous()
     rest = given.rest if p.spec.score != E.S else None
-    delta = (dout.float() * given.out.float()).sum(-1).contiguous()
+    # In float32 the sum's own rounding would show in the gradients of captures.
+    wide = torch.float64 if p.q.dtype == torch.float32 else torch.float32
+    delta = (dout.to(wide) * given.out.to(wide)).sum(-1).float().contiguous()
     if p.spec.sink is not None:
         _sink_gradient(p, delta, lse, buffers)
     cut = p.empty in ("nan_cut", "mean_cut")
