@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 
 import pytest
 import torch
@@ -66,8 +67,17 @@ def forward_only(config: Config) -> Kernel:
 SMALL, WIDE = kernel(Config(32, 32, 4, 2)), kernel(Config(64, 32, 4, 2), Config(64, 32, 4, 2), Config(32, 64, 4, 2))
 
 
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+# The largest shape takes most of the time: a third of the specs each day.
+DAY = datetime.date.today().toordinal()
+PAIRS = [
+    pytest.param(spec, shape, id=f"{name}-{size}")
+    for i, (name, spec) in enumerate(SPECS.items())
+    for size, shape in SHAPES.items()
+    if size != "square" or (i + DAY) % 3 == 0
+]
+
+
+@pytest.mark.parametrize("spec, shape", PAIRS)
 def test_forward_agrees_with_the_formula(spec, shape):
     compare(SMALL if shape != SHAPES["square"] else WIDE, spec, shape, torch.float32)
 
