@@ -7,6 +7,7 @@ gradients and mutated inputs; `tolerated` is the only tolerance of the tests.
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 SLACK = 1e-5
 FEW = 16  # elements below which one error says little about the level of errors
+# Where all cases take too long, one run takes a part of them; every TV_TURN gives another.
+TURN = int(os.environ.get("TV_TURN", "0"))
 STRICT = {"tv.strict": True, "tv.codegen": "none"}
 VIEWS = frozenset(
     "view reshape _unsafe_view unsqueeze squeeze expand expand_as slice select permute transpose "

@@ -1,28 +1,24 @@
 """Models of `transformers`: every attention is fused, and nothing changes but the speed.
 
-Every common class runs once per implementation in a setting that changes from day to day
-(TV_ZOO_DAY=<int> picks a day again), rarer ones every fourth day, a few in all settings, and a few
-through Inductor.
+Every common class runs once per implementation in a setting that changes with TV_TURN, rarer ones at every
+fourth turn, a few in all settings, and a few through Inductor.
 `python -m tests.zoo --full` runs everything.
 """
 
 from __future__ import annotations
 
-import datetime
-import os
 import zlib
 
 import pytest
 import torch
 import transformers
 
-from tests.harness import STRICT
+from tests.harness import STRICT, TURN
 from tests.zoo import BY_NAME, COMMON, ENTRIES
 from tests.zoo_run import INDUCTOR, Case, cases, measure
 
 transformers.logging.set_verbosity_error()
 
-DAY = int(os.environ.get("TV_ZOO_DAY", datetime.date.today().toordinal()))
 # One of each kind of mask, edit and empty row; these run in all settings.
 CORE = ("mistral", "gpt_oss", "bloom", "t5", "swin")
 THROUGH_INDUCTOR = (
@@ -33,11 +29,11 @@ THROUGH_INDUCTOR = (
 )
 
 
-def of_the_day() -> list[Case]:
-    """One case per class and implementation; consecutive days walk through the whole cross."""
+def of_this_turn() -> list[Case]:
+    """One case per class and implementation; consecutive turns walk through the whole cross."""
     chosen = []
     for entry in ENTRIES:
-        turn = zlib.crc32(entry.name.encode()) + DAY
+        turn = zlib.crc32(entry.name.encode()) + TURN
         if entry not in COMMON:
             turn, idle = divmod(turn, 4)
             if idle:
@@ -64,7 +60,7 @@ def check(case: Case, options: dict, record_property) -> None:
     assert all(result.refusals), "a refusal without a reason"
 
 
-@pytest.mark.parametrize("case", of_the_day(), ids=str)
+@pytest.mark.parametrize("case", of_this_turn(), ids=str)
 def test_every_attention_is_fused_and_right(case, record_property):
     check(case, STRICT, record_property)
 
