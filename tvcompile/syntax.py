@@ -145,6 +145,7 @@ COMPARE = {
     ast.NotEq: lambda a, b: E.not_(E.eq(a, b)),
 }
 BINARY = {ast.Add: "add", ast.Sub: "sub", ast.Mult: "mul", ast.Div: "div", ast.FloorDiv: "//", ast.Mod: "%"}
+FLOATS = {x.name: x for x in E.FLOATS}
 CONSTANTS = {"inf": sympy.oo, "nan": sympy.nan, "True": E.TRUE, "False": E.FALSE}
 
 
@@ -169,8 +170,8 @@ class _Reader(ast.NodeVisitor):
         return E.number(node.value)
 
     def visit_Name(self, node):
-        if node.id == "s":
-            return E.S
+        if node.id in FLOATS:
+            return FLOATS[node.id]
         return CONSTANTS[node.id] if node.id in CONSTANTS else E.index(node.id)
 
     def visit_Subscript(self, node):

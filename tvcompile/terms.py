@@ -47,7 +47,8 @@ def index(name: str) -> sympy.Symbol:
 
 
 B, H, Q, KV = (index(n) for n in ("b", "h", "q", "kv"))
-S = sympy.Symbol("s", real=True)
+S, GATE, UP = (sympy.Symbol(n, real=True) for n in ("s", "g", "u"))  # a score; what an expert activates
+FLOATS = (S, GATE, UP)
 
 
 def op_of(e: Expr) -> Any:
@@ -63,7 +64,7 @@ def kind(e: Expr) -> str:
     """ "bool", "float" or "int"."""
     if isinstance(e, Boolean) and not isinstance(e, sympy.Symbol):
         return "bool"
-    if isinstance(e, (FloatCall, sympy.Float)) or e is S or e in (sympy.oo, -sympy.oo, sympy.nan):
+    if isinstance(e, (FloatCall, sympy.Float)) or e in FLOATS or e in (sympy.oo, -sympy.oo, sympy.nan):
         return "float"
     return "int"
 

@@ -2,15 +2,17 @@
 
 import importlib.util
 
-from . import cpu, cpu_flash
+from . import cpu, cpu_experts, cpu_flash
+from .experts import ExpertKernel
 from .problem import Kernel, Problem
 
 KERNELS: tuple[Kernel, ...] = (cpu_flash.KERNEL, cpu.KERNEL)
+MOE_KERNELS: tuple[ExpertKernel, ...] = (cpu_experts.KERNEL,)
 if importlib.util.find_spec("triton"):
     from . import flash
 
     KERNELS += (flash.KERNEL,)
 
-from . import attention  # noqa: E402  registers the op, which looks through KERNELS
+from . import attention, moe  # noqa: E402  they register the ops, which look through the kernels
 
-__all__ = ["KERNELS", "Kernel", "Problem", "attention"]
+__all__ = ["KERNELS", "Kernel", "MOE_KERNELS", "Problem", "attention", "moe"]

@@ -157,7 +157,7 @@ def _differentiate(ctx, grad_out, _grad_lse, _grad_rest):
     return dq, dk, dv, dcaptures, None if ctx.sizes else [], None, None
 
 
-def _opened(run: Callable, mode: FunctionalTensorMode, op, types, args, kwargs):
+def opened(run: Callable, mode: FunctionalTensorMode, op, types, args, kwargs):
     """In AOTAutograd, on a GPU: the tensor operations and launches of `run` take the op's place in the graph."""
     q = next(x for x in args if isinstance(x, Tensor))
     if q.device.type != "cuda" or custom_triton_ops_decomposition_disabled():
@@ -173,6 +173,6 @@ for _name, _run, _fake in (
     LIB.impl(_name, _run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"tv::{_name}", _fake, lib=LIB)
     torch.library.register_torch_dispatch(
-        f"tv::{_name}", FunctionalTensorMode, functools.partial(_opened, _run), lib=LIB
+        f"tv::{_name}", FunctionalTensorMode, functools.partial(opened, _run), lib=LIB
     )
 torch.library.register_autograd("tv::attention", _differentiate, setup_context=_save, lib=LIB)
