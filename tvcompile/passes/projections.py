@@ -1,6 +1,6 @@
-"""The two projections of an expert, and what is computed between them.
+"""A projection of an expert: which side is the weight, and which expert's it is.
 
-    y[row, d] = sum_f act(row, f) * W2[e, f, d]        pre[row, c] = sum_h x[token, h] * W1[e, h, c] + b1[e, c]
+    pre[row, c] = sum_h x[token, h] * W[e, h, c]
 
 A weight is one load whose element number is linear in expert, input feature and column; so it is a reshape and a
 permutation of a tensor of the graph, whatever the program calls it.
@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 
 import sympy
-import torch
 from sympy.core.symbol import Str
 from torch import fx
 
@@ -22,20 +21,22 @@ from .contraction import contraction
 from .movement import Index, axis
 from .read import Reader
 from .rows import GROUPED, RowReader, settle
-from .sums import lazily, terms_of
 
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
-    """A weight or bias as its element's number: base + steps[0]*e + steps[1]*feature + steps[2]*column.
+    """A load as its element's number: rest + feature * (position in the input) + column * (position in the output).
 
-    expert  the formula times steps[0], with `base` in it, as it was written; own: it has no dim of experts
+    rest     a multiple of the expert's number plus the first column; inputs, columns: how many of each are read
+    feature  0 in a bias
     """
 
     node: fx.Node
     rest: Expr
-    feature: Expr
-    column: Expr
+    feature: int
+    column: int
+    inputs: int = 1
+    columns: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +87,7 @@ def weight_of(r: RowReader, node: fx.Node, idx: Index, over: Expr, column: Expr,
     if rest.free_symbols & {x for x in (over, column) if x != 0} or not (feature.is_Integer and step.is_Integer):
         return None
     r._note_use(leaf, used)
-    return Weight(leaf, rest, feature, step)
+    return Weight(leaf, rest, int(feature), int(step))
 
 
 def projection(r: RowReader, node: fx.Node, idx: Index) -> Projection:
@@ -180,71 +181,3 @@ def _unwrapped(r: RowReader, node: fx.Node, wanted: tuple[str, ...] | None, abou
     if wanted and (node.op != "call_function" or r.name(node) not in wanted):
         raise Refuse(f"the offsets of a grouped product come from {r.name(node)}", about)
     return node
-
-
-# Between the projections
-
-
-@dataclasses.dataclass(frozen=True)
-class Unit:
-    """One pre-activation: the node of its product, the row and column that are read, and the bias added, if any."""
-
-    node: fx.Node
-    row: Index
-    column: Expr
-    bias: Expr | None
-
-
-def activation(r: RowReader, e: Expr, f: Expr, dtype: torch.dtype) -> tuple[Expr, list[Unit]]:
-    """A formula of products as a formula of symbols, and what each symbol stands for, in order of node and column."""
-    found = {x for x in E.walk(e) if E.op_of(x) == "dot"}
-    if not found:
-        raise Refuse("no projection comes before the last one", None)
-    biased: dict[Expr, Expr] = {}
-    for x in E.walk(e):
-        if E.op_of(x) == "add" and E.operands(x)[0] in found and E.op_of(E.operands(x)[1]) == "load":
-            biased.setdefault(E.operands(x)[0], x)
-    def key(x):
-        node = r.nodes[E.operands(x)[0].name]
-        start = sympy.expand(E.operands(x)[-1]).subs(f, 0)
-        return r.position[node], start if start.is_number else 0
-
-    order = sorted(found, key=key)
-    units, table = [], {}
-    for k, x in enumerate(order):
-        whole = biased.get(x, x)
-        name, *idx = E.operands(x)
-        node = r.nodes[name.name]
-        column = idx[-1]
-        row = tuple(idx[:-1])
-        units.append(Unit(node, row, column, E.operands(whole)[1] if whole is not x else None))
-        table[whole] = E.FloatCall("unit", sympy.Integer(k))
-    act = E.substitute(e, table)
-    return act, units
-
-
-def weight_matrix(r: RowReader, w: Weight, over: Expr, length: Expr) -> Weight:
-    return w
-
-
-def token_row(r: RowReader, node: fx.Node, idx: Index, at: int, over: Expr, length: Expr, t: Expr):
-    """(x, factors) where the row is x[t] times the factors, each a formula of the token and its expert."""
-    leaf, where, used = leaf_of(r, node, idx, at)
-    want = sympy.expand(t * length + over)
-    if sympy.expand(number_of(r, leaf, where) - want) == 0:
-        r._note_use(leaf, used)
-        return leaf, ()
-    e = settle(r.read(leaf, where, used), r.bounds)
-    terms = terms_of(r, e)
-    if len(terms) != 1 or terms[0].bound or terms[0].links:
-        raise Refuse("the rows of an expert are not tokens", leaf)
-    holds = [x for x in terms[0].factors if E.mentions(x, over)]
-    if len(holds) != 1 or E.op_of(holds[0]) != "load":
-        raise Refuse("the rows of an expert are computed from more than their token", leaf)
-    (load,) = holds
-    name, *at_load = E.operands(load)
-    source = r.nodes[name.name[1:]]
-    if sympy.expand(number_of(r, source, tuple(at_load)) - want) != 0:
-        raise Refuse("the rows of an expert are not its tokens", leaf)
-    rest = tuple(x for x in terms[0].factors if x is not load)
-    return source, (*rest, *(E.where(g, E.number(1.0), E.number(0.0)) for g in terms[0].guards))

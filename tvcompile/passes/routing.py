@@ -32,7 +32,6 @@ class Token:
 
 def without_rows(r: RowReader, term: Term, token: Token, at: int) -> Term:
     """The same sum over positions (t, k) instead of rows."""
-    term = _ungrouped(r, term, at)
     term = _unmasked(r, term, at)
     term = _unsorted(r, term)
     for link in list(term.links):
@@ -52,10 +51,6 @@ def _calls(term: Term, op: str) -> list[Expr]:
     return sorted(found, key=sympy.default_sort_key)
 
 
-def _ungrouped(r: RowReader, term: Term, at: int) -> Term:
-    return term
-
-
 def _unmasked(r: RowReader, term: Term, at: int) -> Term:
     """Rows chosen by a mask: every place of the mask, where it holds."""
     while calls := _calls(term, "nth"):
@@ -66,9 +61,7 @@ def _unmasked(r: RowReader, term: Term, at: int) -> Term:
         places = tuple(r.fresh(n, "m") for n in r.shape(mask))
         table = {IntCall("nth", name, sympy.Integer(c), row): x for c, x in enumerate(places)}
         holds = r.truth(E.as_bool(r.read(mask, places, at)))
-        term = term.put(table, r.bounds)
-        if any(E.mentions(e, row) for e in term.formulas() if e not in ()) and not term.product:
-            raise Refuse("rows that a mask chose are mixed with others", mask)
+        term = dataclasses.replace(term.put(table, r.bounds), known=(*term.known, *table.items()))
         bound = tuple(b for b in term.bound if b != row) + tuple(x for x in places if x != 0)
         term = dataclasses.replace(term, bound=bound, guards=(*term.guards, holds))
     return term

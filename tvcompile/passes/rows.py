@@ -30,6 +30,7 @@ class RowReader(Reader):
         super().__init__(graph)
         self.grad = grad
         self.trains = any(grad.values())
+        self.masks: dict[tuple, fx.Node] = {}
 
     def _read(self, node: fx.Node, idx: Index) -> Expr:
         if node.op == "call_function" and isinstance(node.meta.get("val"), torch.Tensor):
@@ -41,6 +42,15 @@ class RowReader(Reader):
             if formula is not None:
                 return self.coerce(formula, node.meta["val"].dtype)
         return super()._read(node, idx)
+
+    def nth(self, mask: fx.Node, coordinate: int, row: Expr) -> Expr:
+        """A coordinate of a place where a mask holds; masks of one formula are one mask."""
+        shape = self.shape(mask)
+        probe = tuple(E.index(f"place{d}_{n}") if n != 1 else sympy.Integer(0) for d, n in enumerate(shape))
+        self.ranges.update({x: n for x, n in zip(probe, shape) if n != 1})
+        formula = E.as_bool(self.read(mask, probe, self.position[mask] + 1))
+        named = self.masks.setdefault((formula, shape), mask)
+        return IntCall("nth", Str(named.name), sympy.Integer(coordinate), row)
 
     def step(self, node: fx.Node, idx: Index):
         if node.op == "call_function" and self.name(node) == "index" and (mask := mask_of(node)) is not None:
@@ -59,7 +69,7 @@ def mask_of(node: fx.Node) -> fx.Node | None:
 def masked_index(r: Reader, node: fx.Node, mask: fx.Node, idx: Index) -> Index:
     """The position in x of element idx of `x[:, mask]`, or of what is put there."""
     first, rank = list(node.args[1]).index(mask), mask.meta["val"].dim()
-    chosen = [IntCall("nth", Str(mask.name), sympy.Integer(c), idx[first]) for c in range(rank)]
+    chosen = [r.nth(mask, c, idx[first]) for c in range(rank)]
     return (*idx[:first], *chosen, *idx[first + 1 :])
 
 
@@ -94,7 +104,7 @@ def _addmm(r, a, n, idx):
 
 
 def _nonzero(r, a, n, idx):
-    return IntCall("nth", Str(a["self"].name), idx[1], idx[0]) if E.constant(idx[1]) is not None else None
+    return r.nth(a["self"], int(idx[1]), idx[0]) if E.constant(idx[1]) is not None else None
 
 
 def _getitem(r, a, n, idx):
@@ -102,7 +112,7 @@ def _getitem(r, a, n, idx):
     name = r.name(whole) if isinstance(whole, fx.Node) and whole.op == "call_function" else ""
     b = r.arguments(whole) if name else {}
     if name in ("where", "nonzero_numpy") and isinstance(k, int):
-        return IntCall("nth", Str(b["condition" if "condition" in b else "self"].name), sympy.Integer(k), idx[0])
+        return r.nth(b["condition" if "condition" in b else "self"], k, idx[0])
     if name == "sort" and len(idx) == 1:
         return _sorted(r, b, whole, idx[0], values=k == 0)
     return None

@@ -27,6 +27,7 @@ from .rows import RowReader, mask_of, masked_index, over, settle
 class Term:
     """bound: summed positions; guards: conditions; links: pairs of equal positions; product: (node, index) or None.
 
+    known  what calls of `nth` with the row of the product stand for
     whole  writes that replace what was there (`out[m] = y`) rather than add to it
     """
 
@@ -36,6 +37,7 @@ class Term:
     factors: tuple[Expr, ...] = ()
     product: tuple[fx.Node, Index] | None = None
     whole: bool = False
+    known: tuple[tuple[Expr, Expr], ...] = ()
 
     def times(self, other: Term) -> Term:
         if self.product and other.product:
@@ -43,6 +45,7 @@ class Term:
         return Term(
             self.bound + other.bound, self.guards + other.guards, self.links + other.links,
             self.factors + other.factors, self.product or other.product, self.whole or other.whole,
+            self.known + other.known,
         )  # fmt: skip
 
     def under(self, bound=(), guards=(), links=(), whole=False) -> Term:
@@ -58,6 +61,7 @@ class Term:
             guards=tuple(g for g in map(change, self.guards) if g is not E.TRUE),
             links=tuple((change(a), change(b)) for a, b in self.links),
             factors=tuple(map(change, self.factors)),
+            known=tuple((a, change(b)) for a, b in self.known),
             product=self.product and (self.product[0], tuple(map(change, self.product[1]))),
         )
 
