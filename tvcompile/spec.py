@@ -239,6 +239,10 @@ class MoEMatch:
     base: fx.Node | None
     saves: bool
 
+    @property
+    def stacked(self) -> bool:
+        return len(self.down[0].nodes) == 1
+
     def weights(self) -> tuple[Weights, ...]:
         return (*self.up, *self.down, *self.up_bias, *self.down_bias)
 

@@ -90,6 +90,7 @@ FUNCTIONS = {
     "log2": "tl.log2({0})",
     "log1p": "tl.log(1 + {0})",
     "expm1": "(tl.exp({0}) - 1)",
+    "relu": "tl.maximum({0}, 0.0, propagate_nan=tl.PropagateNan.ALL)",
     "sqrt": "tl.sqrt({0})",
     "rsqrt": "(1 / tl.sqrt({0}))",
     "reciprocal": "(1 / {0})",
