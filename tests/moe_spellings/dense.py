@@ -146,19 +146,6 @@ class Llama4TopTwo(Llama4):
     router, top = "sigmoid_each", 2
 
 
-@moe()
-class Vmapped(Block):
-    """One expert's function over stacked weights by torch.vmap."""
-
-    def experts(self, x, ids, w):
-        def expert(up, down):
-            return self.activate(x @ up) @ down
-
-        ys = torch.vmap(expert)(self.w_up, self.w_down)
-        routing = torch.zeros(x.shape[0], self.count, dtype=w.dtype).scatter(1, ids, w)
-        return torch.einsum("te,eth->th", routing, ys)
-
-
 @moe(three=True)
 @moe(three=True, own=True)
 class ThreeDims(Block):
