@@ -96,9 +96,7 @@ class Report:
 
 def _sections(report: Report) -> Iterator[Any]:
     seconds = sum(report.pass_seconds.values())
-    yield Text(
-        f"{report.graphs} graphs, {len(report.sites)} sites fused, {len(report.refusals)} left; {seconds:.2f} s"
-    )
+    yield Text(f"{report.graphs} graphs, {len(report.sites)} sites fused, {len(report.refusals)} left; {seconds:.2f} s")
     by_text: dict[tuple, list[Site]] = {}
     for site in report.sites:
         by_text.setdefault((site.spec, site.where, site.kernel, site.shapes, site.cost), []).append(site)

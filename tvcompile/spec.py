@@ -251,7 +251,12 @@ class MoEMatch:
         """Names of the nodes that the op's arguments are made of."""
         formulas = [e for c in self.choices for e in (c.ids, *c.counts, *c.factors)]
         names = {E.operands(x)[0].name.lstrip("%") for e in formulas for x in E.walk(e) if E.op_of(x) in E.OPAQUE}
-        return names | {n.name for w in self.weights() for n in w.nodes} | {self.x.name} | {n.name for n in [self.base] if n}
+        return (
+            names
+            | {n.name for w in self.weights() for n in w.nodes}
+            | {self.x.name}
+            | {n.name for n in [self.base] if n}
+        )
 
 
 def where_of(node: fx.Node | None) -> str:

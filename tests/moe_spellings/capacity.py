@@ -74,8 +74,6 @@ class GShard(Capacity):
         return torch.einsum("sec,ecm->sm", combine.to(x.dtype), self.places(rows))
 
 
-@moe()
-@moe(kind="gelu", bias=True, capacity=4)
 class Buffer(Capacity):
     """Places by cumsum over all pairs, choices first; rows scattered into a buffer, gathered back."""
 

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from tests.moe_spellings.base import FF, H, Block, Spelling, T
-from tests.moe_spellings.capacity import Capacity
+from tests.moe_spellings.capacity import Buffer, Capacity
 from tests.moe_spellings.dense import Llama4
 from tests.moe_spellings.grouped import Grouped
-from tests.moe_spellings.loops import WhereIndexAdd
+from tests.moe_spellings.loops import ThreeDimsBoolean, WhereIndexAdd
 
 ANY, NOTHING = ".", ""
 
@@ -743,3 +743,18 @@ class BiasInEmptyPlaces(Capacity):
         dispatch = (mask.unsqueeze(-1) * where.unsqueeze(1)).to(x.dtype)
         y = self.places(torch.einsum("tec,th->ech", dispatch, x))
         return torch.einsum("tec,ech->th", dispatch * w[:, :1, None], y) + y.sum((0, 1))
+
+
+# Mixtures that are not read yet, and say so
+
+
+@impostor(ANY)
+class RowsInABuffer(Buffer):
+    """Tokens scattered into the experts' places, gathered back."""
+
+
+@impostor(ANY)
+class WrittenThroughAView(ThreeDimsBoolean):
+    """Results put into a flat view of what is returned."""
+
+    three = True

@@ -180,8 +180,6 @@ class ThreeDims(Block):
         return out
 
 
-@moe(three=True)
-@moe(three=True, own=True)
 class ThreeDimsBoolean(Block):
     def experts(self, x, ids, w):
         out, flat, flat_out = torch.zeros_like(x), x.view(-1, x.shape[-1]), None

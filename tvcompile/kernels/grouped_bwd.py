@@ -144,7 +144,9 @@ def experts_sum(
     begin, end = tl.load(offsets_ptr + e), tl.load(offsets_ptr + e + 1)
     acc = tl.zeros([BLOCK_K, BLOCK_N], tl.float32)
     for start in tl.range(begin, end, BLOCK_K):
-        a = _row_tile(a_ptr, a_stride, order_ptr, None, start, end, j, GATHER, TOP, N, BLOCK_N, BLOCK_K, True).to(tl.float32)
+        a = _row_tile(a_ptr, a_stride, order_ptr, None, start, end, j, GATHER, TOP, N, BLOCK_N, BLOCK_K, True).to(
+            tl.float32
+        )
         if weights_ptr is not None:
             pairs = tl.load(order_ptr + tl.minimum(start + tl.arange(0, BLOCK_K), end - 1))
             a *= tl.load(weights_ptr + pairs).to(tl.float32)[:, None]

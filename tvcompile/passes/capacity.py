@@ -24,7 +24,9 @@ from .sums import Term, terms_of
 NOT_ALONE = "a place of an expert is not proven to hold one token at most"
 
 
-def placed_row(r: RowReader, dispatched: list[Term], outer: Term, about: fx.Node, h: Expr, length: Expr, t: Expr) -> fx.Node:
+def placed_row(
+    r: RowReader, dispatched: list[Term], outer: Term, about: fx.Node, h: Expr, length: Expr, t: Expr
+) -> fx.Node:
     """x where the row that `outer` reads back is x[t]."""
     ways = [way for term in dispatched for way in _alternatives(r, term)]
     alternatives = [alt for alt, _ in ways]
@@ -36,7 +38,9 @@ def placed_row(r: RowReader, dispatched: list[Term], outer: Term, about: fx.Node
             raise Refuse("the rows of an expert are no dispatched tokens", about)
         name, *idx = E.operands(rows[0])
         node = r.nodes[name.name[1:]]
-        if sympy.expand(number_of(r, node, tuple(idx)) - (other * length + h)) != 0 or r.ranges[other] != r.ranges.get(t, 1):
+        if sympy.expand(number_of(r, node, tuple(idx)) - (other * length + h)) != 0 or r.ranges[other] != r.ranges.get(
+            t, 1
+        ):
             raise Refuse("the rows of an expert are no dispatched tokens", about)
         sources.add(node)
         places.append(_place(r, alt, outer, about))
@@ -89,7 +93,12 @@ def _place(r: RowReader, alt: Term, outer: Term, about: fx.Node) -> tuple[Expr, 
     for x in sums:
         added = sympy.expand(place - x + 1)
         name, at, expert = E.operands(x) if len(E.operands(x)) == 3 else (None, None, None)
-        if at == other and expert == ids and not any(E.mentions(y, other) for y in _but(added, ids)) and _counts(r, name, ids, other):
+        if (
+            at == other
+            and expert == ids
+            and not any(E.mentions(y, other) for y in _but(added, ids))
+            and _counts(r, name, ids, other)
+        ):
             return ids, x, added
     raise Refuse(NOT_ALONE, about)
 

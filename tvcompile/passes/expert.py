@@ -1,6 +1,6 @@
 """An expert: two projections and what is computed between them, read at one row.
 
-    y[row, d] = sum_f act(pre[row, ...]) * W2[e, f, d]        pre[row, c] = sum_h x[token, h] * W1[e, h, c] + b1[e, c]
+y[row, d] = sum_f act(pre[row, ...]) * W2[e, f, d]        pre[row, c] = sum_h x[token, h] * W1[e, h, c] + b1[e, c]
 """
 
 from __future__ import annotations
@@ -183,7 +183,9 @@ def biases_of(r: RowReader, units: list[Unit], layout: str, f: Expr, F: Expr, ab
     return tuple(found)
 
 
-def token_row(r: RowReader, node: fx.Node, idx: Index, at: int, over: Expr, length: Expr, t: Expr, fix: Fix, outer: Term):
+def token_row(
+    r: RowReader, node: fx.Node, idx: Index, at: int, over: Expr, length: Expr, t: Expr, fix: Fix, outer: Term
+):
     """(x, factors) where the row is x[t] times the factors, each a formula of the token and its expert."""
     leaf, where, used = leaf_of(r, node, idx, at)
     where = tuple(map(fix, where))

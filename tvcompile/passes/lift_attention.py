@@ -53,7 +53,9 @@ def lift_attention(graph: fx.Graph) -> tuple[list[Match], list[Refusal]]:
             matches.append(match)
             explained.update(match.region)
     for node in graph.nodes:
-        routes = any(r.name(user) in ("topk", "argmax", "max", "sort") for user in node.users if user.op == "call_function")
+        routes = any(
+            r.name(user) in ("topk", "argmax", "max", "sort") for user in node.users if user.op == "call_function"
+        )
         if node.op == "call_function" and r.name(node) in SOFTMAX and node not in explained and not routes:
             why = "its result is not the weights of a sum over a dot product's positions"
             refusals.setdefault(node, Refusal(str(node.target), why, where_of(node)))

@@ -52,7 +52,7 @@ def lift_moe(graph: fx.Graph) -> tuple[list[MoEMatch], list[Refusal]]:
             refusals.append(refusal)
         seen |= set(cone)
     for node in graph.nodes:
-        if node.op == "call_function" and r.name(node) in ADDS and node not in seen and _computed(r, node):
+        if node.op == "call_function" and node not in seen and _looks_routed(r, node) and _computed(r, node):
             why = "no mixture of experts: the rows that are added are not two projections with formulas in between"
             refusals.append(Refusal(str(node.target), why, where_of(node)))
             seen |= set(_askers_of(node))
@@ -60,6 +60,17 @@ def lift_moe(graph: fx.Graph) -> tuple[list[MoEMatch], list[Refusal]]:
 
 
 ADDS = ("index_add", "scatter_add", "index_put")
+
+
+def _looks_routed(r: RowReader, node: fx.Node) -> bool:
+    """Are rows added up by a tensor's numbers, or multiplied by a column that compares ids?"""
+    if r.name(node) != "mul":
+        return r.name(node) in ADDS
+    columns = [
+        x for x in node.all_input_nodes if isinstance(x.meta.get("val"), torch.Tensor) and x.meta["val"].dim() > 1
+    ]
+    columns = [x for x in columns if r.shape(x)[-1] == 1 != r.shape(node)[-1]]
+    return any(_says_which(r, x) for x in columns)
 
 
 def _askers_of(node: fx.Node) -> set[fx.Node]:
@@ -75,7 +86,7 @@ def _askers_of(node: fx.Node) -> set[fx.Node]:
 
 def _computed(r: RowReader, node: fx.Node) -> bool:
     """Are the rows that are added computed by a projection, not far away?"""
-    seen, queue = set(), list(node.all_input_nodes[1:])
+    seen, queue = set(), list(node.all_input_nodes)
     while queue and len(seen) < 60:
         n = queue.pop(0)
         if n not in seen and n.op == "call_function":
@@ -379,7 +390,9 @@ def check_whole(r: RowReader, columns: list[Column], base: fx.Node | None, ancho
             raise Refuse("results replace each other where a token has several experts", anchor)
 
 
-def build(r: RowReader, facts: Facts, anchor: fx.Node, token: Token, columns: list[Column], base: fx.Node | None) -> MoEMatch:
+def build(
+    r: RowReader, facts: Facts, anchor: fx.Node, token: Token, columns: list[Column], base: fx.Node | None
+) -> MoEMatch:
     stacks = [weights_of(r, c) for c in columns]
     if any(s != stacks[0] for s in stacks[1:]):
         raise Refuse("the choices of a token go through different experts", anchor)
@@ -423,7 +436,12 @@ def weights_of(r: RowReader, c: Column) -> tuple[tuple[Weights, ...], ...]:
     biases = [[e.down_bias] * bool(e.down_bias) for e in experts]
     if len({e.down_bias is None for e in experts}) > 1:
         raise Refuse("some experts have a bias, others have none", experts[0].node)
-    return each([e.ups for e in experts]), each([[e.down] for e in experts]), each([e.up_biases for e in experts]), each(biases)
+    return (
+        each([e.ups for e in experts]),
+        each([[e.down] for e in experts]),
+        each([e.up_biases for e in experts]),
+        each(biases),
+    )
 
 
 def check_region(r: RowReader, facts: Facts, anchor: fx.Node, products: list[fx.Node]) -> tuple[fx.Node, ...]:

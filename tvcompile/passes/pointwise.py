@@ -294,7 +294,9 @@ def _gelu(x, a):
     """x * Phi(x), or its approximation by tanh"""
     if a.get("approximate", "none") == "tanh":
         cube = E.apply("mul", E.apply("mul", x, x), x)
-        inner = E.apply("mul", E.apply("add", x, E.apply("mul", cube, E.number(0.044715))), E.number((2 / math.pi) ** 0.5))
+        inner = E.apply(
+            "mul", E.apply("add", x, E.apply("mul", cube, E.number(0.044715))), E.number((2 / math.pi) ** 0.5)
+        )
         phi = E.apply("add", E.apply("tanh", inner), E.number(1.0))
     else:
         phi = E.apply("add", E.apply("erf", E.apply("mul", x, E.number(0.5**0.5))), E.number(1.0))

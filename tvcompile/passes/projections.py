@@ -205,7 +205,15 @@ def in_range(r: RowReader, ids: Expr, experts: Expr) -> bool:
 
 def places(r: RowReader, node: fx.Node) -> Expr | None:
     """The size of the dim in which topk, max or argmax found places."""
-    while node.op == "call_function" and r.name(node) in ("to", "clone", "contiguous", "detach", "alias", "view", "reshape"):
+    while node.op == "call_function" and r.name(node) in (
+        "to",
+        "clone",
+        "contiguous",
+        "detach",
+        "alias",
+        "view",
+        "reshape",
+    ):
         node = node.args[0]
     if node.op != "call_function":
         return None

@@ -213,7 +213,9 @@ def operands_of(r: RowReader, node: fx.Node, idx: Index) -> tuple[list[tuple[fx.
             sizes = {c: n for term, shape in zip(names, shapes) for c, n in zip(term, shape) if n != 1}
             at = {c: r.fresh(sizes.get(c, sympy.Integer(1)), "k") for c in sizes}
             at |= dict(zip(out, idx))
-            found = [(t, r.broadcast(t, tuple(at.get(c, sympy.Integer(0)) for c in term))) for t, term in zip(tensors, names)]
+            found = [
+                (t, r.broadcast(t, tuple(at.get(c, sympy.Integer(0)) for c in term))) for t, term in zip(tensors, names)
+            ]
             return found, [at[c] for c in sizes if c not in out]
     inner = contraction(r, node, idx)
     if inner is None:
@@ -317,7 +319,7 @@ def _index_put(s: Sums, a, n, idx):
             raise Refuse("out[i] += y adds only one of the rows that meet at one token", n)
         values, places = new, ()
     before = s.of(base, idx, here)
-    if places and any(not t.product for t in before):
+    if places and any(not (t.product or t.links) for t in before):
         raise Refuse("results of experts replace what is not zero", n)
     return before + [t.under([row], links=links, whole=places) for t in s.of(values, (row, *rest), here)]
 
@@ -410,7 +412,11 @@ def _stack(s: Sums, a, n, idx):
     found = []
     for k, part in enumerate(a["tensors"]):
         guard = E.eq(idx[d], sympy.Integer(k))
-        found += [t.under(guards=[guard] if guard is not E.TRUE else []) for t in s.of(part, rest, here) if guard is not E.FALSE]
+        found += [
+            t.under(guards=[guard] if guard is not E.TRUE else [])
+            for t in s.of(part, rest, here)
+            if guard is not E.FALSE
+        ]
     return found
 
 
