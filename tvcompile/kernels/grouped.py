@@ -52,59 +52,59 @@ def expert(tensors, e, strides):
 
 @triton.jit
 def weights_at(
-    ptr, stride_k, stride_n, first, K: tl.constexpr, N: tl.constexpr,
+    ptr, strides, n, K: tl.constexpr, N: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, DESCRIPTORS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """How weight_tile reads columns [first, first + BLOCK_N) of W [K,N] at ptr; WIDE: columns lie next to each other."""
+    """How weight_tile reads columns n of W [K,N] at ptr; WIDE: columns lie next to each other."""
     if DESCRIPTORS:
         if WIDE:
-            at = tl.make_tensor_descriptor(ptr, [K, N], [stride_k, 1], [BLOCK_K, BLOCK_N])
+            at = tl.make_tensor_descriptor(ptr, [K, N], [strides[1], 1], [BLOCK_K, BLOCK_N])
         else:
-            at = tl.make_tensor_descriptor(ptr, [N, K], [stride_n, 1], [BLOCK_N, BLOCK_K])
+            at = tl.make_tensor_descriptor(ptr, [N, K], [strides[2], 1], [BLOCK_N, BLOCK_K])
     else:
-        n = first + tl.arange(0, BLOCK_N)
-        at = tl.arange(0, BLOCK_K)[:, None] * stride_k + n[None, :] * stride_n
+        at = tl.arange(0, BLOCK_K)[:, None] * strides[1] + n[None, :] * strides[2]
     return at
 
 
 @triton.jit
 def weight_tile(
-    ptr, at, k, first, K: tl.constexpr, N: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, DESCRIPTORS: tl.constexpr, WIDE: tl.constexpr,
+    ptr, at, k, first, there, K: tl.constexpr,
+    BLOCK_K: tl.constexpr, DESCRIPTORS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """W [k:k+BLOCK_K, first:first+BLOCK_N], zero outside; ptr: where row k of W lies."""
+    """Rows [k, k + BLOCK_K) of W in its columns from `first` on, zero outside.
+
+    ptr: where row k lies; there [BLOCK_N]: which columns are, None for all.
+    """
+    rows = (k + tl.arange(0, BLOCK_K))[:, None] < K
     if DESCRIPTORS:
         if WIDE:
             tile = at.load([k, first])
         else:
             tile = at.load([first, k]).T
+    elif K % BLOCK_K == 0 and there is None:
+        tile = tl.load(ptr + at)
+    elif K % BLOCK_K == 0:
+        tile = tl.load(ptr + at, mask=there[None, :], other=0.0)
+    elif there is None:
+        tile = tl.load(ptr + at, mask=rows, other=0.0)
     else:
-        rows = (k + tl.arange(0, BLOCK_K))[:, None] < K
-        columns = (first + tl.arange(0, BLOCK_N))[None, :] < N
-        if K % BLOCK_K == 0 and N % BLOCK_N == 0:
-            tile = tl.load(ptr + at)
-        elif K % BLOCK_K == 0:
-            tile = tl.load(ptr + at, mask=columns, other=0.0)
-        elif N % BLOCK_N == 0:
-            tile = tl.load(ptr + at, mask=rows, other=0.0)
-        else:
-            tile = tl.load(ptr + at, mask=rows & columns, other=0.0)
+        tile = tl.load(ptr + at, mask=rows & there[None, :], other=0.0)
     return tile
 
 
 @triton.jit
 def rows_times(
-    acc, other, a_ptr, a_at, w_ptr, v_ptr, stride_k, stride_n, first_row, first,
+    acc, other, a_ptr, a_at, w_ptr, v_ptr, strides, first_row, first, n, there,
     K: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
     DESCRIPTORS: tl.constexpr, WIDE: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
-    """(acc + A W, other + A V) for rows of A [.,K] and columns from `first` on; V only if there is `other`.
+    """(acc + A W, other + A V) for rows of A [.,K] and columns n, which begin at `first`; V only if there is `other`.
 
     a_at: offsets of the rows from a_ptr, or, DESCRIBED, the descriptor of A.
     """
-    w_at = weights_at(w_ptr, stride_k, stride_n, first, K, N, BLOCK_K, BLOCK_N, DESCRIPTORS, WIDE)
+    w_at = weights_at(w_ptr, strides, n, K, N, BLOCK_K, BLOCK_N, DESCRIPTORS, WIDE)
     if other is not None:
-        v_at = weights_at(v_ptr, stride_k, stride_n, first, K, N, BLOCK_K, BLOCK_N, DESCRIPTORS, WIDE)
+        v_at = weights_at(v_ptr, strides, n, K, N, BLOCK_K, BLOCK_N, DESCRIPTORS, WIDE)
     columns = tl.arange(0, BLOCK_K)[None, :]
     for k in tl.range(0, K, BLOCK_K):
         if DESCRIBED:
@@ -113,14 +113,14 @@ def rows_times(
             a = tl.load(a_ptr + (a_at + columns))
         else:
             a = tl.load(a_ptr + (a_at + columns), mask=k + columns < K, other=0.0)
-        w = weight_tile(w_ptr, w_at, k, first, K, N, BLOCK_K, BLOCK_N, DESCRIPTORS, WIDE)
+        w = weight_tile(w_ptr, w_at, k, first, there, K, BLOCK_K, DESCRIPTORS, WIDE)
         acc = tl.dot(a, w, acc, input_precision=PRECISION)
         if other is not None:
-            v = weight_tile(v_ptr, v_at, k, first, K, N, BLOCK_K, BLOCK_N, DESCRIPTORS, WIDE)
+            v = weight_tile(v_ptr, v_at, k, first, there, K, BLOCK_K, DESCRIPTORS, WIDE)
             other = tl.dot(a, v, other, input_precision=PRECISION)
-            v_ptr += BLOCK_K * stride_k
+            v_ptr += BLOCK_K * strides[1]
         a_ptr += BLOCK_K
-        w_ptr += BLOCK_K * stride_k
+        w_ptr += BLOCK_K * strides[1]
     return acc, other
 
 
@@ -134,6 +134,12 @@ def halves(x):
 def braid(even, odd):
     """The inverse of halves."""
     return tl.reshape(tl.join(even, odd), [even.shape[0], even.shape[1] * 2])
+
+
+@triton.jit
+def sides(x):
+    """(left, right) half of the columns"""
+    return tl.split(tl.permute(tl.reshape(x, [x.shape[0], 2, x.shape[1] // 2]), (0, 2, 1)))
 
 
 @triton.jit
@@ -159,9 +165,12 @@ def experts_up(
 ):  # fmt: skip
     PAIR: tl.constexpr = LAYOUT == "chunk" or LAYOUT == "separate"
     BRAIDED: tl.constexpr = LAYOUT == "interleave"
-    COLUMNS: tl.constexpr = BLOCK_N // 2 if PAIR else BLOCK_N  # of one sum
+    # g and u of one tensor are one tile where columns may come from anywhere: A is then read once for both.
+    FOLDED: tl.constexpr = LAYOUT == "chunk" and not DESCRIPTORS
+    BLOCK_F: tl.constexpr = BLOCK_N if LAYOUT == "plain" else BLOCK_N // 2
+    COLUMNS: tl.constexpr = BLOCK_F if PAIR else BLOCK_N
+    TILE: tl.constexpr = BLOCK_F if PAIR and not FOLDED else BLOCK_N
     N: tl.constexpr = 2 * F if BRAIDED else F
-    BLOCK_F: tl.constexpr = COLUMNS // 2 if BRAIDED else COLUMNS
     AT: tl.constexpr = F if LAYOUT == "chunk" else 0  # where u begins in its tensor
     WIDTH: tl.constexpr = F if LAYOUT == "plain" else 2 * F
     e, first_row, end, block = place(table_ptr, offsets_ptr, n_blocks, tl.cdiv(N, COLUMNS), E)
@@ -171,14 +180,26 @@ def experts_up(
         pairs = tl.load(order_ptr + tl.minimum(r, end - 1))
         a_at = (pairs // TOP).to(tl.int64)[:, None] * x_stride
         first = block * COLUMNS
+        j = tl.arange(0, TILE)
+        if not FOLDED:
+            f = first + j
+            n = f
+        elif WIDE:
+            f = first + j % BLOCK_F
+            n = j // BLOCK_F * F + f
+        else:
+            f = first + j // 2
+            n = j % 2 * F + f
         w_ptr = expert(ups[0], e, up_strides)
         v_ptr = expert(ups[len(ups) - 1], e, up_strides) + AT * up_strides[2]
-        acc = tl.zeros([BLOCK_M, COLUMNS], tl.float32)
-        other = tl.zeros([BLOCK_M, COLUMNS], tl.float32) if PAIR else None
+        acc = tl.zeros([BLOCK_M, TILE], tl.float32)
+        other = tl.zeros([BLOCK_M, TILE], tl.float32) if PAIR and not FOLDED else None
         acc, other = rows_times(
-            acc, other, x_ptr, a_at, w_ptr, v_ptr, up_strides[1], up_strides[2], first_row, first,
-            H, N, COLUMNS, BLOCK_K, PRECISION, DESCRIPTORS, WIDE, False,
+            acc, other, x_ptr, a_at, w_ptr, v_ptr, up_strides, first_row, first, n, None if N % COLUMNS == 0 else f < N,
+            H, N, TILE, BLOCK_K, PRECISION, DESCRIPTORS, WIDE, False,
         )  # fmt: skip
+        if FOLDED:
+            acc, other = sides(acc) if WIDE else halves(acc)
         if weights_ptr is not None:
             w = tl.load(weights_ptr + pairs).to(tl.float32)[:, None]
             acc = acc * w
@@ -223,6 +244,8 @@ def experts_rows(
         last = tl.minimum(r, end - 1)
         pairs = tl.load(order_ptr + last)
         first = block * BLOCK_N
+        columns = first + tl.arange(0, BLOCK_N)
+        there = None if N % BLOCK_N == 0 else columns < N
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for s in tl.static_range(SETS):
             if DESCRIBED:
@@ -231,10 +254,9 @@ def experts_rows(
                 a_at = last.to(tl.int64)[:, None] * (SETS * K) + s * K
             w_ptr = expert(ws[s], e, w_strides)
             acc, _ = rows_times(
-                acc, None, a_ptr, a_at, w_ptr, w_ptr, w_strides[1], w_strides[2], first_row, first,
+                acc, None, a_ptr, a_at, w_ptr, w_ptr, w_strides, first_row, first, columns, there,
                 K, N, BLOCK_N, BLOCK_K, PRECISION, DESCRIPTORS, WIDE, DESCRIBED,
             )  # fmt: skip
-        columns = first + tl.arange(0, BLOCK_N)
         if biases is not None:
             acc += bias_row(expert(biases[0], e, bias_strides), bias_strides[1], columns, N)
         if dots_ptr is not None:

@@ -27,7 +27,7 @@ def experts_dact(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
     DESCRIPTORS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Writes dpre [T*K,P*F] and w act [T*K,F] by row; dots [T*K,blocks of columns] by pair: parts of <g down^T, act>."""
+    """down_strides: of its transpose. Writes dpre [T*K,P*F] and w act [T*K,F] by row; dots [T*K,blocks of columns] by pair: parts of <g down^T, act>."""
     BLOCKS: tl.constexpr = tl.cdiv(F, BLOCK_N)
     WIDTH: tl.constexpr = F if LAYOUT == "plain" else 2 * F
     e, first_row, end, block = place(table_ptr, offsets_ptr, n_blocks, BLOCKS, E)
@@ -39,12 +39,12 @@ def experts_dact(
         g_at = (pairs // TOP).to(tl.int64)[:, None] * g_stride
         w_ptr = expert(downs[0], e, down_strides)
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        # down^T: its rows are the columns of down.
+        columns = block * BLOCK_N + tl.arange(0, BLOCK_N)
         acc, _ = rows_times(
-            acc, None, g_ptr, g_at, w_ptr, w_ptr, down_strides[2], down_strides[1], first_row, block * BLOCK_N,
+            acc, None, g_ptr, g_at, w_ptr, w_ptr, down_strides, first_row, block * BLOCK_N, columns,
+            None if F % BLOCK_N == 0 else columns < F,
             H_out, F, BLOCK_N, BLOCK_K, PRECISION, DESCRIPTORS, WIDE, False,
         )  # fmt: skip
-        columns = block * BLOCK_N + tl.arange(0, BLOCK_N)
         rows, there = r.to(tl.int64), (columns < F)[None, :]
         h_ptr = hidden_ptr + (last.to(tl.int64) * WIDTH)[:, None]
         if LAYOUT == "interleave":

@@ -274,11 +274,12 @@ def dact(run: Run, g: Tensor, hidden: Tensor, dpre: Tensor | None, act: Tensor |
     _, F, H_out = p.features
     slope_g, slope_u = (mint_unit(derivative(p.spec.act, x)) for x in (E.GATE, E.UP))
     downs = alike(p.down)
+    e, k, n = strides(p, downs)
     run.launch_rows(
         experts_dact, c, cdiv(F, c.BLOCK_N),
         lambda order, offsets, table, programs: (
             g, order, offsets, table, run.weight_if("output"), sets(p, downs), hidden, dpre, act, dots,
-            g.stride(0), strides(p, downs), programs,
+            g.stride(0), (e, n, k), programs,
         ),
         {
             "ACT": mint_unit(p.spec.act), "SLOPE_G": slope_g, "SLOPE_U": slope_u, "LAYOUT": p.spec.layout,
