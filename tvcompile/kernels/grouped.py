@@ -51,18 +51,28 @@ def expert(tensors, e, strides):
 
 
 @triton.jit
+def distance(first, second, ALIGNED: tl.constexpr):
+    """How many elements one tensor lies behind another; ALIGNED: both at a multiple of 16 bytes."""
+    SIZE: tl.constexpr = first.dtype.element_ty.primitive_bitwidth // 8
+    n = (second.to(tl.int64) - first.to(tl.int64)) // SIZE
+    if ALIGNED:
+        n = tl.multiple_of(n, 16 // SIZE)
+    return n
+
+
+@triton.jit
 def weights_at(
-    ptr, strides, n, K: tl.constexpr, N: tl.constexpr,
+    ptr, strides, columns_at, K: tl.constexpr, N: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, DESCRIPTORS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """How weight_tile reads columns n of W [K,N] at ptr; WIDE: columns lie next to each other."""
+    """How weight_tile reads W [K,N] at ptr in columns of these offsets; WIDE: they lie next to each other."""
     if DESCRIPTORS:
         if WIDE:
             at = tl.make_tensor_descriptor(ptr, [K, N], [strides[1], 1], [BLOCK_K, BLOCK_N])
         else:
             at = tl.make_tensor_descriptor(ptr, [N, K], [strides[2], 1], [BLOCK_N, BLOCK_K])
     else:
-        at = tl.arange(0, BLOCK_K)[:, None] * strides[1] + n[None, :] * strides[2]
+        at = tl.arange(0, BLOCK_K)[:, None] * strides[1] + columns_at[None, :]
     return at
 
 
@@ -94,17 +104,18 @@ def weight_tile(
 
 @triton.jit
 def rows_times(
-    acc, other, a_ptr, a_at, w_ptr, v_ptr, strides, first_row, first, n, there,
+    acc, other, a_ptr, a_at, w_ptr, v_ptr, strides, first_row, first, columns_at, there,
     K: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
     DESCRIPTORS: tl.constexpr, WIDE: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
-    """(acc + A W, other + A V) for rows of A [.,K] and columns n, which begin at `first`; V only if there is `other`.
+    """(acc + A W, other + A V) for rows of A [.,K] and columns from `first` on; V only if there is `other`.
 
+    columns_at: offsets of the columns [BLOCK_N]; there: which of them are, None for all
     a_at: offsets of the rows from a_ptr, or, DESCRIBED, the descriptor of A.
     """
-    w_at = weights_at(w_ptr, strides, n, K, N, BLOCK_K, BLOCK_N, DESCRIPTORS, WIDE)
+    w_at = weights_at(w_ptr, strides, columns_at, K, N, BLOCK_K, BLOCK_N, DESCRIPTORS, WIDE)
     if other is not None:
-        v_at = weights_at(v_ptr, strides, n, K, N, BLOCK_K, BLOCK_N, DESCRIPTORS, WIDE)
+        v_at = weights_at(v_ptr, strides, columns_at, K, N, BLOCK_K, BLOCK_N, DESCRIPTORS, WIDE)
     columns = tl.arange(0, BLOCK_K)[None, :]
     for k in tl.range(0, K, BLOCK_K):
         if DESCRIBED:
@@ -161,12 +172,12 @@ def experts_up(
     x_stride, up_strides, bias_strides, n_blocks,
     ACT: tl.constexpr, LAYOUT: tl.constexpr, TOP: tl.constexpr, E: tl.constexpr, H: tl.constexpr, F: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, WIDE: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, WIDE: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     PAIR: tl.constexpr = LAYOUT == "chunk" or LAYOUT == "separate"
     BRAIDED: tl.constexpr = LAYOUT == "interleave"
-    # g and u of one tensor are one tile where columns may come from anywhere: A is then read once for both.
-    FOLDED: tl.constexpr = LAYOUT == "chunk" and not DESCRIPTORS
+    # Without descriptors a column may come from anywhere: g and u are one tile, for which A is read once.
+    FOLDED: tl.constexpr = PAIR and not DESCRIPTORS
     BLOCK_F: tl.constexpr = BLOCK_N if LAYOUT == "plain" else BLOCK_N // 2
     COLUMNS: tl.constexpr = BLOCK_F if PAIR else BLOCK_N
     TILE: tl.constexpr = BLOCK_F if PAIR and not FOLDED else BLOCK_N
@@ -180,23 +191,25 @@ def experts_up(
         pairs = tl.load(order_ptr + tl.minimum(r, end - 1))
         a_at = (pairs // TOP).to(tl.int64)[:, None] * x_stride
         first = block * COLUMNS
-        j = tl.arange(0, TILE)
-        if not FOLDED:
-            f = first + j
-            n = f
-        elif WIDE:
-            f = first + j % BLOCK_F
-            n = j // BLOCK_F * F + f
-        else:
-            f = first + j // 2
-            n = j % 2 * F + f
         w_ptr = expert(ups[0], e, up_strides)
         v_ptr = expert(ups[len(ups) - 1], e, up_strides) + AT * up_strides[2]
+        j = tl.arange(0, TILE)
+        if not FOLDED:
+            n = first + j
+            columns_at = n * up_strides[2]
+        else:
+            gap = AT * up_strides[2] if LAYOUT == "chunk" else distance(w_ptr, v_ptr, ALIGNED)
+            if WIDE:
+                n = first + j % BLOCK_F
+                columns_at = j // BLOCK_F * gap + n * up_strides[2]
+            else:
+                n = first + j // 2
+                columns_at = j % 2 * gap + n * up_strides[2]
         acc = tl.zeros([BLOCK_M, TILE], tl.float32)
         other = tl.zeros([BLOCK_M, TILE], tl.float32) if PAIR and not FOLDED else None
         acc, other = rows_times(
-            acc, other, x_ptr, a_at, w_ptr, v_ptr, up_strides, first_row, first, n, None if N % COLUMNS == 0 else f < N,
-            H, N, TILE, BLOCK_K, PRECISION, DESCRIPTORS, WIDE, False,
+            acc, other, x_ptr, a_at, w_ptr, v_ptr, up_strides, first_row, first, columns_at,
+            None if N % COLUMNS == 0 else n < N, H, N, TILE, BLOCK_K, PRECISION, DESCRIPTORS, WIDE, False,
         )  # fmt: skip
         if FOLDED:
             acc, other = sides(acc) if WIDE else halves(acc)
@@ -254,7 +267,7 @@ def experts_rows(
                 a_at = last.to(tl.int64)[:, None] * (SETS * K) + s * K
             w_ptr = expert(ws[s], e, w_strides)
             acc, _ = rows_times(
-                acc, None, a_ptr, a_at, w_ptr, w_ptr, w_strides, first_row, first, columns, there,
+                acc, None, a_ptr, a_at, w_ptr, w_ptr, w_strides, first_row, first, columns * w_strides[2], there,
                 K, N, BLOCK_N, BLOCK_K, PRECISION, DESCRIPTORS, WIDE, DESCRIBED,
             )  # fmt: skip
         if biases is not None:

@@ -41,7 +41,7 @@ def experts_dact(
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         columns = block * BLOCK_N + tl.arange(0, BLOCK_N)
         acc, _ = rows_times(
-            acc, None, g_ptr, g_at, w_ptr, w_ptr, down_strides, first_row, block * BLOCK_N, columns,
+            acc, None, g_ptr, g_at, w_ptr, w_ptr, down_strides, first_row, block * BLOCK_N, columns * down_strides[2],
             None if F % BLOCK_N == 0 else columns < F,
             H_out, F, BLOCK_N, BLOCK_K, PRECISION, DESCRIPTORS, WIDE, False,
         )  # fmt: skip

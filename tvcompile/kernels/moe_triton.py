@@ -137,13 +137,16 @@ def rows_next(x: Tensor) -> Tensor:
 
 def reading(c: Config, tensors: Sequence[Tensor], transposed: bool = False, offset: int = 0) -> dict[str, bool]:
     """How weights are read: whether columns lie next to each other, and whether by descriptors."""
-    t, n = tensors[0], len(tensors[0].stride())
-    k, columns = (n - 1, n - 2) if transposed else (n - 2, n - 1)
-    wide = t.stride(columns) == 1 or t.stride(k) != 1
-    along = columns if wide else k
-    steps = [s for x in tensors for d, s in enumerate((*x.stride(), x.storage_offset())) if d != along]
-    aligned = all(isinstance(s, int) and s * t.element_size() % 16 == 0 for s in (*steps, offset))
-    return {"WIDE": wide, "DESCRIPTORS": c.descriptors and t.stride(along) == 1 and aligned}
+    t = tensors[0]
+    n = -2 if transposed else -1
+    wide = t.stride(n) == 1
+    return {"WIDE": wide, "DESCRIPTORS": c.descriptors and aligned(tensors, offset) and 1 in t.stride()[-2:]}
+
+
+def aligned(tensors: Sequence[Tensor], *offsets: int) -> bool:
+    """Whether every row or column of the tensors, and each offset, begins at a multiple of 16 bytes."""
+    steps = [s for t in tensors for s in (t.storage_offset(), *t.stride()) if not isinstance(s, int) or s != 1]
+    return all(isinstance(s, int) and s * tensors[0].element_size() % 16 == 0 for s in (*steps, *offsets))
 
 
 def none(n: Any) -> bool:
@@ -176,6 +179,7 @@ def up(run: Run, act: Tensor | None, hidden: Tensor | None) -> None:
     x, ups, biases = rows_next(p.x), alike(p.up), alike(p.up_bias)
     pair = p.spec.layout in ("chunk", "separate")
     u_at = F * ups[0].stride(-1) if p.spec.layout == "chunk" else 0
+    how = reading(c, ups, offset=u_at)
     columns = cdiv(F, c.BLOCK_N // p.spec.parts) if pair else cdiv(p.spec.parts * F, c.BLOCK_N)
     run.launch_rows(
         experts_up, c, columns,
@@ -183,7 +187,7 @@ def up(run: Run, act: Tensor | None, hidden: Tensor | None) -> None:
             x, order, offsets, table, run.weight_if("input"), sets(p, ups), sets(p, biases), act, hidden,
             x.stride(0), strides(p, ups), strides(p, biases), programs,
         ),
-        {"ACT": mint_unit(p.spec.act), "LAYOUT": p.spec.layout, "H": H, "F": F, **reading(c, ups, offset=u_at)},
+        {"ACT": mint_unit(p.spec.act), "LAYOUT": p.spec.layout, "H": H, "F": F, **how, "ALIGNED": aligned(ups)},
     )  # fmt: skip
 
 
