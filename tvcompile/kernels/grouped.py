@@ -63,11 +63,16 @@ def distance(first, second, ALIGNED: tl.constexpr):
 @triton.jit
 def weights_at(
     ptr, strides, columns_at, K: tl.constexpr, N: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, DESCRIPTORS: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, DESCRIPTORS: tl.constexpr, WIDE: tl.constexpr, TWO: tl.constexpr,
 ):  # fmt: skip
-    """How weight_tile reads W [K,N] at ptr in columns of these offsets; WIDE: they lie next to each other."""
+    """How weight_tile reads W [K,N] at ptr in columns of these offsets; WIDE: they lie next to each other.
+
+    TWO: by a descriptor of both halves [2,N,K], whose parts are one tile. (Of [K,2,N] it would go through registers.)
+    """
     if DESCRIPTORS:
-        if WIDE:
+        if TWO:
+            at = tl.make_tensor_descriptor(ptr, [2, N, K], [N * strides[2], strides[2], 1], [2, BLOCK_N // 2, BLOCK_K])
+        elif WIDE:
             at = tl.make_tensor_descriptor(ptr, [K, N], [strides[1], 1], [BLOCK_K, BLOCK_N])
         else:
             at = tl.make_tensor_descriptor(ptr, [N, K], [strides[2], 1], [BLOCK_N, BLOCK_K])
@@ -79,7 +84,7 @@ def weights_at(
 @triton.jit
 def weight_tile(
     ptr, at, k, first, there, K: tl.constexpr,
-    BLOCK_K: tl.constexpr, DESCRIPTORS: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DESCRIPTORS: tl.constexpr, WIDE: tl.constexpr, TWO: tl.constexpr,
 ):  # fmt: skip
     """Rows [k, k + BLOCK_K) of W in its columns from `first` on, zero outside.
 
@@ -87,7 +92,9 @@ def weight_tile(
     """
     rows = (k + tl.arange(0, BLOCK_K))[:, None] < K
     if DESCRIPTORS:
-        if WIDE:
+        if TWO:
+            tile = tl.reshape(at.load([0, first, k]), [BLOCK_N, BLOCK_K]).T
+        elif WIDE:
             tile = at.load([k, first])
         else:
             tile = at.load([first, k]).T
@@ -106,16 +113,16 @@ def weight_tile(
 def rows_times(
     acc, other, a_ptr, a_at, w_ptr, v_ptr, strides, first_row, first, columns_at, there,
     K: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, WIDE: tl.constexpr, DESCRIBED: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, WIDE: tl.constexpr, DESCRIBED: tl.constexpr, TWO: tl.constexpr = False,
 ):  # fmt: skip
     """(acc + A W, other + A V) for rows of A [.,K] and columns from `first` on; V only if there is `other`.
 
     columns_at: offsets of the columns [BLOCK_N]; there: which of them are, None for all
     a_at: offsets of the rows from a_ptr, or, DESCRIBED, the descriptor of A.
     """
-    w_at = weights_at(w_ptr, strides, columns_at, K, N, BLOCK_K, BLOCK_N, DESCRIPTORS, WIDE)
+    w_at = weights_at(w_ptr, strides, columns_at, K, N, BLOCK_K, BLOCK_N, DESCRIPTORS, WIDE, TWO)
     if other is not None:
-        v_at = weights_at(v_ptr, strides, columns_at, K, N, BLOCK_K, BLOCK_N, DESCRIPTORS, WIDE)
+        v_at = weights_at(v_ptr, strides, columns_at, K, N, BLOCK_K, BLOCK_N, DESCRIPTORS, WIDE, TWO)
     columns = tl.arange(0, BLOCK_K)[None, :]
     for k in tl.range(0, K, BLOCK_K):
         if DESCRIBED:
@@ -124,10 +131,10 @@ def rows_times(
             a = tl.load(a_ptr + (a_at + columns))
         else:
             a = tl.load(a_ptr + (a_at + columns), mask=k + columns < K, other=0.0)
-        w = weight_tile(w_ptr, w_at, k, first, there, K, BLOCK_K, DESCRIPTORS, WIDE)
+        w = weight_tile(w_ptr, w_at, k, first, there, K, BLOCK_N, BLOCK_K, DESCRIPTORS, WIDE, TWO)
         acc = tl.dot(a, w, acc, input_precision=PRECISION)
         if other is not None:
-            v = weight_tile(v_ptr, v_at, k, first, there, K, BLOCK_K, DESCRIPTORS, WIDE)
+            v = weight_tile(v_ptr, v_at, k, first, there, K, BLOCK_N, BLOCK_K, DESCRIPTORS, WIDE, TWO)
             other = tl.dot(a, v, other, input_precision=PRECISION)
             v_ptr += BLOCK_K * strides[1]
         a_ptr += BLOCK_K
@@ -176,8 +183,8 @@ def experts_up(
 ):  # fmt: skip
     PAIR: tl.constexpr = LAYOUT == "chunk" or LAYOUT == "separate"
     BRAIDED: tl.constexpr = LAYOUT == "interleave"
-    # Without descriptors a column may come from anywhere: g and u are one tile, for which A is read once.
-    FOLDED: tl.constexpr = PAIR and not DESCRIPTORS
+    # g and u are one tile wherever one can be loaded: A is then read once for both.
+    FOLDED: tl.constexpr = PAIR and not DESCRIPTORS or LAYOUT == "chunk" and not WIDE
     BLOCK_F: tl.constexpr = BLOCK_N if LAYOUT == "plain" else BLOCK_N // 2
     COLUMNS: tl.constexpr = BLOCK_F if PAIR else BLOCK_N
     TILE: tl.constexpr = BLOCK_F if PAIR and not FOLDED else BLOCK_N
@@ -209,10 +216,10 @@ def experts_up(
         other = tl.zeros([BLOCK_M, TILE], tl.float32) if PAIR and not FOLDED else None
         acc, other = rows_times(
             acc, other, x_ptr, a_at, w_ptr, v_ptr, up_strides, first_row, first, columns_at,
-            None if N % COLUMNS == 0 else n < N, H, N, TILE, BLOCK_K, PRECISION, DESCRIPTORS, WIDE, False,
+            None if N % COLUMNS == 0 else n < N, H, N, TILE, BLOCK_K, PRECISION, DESCRIPTORS, WIDE, False, LAYOUT == "chunk" and not WIDE,
         )  # fmt: skip
         if FOLDED:
-            acc, other = sides(acc) if WIDE else halves(acc)
+            acc, other = sides(acc) if WIDE or DESCRIPTORS else halves(acc)
         if weights_ptr is not None:
             w = tl.load(weights_ptr + pairs).to(tl.float32)[:, None]
             acc = acc * w
