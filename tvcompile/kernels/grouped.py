@@ -262,7 +262,6 @@ def experts_rows(
         r = first_row + tl.arange(0, BLOCK_M)
         inside = r < end
         last = tl.minimum(r, end - 1)
-        pairs = tl.load(order_ptr + last)
         first = block * BLOCK_N
         columns = first + tl.arange(0, BLOCK_N)
         there = None if N % BLOCK_N == 0 else columns < N
@@ -277,6 +276,7 @@ def experts_rows(
                 acc, None, a_ptr, a_at, w_ptr, w_ptr, w_strides, first_row, first, columns * w_strides[2], there,
                 K, N, BLOCK_N, BLOCK_K, PRECISION, DESCRIPTORS, WIDE, DESCRIBED,
             )  # fmt: skip
+        pairs = tl.load(order_ptr + last)
         if biases is not None:
             acc += bias_row(expert(biases[0], e, bias_strides), bias_strides[1], columns, N)
         if dots_ptr is not None:

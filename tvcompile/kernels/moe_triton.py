@@ -258,13 +258,15 @@ def backward(
         dx = combine(run, y, p.x.dtype) if y is not None else dx
         dots = dots if found is None else found
     dw = dweights(run, dots, g) if dots is not None else p.weights.new_empty(0)
+    if wanted.projections or wanted.biases:
+        tokens, w = run.routing.order // run.top, run.weights[run.routing.order]
     if wanted.projections:
-        outer(run, rows_next(p.x), dpre, lists[0], True, run.weight_if("input"))
-        outer(run, act, g, lists[1], False, None)
+        outer(run, rows_next(p.x), dpre, lists[0], (tokens, None), w if by_input else None)
+        outer(run, act, g, lists[1], (None, tokens), None)
     if wanted.biases and p.up_bias:
-        total(run, dpre, lists[2], False, None)
+        total(run, dpre, lists[2], None, None)
     if wanted.biases and p.down_bias:
-        total(run, g, lists[3], True, run.weight_if("output"))
+        total(run, g, lists[3], tokens, None if by_input else w)
     return ExpertGradients(dx, dw, *lists)
 
 
@@ -306,28 +308,24 @@ def dweights(run: Run, dots: Tensor, g: Tensor) -> Tensor:
     return out
 
 
-def outer(run: Run, a: Tensor, b: Tensor, outs: Sequence[Tensor], gather_a: bool, weights: Tensor | None) -> None:
-    """outs[e] = sum of A[r]^T B[r] over an expert's rows; one of A and B is gathered by token, b has a part per set."""
+def outer(
+    run: Run, a: Tensor, b: Tensor, outs: Sequence[Tensor], of: tuple[Tensor | None, Tensor | None], w: Tensor | None
+) -> None:
+    """outs[e] = sum of w[r] A[r]^T B[r] over an expert's rows; `of`: their rows by token, if so; b has a part per set."""
     p, c = run.p, run.config("dw")
     M, N = int(outs[0].shape[-2]), int(outs[0].shape[-1])
     for i, tensors in enumerate(sets(p, outs) or ()):
         part = b.narrow(1, i * N, N)
         launch(
             experts_outer, (p.count * cdiv(M, c.BLOCK_M) * cdiv(N, c.BLOCK_N),),
-            (
-                a, part, tensors, run.routing.order, run.routing.offsets, weights,
-                a.stride(0), part.stride(0), strides(p, outs),
-            ),
-            {
-                "GATHER_A": gather_a, "GATHER_B": not gather_a, "TOP": run.top, "M": M, "N": N,
-                "PRECISION": run.precision, **blocks(c),
-            },
+            (a, part, tensors, *of, run.routing.offsets, w, a.stride(0), part.stride(0), strides(p, outs)),
+            {"M": M, "N": N, "PRECISION": run.precision, **blocks(c)},
             c.num_warps, c.num_stages,
         )  # fmt: skip
 
 
-def total(run: Run, a: Tensor, outs: Sequence[Tensor], gather: bool, weights: Tensor | None) -> None:
-    """outs[e] = sum of (weights) A[r] over an expert's rows; a has a part per set."""
+def total(run: Run, a: Tensor, outs: Sequence[Tensor], tokens: Tensor | None, w: Tensor | None) -> None:
+    """outs[e] = sum of w[r] A[r] over an expert's rows; a has a part per set."""
     p = run.p
     N = int(outs[0].shape[-1])
     for i, tensors in enumerate(sets(p, outs) or ()):
@@ -335,8 +333,8 @@ def total(run: Run, a: Tensor, outs: Sequence[Tensor], gather: bool, weights: Te
         BLOCK_N = min(128, triton.next_power_of_2(N))
         launch(
             experts_sum, (p.count * cdiv(N, BLOCK_N),),
-            (part, tensors, run.routing.order, run.routing.offsets, weights, part.stride(0), strides(p, outs)),
-            {"GATHER": gather, "TOP": run.top, "N": N, "BLOCK_N": BLOCK_N, "BLOCK_K": 32}, 4, 1,
+            (part, tensors, tokens, run.routing.offsets, w, part.stride(0), strides(p, outs)),
+            {"N": N, "BLOCK_N": BLOCK_N, "BLOCK_K": 32}, 4, 1,
         )  # fmt: skip
 
 
