@@ -22,17 +22,17 @@ GROUP = tl.constexpr(8)  # blocks of rows that go over the columns together, so 
 
 
 @triton.jit
-def place(table_ptr, offsets_ptr, n_blocks, COLUMNS: tl.constexpr, E: tl.constexpr):
-    """(expert, first row, where its rows end, block of columns) of a program; expert E: nothing to do."""
+def place(n_blocks, COLUMNS: tl.constexpr):
+    """(block of rows, block of columns) of a program.
+
+    What a block of rows is, the kernels load themselves: PyTorch takes what a function returns for a part of any tensor
+    that it was given, and so would see the table written.
+    """
     pid = tl.program_id(0)
     group = pid // (GROUP * COLUMNS) * GROUP
     size = tl.minimum(n_blocks - group, GROUP)
     within = pid % (GROUP * COLUMNS)
-    block = group + within % size
-    e = tl.load(table_ptr + block)
-    first = tl.load(table_ptr + n_blocks + block)
-    end = tl.load(offsets_ptr + tl.minimum(e + 1, E))
-    return e, first, end, within // size
+    return group + within % size, within // size
 
 
 @triton.jit
@@ -191,8 +191,10 @@ def experts_up(
     N: tl.constexpr = 2 * F if BRAIDED else F
     AT: tl.constexpr = F if LAYOUT == "chunk" else 0  # where u begins in its tensor
     WIDTH: tl.constexpr = F if LAYOUT == "plain" else 2 * F
-    e, first_row, end, block = place(table_ptr, offsets_ptr, n_blocks, tl.cdiv(N, COLUMNS), E)
+    row_block, block = place(n_blocks, tl.cdiv(N, COLUMNS))
+    e, first_row = tl.load(table_ptr + row_block), tl.load(table_ptr + n_blocks + row_block)
     if e < E:
+        end = tl.load(offsets_ptr + e + 1)
         r = first_row + tl.arange(0, BLOCK_M)
         inside = r < end
         pairs = tl.load(order_ptr + tl.minimum(r, end - 1))
@@ -257,8 +259,10 @@ def experts_rows(
     """
     BLOCKS: tl.constexpr = tl.cdiv(N, BLOCK_N)
     SETS: tl.constexpr = len(ws)
-    e, first_row, end, block = place(table_ptr, offsets_ptr, n_blocks, BLOCKS, E)
+    row_block, block = place(n_blocks, BLOCKS)
+    e, first_row = tl.load(table_ptr + row_block), tl.load(table_ptr + n_blocks + row_block)
     if e < E:
+        end = tl.load(offsets_ptr + e + 1)
         r = first_row + tl.arange(0, BLOCK_M)
         inside = r < end
         last = tl.minimum(r, end - 1)

@@ -68,8 +68,10 @@ def experts_dact(
 ):  # fmt: skip
     """down_strides: of its transpose. Writes dpre [T*K,P*F] and w act [T*K,F] by row; dots [T*K,blocks of columns] by pair: parts of <g down^T, act>."""
     BLOCKS: tl.constexpr = tl.cdiv(F, BLOCK_N)
-    e, first_row, end, block = place(table_ptr, offsets_ptr, n_blocks, BLOCKS, E)
+    row_block, block = place(n_blocks, BLOCKS)
+    e, first_row = tl.load(table_ptr + row_block), tl.load(table_ptr + n_blocks + row_block)
     if e < E:
+        end = tl.load(offsets_ptr + e + 1)
         r = first_row + tl.arange(0, BLOCK_M)
         inside = r < end
         last = tl.minimum(r, end - 1)
