@@ -79,6 +79,8 @@ def _power(n: int) -> int:
 
 def stages(arch: str, tiles: int, chained: bool) -> int:
     """num_stages for tiles of so many bytes; chained: the loop also loads which rows it takes, a stage before them."""
+    if arch.startswith("gfx"):
+        return 2
     spare = 0 if arch in ("sm90", "sm100") else 1  # before sm90 one of the tiles lies in registers
     held = min(4, (SHARED[arch] - 1) * 1024 // tiles + spare)
     return max(2, 2 * held - 1 if chained else held)
