@@ -1,4 +1,4 @@
-"""Compiles the launches of tv.attention for a GPU that is not here: what would run, not an imitation of it."""
+"""Compiles the launches of tv.attention and tv.moe for a GPU that is not here: what would run, not an imitation of it."""
 
 from __future__ import annotations
 
@@ -56,6 +56,46 @@ def launches(pass_: str, config: Any, dtype: torch.dtype, D: int, D_v: int, spec
             lse = empty(n["B"], n["H"], n["S_q"], dtype=torch.float32)
             flash.backward(p, Given(dout, dout, lse, lse), (), config, config)
             found = [x for x in found if x.kernel.__name__ == f"attention_{pass_}"]
+    return found
+
+
+SWIGLU = "act = g*sigmoid(g)*u; layout=chunk"
+
+
+def expert_launches(
+    config: Any, dtype: torch.dtype, spec: str = SWIGLU, backward: bool = False, transposed: bool = True, **sizes
+) -> dict[str, list[Launch]]:
+    """What tv.moe launches, by kernel; config: pass -> its Config; transposed: weights lie in memory as [E,N,K].
+
+    sizes: T K E H F H_out.
+    """
+    from tvcompile.kernels import moe_triton
+    from tvcompile.kernels.experts import Experts, Wanted
+    from tvcompile.moe_spec import MoESpec
+
+    n = {"T": 4096, "K": 6, "E": 64, "H": 2048, "F": 1408, "H_out": 2048} | sizes
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def weights(a: int, b: int) -> torch.Tensor:
+        return empty(n["E"], b, a).mT if transposed else empty(n["E"], a, b)
+
+    parsed = MoESpec.parse(spec)
+    two = parsed.layout == "separate"
+    ups = [weights(n["H"], n["F"])] * 2 if two else [weights(n["H"], parsed.parts * n["F"])]
+    ids, w = empty(n["T"], n["K"], dtype=torch.int64), empty(n["T"], n["K"], dtype=torch.float32)
+    p = Experts(parsed, empty(n["T"], n["H"]), ids, w, ups, [weights(n["F"], n["H_out"])], [], [])
+    found: dict[str, list[Launch]] = {}
+
+    def record(*a) -> None:
+        found.setdefault(a[0].__name__, []).append(Launch(*a))
+
+    with mock.patch.object(moe_triton, "launch", record):
+        _, hidden = moe_triton.forward(p, True, config)
+        if backward:
+            found.clear()
+            moe_triton.backward(p, empty(n["T"], n["H_out"]), hidden, Wanted(), config)
     return found
 
 

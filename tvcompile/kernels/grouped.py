@@ -22,17 +22,17 @@ GROUP = tl.constexpr(8)  # blocks of rows that go over the columns together, so 
 
 
 @triton.jit
-def place(table_ptr, offsets_ptr, n_blocks, COLUMNS: tl.constexpr, E: tl.constexpr):
-    """(expert, first row, where its rows end, block of columns) of a program; expert E: nothing to do."""
+def place(n_blocks, COLUMNS: tl.constexpr):
+    """(block of rows, block of columns) of a program.
+
+    What a block of rows is, the kernels load themselves: PyTorch takes what a function returns for a part of any tensor
+    that it was given, and so would see the table written.
+    """
     pid = tl.program_id(0)
     group = pid // (GROUP * COLUMNS) * GROUP
     size = tl.minimum(n_blocks - group, GROUP)
     within = pid % (GROUP * COLUMNS)
-    block = group + within % size
-    e = tl.load(table_ptr + block)
-    first = tl.load(table_ptr + n_blocks + block)
-    end = tl.load(offsets_ptr + tl.minimum(e + 1, E))
-    return e, first, end, within // size
+    return group + within % size, within // size
 
 
 @triton.jit
@@ -51,60 +51,78 @@ def expert(tensors, e, strides):
 
 
 @triton.jit
+def distance(first, second, ALIGNED: tl.constexpr):
+    """How many elements one tensor lies behind another; ALIGNED: both at a multiple of 16 bytes."""
+    SIZE: tl.constexpr = first.dtype.element_ty.primitive_bitwidth // 8
+    n = (second.to(tl.int64) - first.to(tl.int64)) // SIZE
+    if ALIGNED:
+        n = tl.multiple_of(n, 16 // SIZE)
+    return n
+
+
+@triton.jit
 def weights_at(
-    ptr, stride_k, stride_n, first, K: tl.constexpr, N: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, DESCRIPTORS: tl.constexpr, WIDE: tl.constexpr,
+    ptr, strides, columns_at, K: tl.constexpr, N: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, DESCRIPTORS: tl.constexpr, WIDE: tl.constexpr, TWO: tl.constexpr,
 ):  # fmt: skip
-    """How weight_tile reads columns [first, first + BLOCK_N) of W [K,N] at ptr; WIDE: columns lie next to each other."""
+    """How weight_tile reads W [K,N] at ptr in columns of these offsets; WIDE: they lie next to each other.
+
+    TWO: by a descriptor of both halves [2,N,K], whose parts are one tile. (Of [K,2,N] it would go through registers.)
+    """
     if DESCRIPTORS:
-        if WIDE:
-            at = tl.make_tensor_descriptor(ptr, [K, N], [stride_k, 1], [BLOCK_K, BLOCK_N])
+        if TWO:
+            at = tl.make_tensor_descriptor(ptr, [2, N, K], [N * strides[2], strides[2], 1], [2, BLOCK_N // 2, BLOCK_K])
+        elif WIDE:
+            at = tl.make_tensor_descriptor(ptr, [K, N], [strides[1], 1], [BLOCK_K, BLOCK_N])
         else:
-            at = tl.make_tensor_descriptor(ptr, [N, K], [stride_n, 1], [BLOCK_N, BLOCK_K])
+            at = tl.make_tensor_descriptor(ptr, [N, K], [strides[2], 1], [BLOCK_N, BLOCK_K])
     else:
-        n = first + tl.arange(0, BLOCK_N)
-        at = tl.arange(0, BLOCK_K)[:, None] * stride_k + n[None, :] * stride_n
+        at = tl.arange(0, BLOCK_K)[:, None] * strides[1] + columns_at[None, :]
     return at
 
 
 @triton.jit
 def weight_tile(
-    ptr, at, k, first, K: tl.constexpr, N: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, DESCRIPTORS: tl.constexpr, WIDE: tl.constexpr,
+    ptr, at, k, first, there, K: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DESCRIPTORS: tl.constexpr, WIDE: tl.constexpr, TWO: tl.constexpr,
 ):  # fmt: skip
-    """W [k:k+BLOCK_K, first:first+BLOCK_N], zero outside; ptr: where row k of W lies."""
+    """Rows [k, k + BLOCK_K) of W in its columns from `first` on, zero outside.
+
+    ptr: where row k lies; there [BLOCK_N]: which columns are, None for all.
+    """
+    rows = (k + tl.arange(0, BLOCK_K))[:, None] < K
     if DESCRIPTORS:
-        if WIDE:
+        if TWO:
+            tile = tl.reshape(at.load([0, first, k]), [BLOCK_N, BLOCK_K]).T
+        elif WIDE:
             tile = at.load([k, first])
         else:
             tile = at.load([first, k]).T
+    elif K % BLOCK_K == 0 and there is None:
+        tile = tl.load(ptr + at)
+    elif K % BLOCK_K == 0:
+        tile = tl.load(ptr + at, mask=there[None, :], other=0.0)
+    elif there is None:
+        tile = tl.load(ptr + at, mask=rows, other=0.0)
     else:
-        rows = (k + tl.arange(0, BLOCK_K))[:, None] < K
-        columns = (first + tl.arange(0, BLOCK_N))[None, :] < N
-        if K % BLOCK_K == 0 and N % BLOCK_N == 0:
-            tile = tl.load(ptr + at)
-        elif K % BLOCK_K == 0:
-            tile = tl.load(ptr + at, mask=columns, other=0.0)
-        elif N % BLOCK_N == 0:
-            tile = tl.load(ptr + at, mask=rows, other=0.0)
-        else:
-            tile = tl.load(ptr + at, mask=rows & columns, other=0.0)
+        tile = tl.load(ptr + at, mask=rows & there[None, :], other=0.0)
     return tile
 
 
 @triton.jit
 def rows_times(
-    acc, other, a_ptr, a_at, w_ptr, v_ptr, stride_k, stride_n, first_row, first,
+    acc, other, a_ptr, a_at, w_ptr, v_ptr, strides, first_row, first, columns_at, there,
     K: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, WIDE: tl.constexpr, DESCRIBED: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, WIDE: tl.constexpr, DESCRIBED: tl.constexpr, TWO: tl.constexpr = False,
 ):  # fmt: skip
     """(acc + A W, other + A V) for rows of A [.,K] and columns from `first` on; V only if there is `other`.
 
+    columns_at: offsets of the columns [BLOCK_N]; there: which of them are, None for all
     a_at: offsets of the rows from a_ptr, or, DESCRIBED, the descriptor of A.
     """
-    w_at = weights_at(w_ptr, stride_k, stride_n, first, K, N, BLOCK_K, BLOCK_N, DESCRIPTORS, WIDE)
+    w_at = weights_at(w_ptr, strides, columns_at, K, N, BLOCK_K, BLOCK_N, DESCRIPTORS, WIDE, TWO)
     if other is not None:
-        v_at = weights_at(v_ptr, stride_k, stride_n, first, K, N, BLOCK_K, BLOCK_N, DESCRIPTORS, WIDE)
+        v_at = weights_at(v_ptr, strides, columns_at, K, N, BLOCK_K, BLOCK_N, DESCRIPTORS, WIDE, TWO)
     columns = tl.arange(0, BLOCK_K)[None, :]
     for k in tl.range(0, K, BLOCK_K):
         if DESCRIBED:
@@ -113,14 +131,14 @@ def rows_times(
             a = tl.load(a_ptr + (a_at + columns))
         else:
             a = tl.load(a_ptr + (a_at + columns), mask=k + columns < K, other=0.0)
-        w = weight_tile(w_ptr, w_at, k, first, K, N, BLOCK_K, BLOCK_N, DESCRIPTORS, WIDE)
+        w = weight_tile(w_ptr, w_at, k, first, there, K, BLOCK_N, BLOCK_K, DESCRIPTORS, WIDE, TWO)
         acc = tl.dot(a, w, acc, input_precision=PRECISION)
         if other is not None:
-            v = weight_tile(v_ptr, v_at, k, first, K, N, BLOCK_K, BLOCK_N, DESCRIPTORS, WIDE)
+            v = weight_tile(v_ptr, v_at, k, first, there, K, BLOCK_N, BLOCK_K, DESCRIPTORS, WIDE, TWO)
             other = tl.dot(a, v, other, input_precision=PRECISION)
-            v_ptr += BLOCK_K * stride_k
+            v_ptr += BLOCK_K * strides[1]
         a_ptr += BLOCK_K
-        w_ptr += BLOCK_K * stride_k
+        w_ptr += BLOCK_K * strides[1]
     return acc, other
 
 
@@ -134,6 +152,12 @@ def halves(x):
 def braid(even, odd):
     """The inverse of halves."""
     return tl.reshape(tl.join(even, odd), [even.shape[0], even.shape[1] * 2])
+
+
+@triton.jit
+def sides(x):
+    """(left, right) half of the columns"""
+    return tl.split(tl.permute(tl.reshape(x, [x.shape[0], 2, x.shape[1] // 2]), (0, 2, 1)))
 
 
 @triton.jit
@@ -155,17 +179,22 @@ def experts_up(
     x_stride, up_strides, bias_strides, n_blocks,
     ACT: tl.constexpr, LAYOUT: tl.constexpr, TOP: tl.constexpr, E: tl.constexpr, H: tl.constexpr, F: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, WIDE: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, WIDE: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     PAIR: tl.constexpr = LAYOUT == "chunk" or LAYOUT == "separate"
     BRAIDED: tl.constexpr = LAYOUT == "interleave"
-    COLUMNS: tl.constexpr = BLOCK_N // 2 if PAIR else BLOCK_N  # of one sum
+    # g and u are one tile wherever one can be loaded: A is then read once for both.
+    FOLDED: tl.constexpr = PAIR and not DESCRIPTORS or LAYOUT == "chunk" and not WIDE
+    BLOCK_F: tl.constexpr = BLOCK_N if LAYOUT == "plain" else BLOCK_N // 2
+    COLUMNS: tl.constexpr = BLOCK_F if PAIR else BLOCK_N
+    TILE: tl.constexpr = BLOCK_F if PAIR and not FOLDED else BLOCK_N
     N: tl.constexpr = 2 * F if BRAIDED else F
-    BLOCK_F: tl.constexpr = COLUMNS // 2 if BRAIDED else COLUMNS
     AT: tl.constexpr = F if LAYOUT == "chunk" else 0  # where u begins in its tensor
     WIDTH: tl.constexpr = F if LAYOUT == "plain" else 2 * F
-    e, first_row, end, block = place(table_ptr, offsets_ptr, n_blocks, tl.cdiv(N, COLUMNS), E)
+    row_block, block = place(n_blocks, tl.cdiv(N, COLUMNS))
+    e, first_row = tl.load(table_ptr + row_block), tl.load(table_ptr + n_blocks + row_block)
     if e < E:
+        end = tl.load(offsets_ptr + e + 1)
         r = first_row + tl.arange(0, BLOCK_M)
         inside = r < end
         pairs = tl.load(order_ptr + tl.minimum(r, end - 1))
@@ -173,12 +202,26 @@ def experts_up(
         first = block * COLUMNS
         w_ptr = expert(ups[0], e, up_strides)
         v_ptr = expert(ups[len(ups) - 1], e, up_strides) + AT * up_strides[2]
-        acc = tl.zeros([BLOCK_M, COLUMNS], tl.float32)
-        other = tl.zeros([BLOCK_M, COLUMNS], tl.float32) if PAIR else None
+        j = tl.arange(0, TILE)
+        if not FOLDED:
+            n = first + j
+            columns_at = n * up_strides[2]
+        else:
+            gap = AT * up_strides[2] if LAYOUT == "chunk" else distance(w_ptr, v_ptr, ALIGNED)
+            if WIDE:
+                n = first + j % BLOCK_F
+                columns_at = j // BLOCK_F * gap + n * up_strides[2]
+            else:
+                n = first + j // 2
+                columns_at = j % 2 * gap + n * up_strides[2]
+        acc = tl.zeros([BLOCK_M, TILE], tl.float32)
+        other = tl.zeros([BLOCK_M, TILE], tl.float32) if PAIR and not FOLDED else None
         acc, other = rows_times(
-            acc, other, x_ptr, a_at, w_ptr, v_ptr, up_strides[1], up_strides[2], first_row, first,
-            H, N, COLUMNS, BLOCK_K, PRECISION, DESCRIPTORS, WIDE, False,
+            acc, other, x_ptr, a_at, w_ptr, v_ptr, up_strides, first_row, first, columns_at,
+            None if N % COLUMNS == 0 else n < N, H, N, TILE, BLOCK_K, PRECISION, DESCRIPTORS, WIDE, False, LAYOUT == "chunk" and not WIDE,
         )  # fmt: skip
+        if FOLDED:
+            acc, other = sides(acc) if WIDE or DESCRIPTORS else halves(acc)
         if weights_ptr is not None:
             w = tl.load(weights_ptr + pairs).to(tl.float32)[:, None]
             acc = acc * w
@@ -216,13 +259,16 @@ def experts_rows(
     """
     BLOCKS: tl.constexpr = tl.cdiv(N, BLOCK_N)
     SETS: tl.constexpr = len(ws)
-    e, first_row, end, block = place(table_ptr, offsets_ptr, n_blocks, BLOCKS, E)
+    row_block, block = place(n_blocks, BLOCKS)
+    e, first_row = tl.load(table_ptr + row_block), tl.load(table_ptr + n_blocks + row_block)
     if e < E:
+        end = tl.load(offsets_ptr + e + 1)
         r = first_row + tl.arange(0, BLOCK_M)
         inside = r < end
         last = tl.minimum(r, end - 1)
-        pairs = tl.load(order_ptr + last)
         first = block * BLOCK_N
+        columns = first + tl.arange(0, BLOCK_N)
+        there = None if N % BLOCK_N == 0 else columns < N
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for s in tl.static_range(SETS):
             if DESCRIBED:
@@ -231,10 +277,10 @@ def experts_rows(
                 a_at = last.to(tl.int64)[:, None] * (SETS * K) + s * K
             w_ptr = expert(ws[s], e, w_strides)
             acc, _ = rows_times(
-                acc, None, a_ptr, a_at, w_ptr, w_ptr, w_strides[1], w_strides[2], first_row, first,
+                acc, None, a_ptr, a_at, w_ptr, w_ptr, w_strides, first_row, first, columns * w_strides[2], there,
                 K, N, BLOCK_N, BLOCK_K, PRECISION, DESCRIPTORS, WIDE, DESCRIBED,
             )  # fmt: skip
-        columns = first + tl.arange(0, BLOCK_N)
+        pairs = tl.load(order_ptr + last)
         if biases is not None:
             acc += bias_row(expert(biases[0], e, bias_strides), bias_strides[1], columns, N)
         if dots_ptr is not None:

@@ -15,7 +15,46 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .grouped import braid, expert, halves, place, rows_times, store_tile
+from .grouped import braid, expert, halves, place, rows_times, sides, store_tile
+
+
+@triton.jit
+def _through_act(
+    dact, r, inside, last, pairs, first, weights_ptr, hidden_ptr, dpre_ptr, act_ptr,
+    ACT: tl.constexpr, SLOPE_G: tl.constexpr, SLOPE_U: tl.constexpr, LAYOUT: tl.constexpr, F: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Writes columns [first, first + BLOCK_N) of dpre and w act; returns what they add to <dact, act> [BLOCK_M]."""
+    WIDTH: tl.constexpr = F if LAYOUT == "plain" else 2 * F
+    columns, wide = first + tl.arange(0, BLOCK_N), 2 * first + tl.arange(0, 2 * BLOCK_N)
+    rows, there = r.to(tl.int64), (columns < F)[None, :]
+    h_ptr = hidden_ptr + (last.to(tl.int64) * WIDTH)[:, None]
+    if LAYOUT == "interleave":
+        g, u = halves(tl.load(h_ptr + wide[None, :], mask=(wide < WIDTH)[None, :], other=0.0).to(tl.float32))
+    elif LAYOUT == "plain":
+        u = tl.load(h_ptr + columns[None, :], mask=there, other=0.0).to(tl.float32)
+        g = u
+    else:
+        g = tl.load(h_ptr + columns[None, :], mask=there, other=0.0).to(tl.float32)
+        u = tl.load(h_ptr + F + columns[None, :], mask=there, other=0.0).to(tl.float32)
+    act = ACT(g, u)
+    dots = tl.sum(tl.where(there, dact * act, 0.0), 1)
+    if weights_ptr is not None:
+        w = tl.load(weights_ptr + pairs).to(tl.float32)[:, None]
+        dact *= w
+        act *= w
+    if act_ptr is not None:
+        store_tile(act_ptr, rows, F, columns, act, inside, F)
+    if dpre_ptr is not None:
+        du = dact * SLOPE_U(g, u)
+        if LAYOUT == "interleave":
+            store_tile(dpre_ptr, rows, WIDTH, wide, braid(dact * SLOPE_G(g, u), du), inside, WIDTH)
+        elif LAYOUT == "plain":
+            store_tile(dpre_ptr, rows, WIDTH, columns, du, inside, F)
+        else:
+            store_tile(dpre_ptr, rows, WIDTH, columns, dact * SLOPE_G(g, u), inside, F)
+            store_tile(dpre_ptr + F, rows, WIDTH, columns, du, inside, F)
+    return dots
 
 
 @triton.jit
@@ -27,11 +66,12 @@ def experts_dact(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
     DESCRIPTORS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Writes dpre [T*K,P*F] and w act [T*K,F] by row; dots [T*K,blocks of columns] by pair: parts of <g down^T, act>."""
+    """down_strides: of its transpose. Writes dpre [T*K,P*F] and w act [T*K,F] by row; dots [T*K,blocks of columns] by pair: parts of <g down^T, act>."""
     BLOCKS: tl.constexpr = tl.cdiv(F, BLOCK_N)
-    WIDTH: tl.constexpr = F if LAYOUT == "plain" else 2 * F
-    e, first_row, end, block = place(table_ptr, offsets_ptr, n_blocks, BLOCKS, E)
+    row_block, block = place(n_blocks, BLOCKS)
+    e, first_row = tl.load(table_ptr + row_block), tl.load(table_ptr + n_blocks + row_block)
     if e < E:
+        end = tl.load(offsets_ptr + e + 1)
         r = first_row + tl.arange(0, BLOCK_M)
         inside = r < end
         last = tl.minimum(r, end - 1)
@@ -39,77 +79,70 @@ def experts_dact(
         g_at = (pairs // TOP).to(tl.int64)[:, None] * g_stride
         w_ptr = expert(downs[0], e, down_strides)
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        # down^T: its rows are the columns of down.
+        first = block * BLOCK_N
+        columns = first + tl.arange(0, BLOCK_N)
         acc, _ = rows_times(
-            acc, None, g_ptr, g_at, w_ptr, w_ptr, down_strides[2], down_strides[1], first_row, block * BLOCK_N,
+            acc, None, g_ptr, g_at, w_ptr, w_ptr, down_strides, first_row, first, columns * down_strides[2],
+            None if F % BLOCK_N == 0 else columns < F,
             H_out, F, BLOCK_N, BLOCK_K, PRECISION, DESCRIPTORS, WIDE, False,
         )  # fmt: skip
-        columns = block * BLOCK_N + tl.arange(0, BLOCK_N)
-        rows, there = r.to(tl.int64), (columns < F)[None, :]
-        h_ptr = hidden_ptr + (last.to(tl.int64) * WIDTH)[:, None]
-        if LAYOUT == "interleave":
-            wide = block * BLOCK_N * 2 + tl.arange(0, 2 * BLOCK_N)
-            g, u = halves(tl.load(h_ptr + wide[None, :], mask=(wide < WIDTH)[None, :], other=0.0).to(tl.float32))
-        elif LAYOUT == "plain":
-            u = tl.load(h_ptr + columns[None, :], mask=there, other=0.0).to(tl.float32)
-            g = u
-        else:
-            g = tl.load(h_ptr + columns[None, :], mask=there, other=0.0).to(tl.float32)
-            u = tl.load(h_ptr + F + columns[None, :], mask=there, other=0.0).to(tl.float32)
-        act = ACT(g, u)
+        # A quarter at a time: of whole tiles of g, u, the slopes and the results there would be more than registers.
+        pairs = tl.load(order_ptr + last)
+        left, right = sides(acc)
+        dots = tl.zeros([BLOCK_M], tl.float32)
+        for i in tl.static_range(4):
+            quarter = sides(left if i < 2 else right)[i % 2]
+            dots += _through_act(
+                quarter, r, inside, last, pairs, first + i * (BLOCK_N // 4), weights_ptr, hidden_ptr, dpre_ptr, act_ptr,
+                ACT, SLOPE_G, SLOPE_U, LAYOUT, F, BLOCK_N // 4,
+            )  # fmt: skip
         if dots_ptr is not None:
-            dots = tl.sum(tl.where(there, acc * act, 0.0), 1)
             tl.store(dots_ptr + pairs.to(tl.int64) * BLOCKS + block, dots, mask=inside)
-        if weights_ptr is not None:
-            w = tl.load(weights_ptr + pairs).to(tl.float32)[:, None]
-            acc *= w
-            act *= w
-        if act_ptr is not None:
-            store_tile(act_ptr, rows, F, columns, act, inside, F)
-        if dpre_ptr is not None:
-            du = acc * SLOPE_U(g, u)
-            if LAYOUT == "interleave":
-                wide = block * BLOCK_N * 2 + tl.arange(0, 2 * BLOCK_N)
-                store_tile(dpre_ptr, rows, WIDTH, wide, braid(acc * SLOPE_G(g, u), du), inside, WIDTH)
-            elif LAYOUT == "plain":
-                store_tile(dpre_ptr, rows, WIDTH, columns, du, inside, F)
-            else:
-                store_tile(dpre_ptr, rows, WIDTH, columns, acc * SLOPE_G(g, u), inside, F)
-                store_tile(dpre_ptr + F, rows, WIDTH, columns, du, inside, F)
 
 
 @triton.jit
-def _row_tile(
-    ptr, stride, order_ptr, weights_ptr, start, end, columns,
-    GATHER: tl.constexpr, TOP: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, MASKED: tl.constexpr,
+def _rows(
+    ptr, stride, tokens_ptr, start, end, columns,
+    N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, MASKED: tl.constexpr, ACROSS: tl.constexpr,
 ):  # fmt: skip
-    """Rows [start, start + BLOCK_K) of an expert, [BLOCK_K,columns]: gathered by token, times the weight if there is one;
-    zero outside."""
-    r = start + tl.arange(0, BLOCK_K)
-    if GATHER or weights_ptr is not None:
-        pairs = tl.load(order_ptr + (tl.minimum(r, end - 1) if MASKED else r))
-    rows = pairs // TOP if GATHER else r
-    at = ptr + rows.to(tl.int64)[:, None] * stride + columns[None, :]
-    if MASKED and N % BLOCK_N != 0:
-        x = tl.load(at, mask=(r < end)[:, None] & (columns < N)[None, :], other=0.0)
+    """Rows [start, start + BLOCK_K) of A [.,N], or A[tokens] where tokens are given; zero outside.
+
+    [BLOCK_K,BLOCK_N], ACROSS [BLOCK_N,BLOCK_K]: a tile that is loaded as it is multiplied is copied asynchronously.
+    """
+    k = tl.arange(0, BLOCK_K)
+    inside = start + k < end
+    if tokens_ptr is None:
+        ptr += tl.cast(start, tl.int64) * stride
+        rows_at = k * stride
     elif MASKED:
-        x = tl.load(at, mask=(r < end)[:, None], other=0.0)
+        rows_at = tl.load(tokens_ptr + start + k, mask=inside, other=0).to(tl.int64) * stride
+    else:
+        rows_at = tl.load(tokens_ptr + start + k).to(tl.int64) * stride
+    if ACROSS:
+        at = ptr + (rows_at[None, :] + columns[:, None])
+        inside, there = inside[None, :], (columns < N)[:, None]
+    else:
+        at = ptr + (rows_at[:, None] + columns[None, :])
+        inside, there = inside[:, None], (columns < N)[None, :]
+    if MASKED:
+        x = tl.load(at, mask=inside & there, other=0.0)
     elif N % BLOCK_N != 0:
-        x = tl.load(at, mask=(columns < N)[None, :], other=0.0)
+        x = tl.load(at, mask=there, other=0.0)
     else:
         x = tl.load(at)
-    if weights_ptr is not None:
-        x = (x.to(tl.float32) * tl.load(weights_ptr + pairs).to(tl.float32)[:, None]).to(x.dtype)
     return x
 
 
 @triton.jit
 def experts_outer(
-    a_ptr, b_ptr, outs, order_ptr, offsets_ptr, weights_ptr, a_stride, b_stride, out_strides,
-    GATHER_A: tl.constexpr, GATHER_B: tl.constexpr, TOP: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    a_ptr, b_ptr, outs, a_tokens_ptr, b_tokens_ptr, offsets_ptr, w_ptr, a_stride, b_stride, out_strides,
+    M: tl.constexpr, N: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """outs[e] [M,N] = sum of A[r]^T B[r] over the rows of expert e; weights, where given, multiply A. 0 without any row."""
+    """outs[e] [M,N] = sum of w[r] A[r]^T B[r] over the rows of expert e; 0 without any.
+
+    tokens [T*K]: which row of A or B is row r, None: r itself; w [T*K] or None
+    """
     TILES: tl.constexpr = tl.cdiv(M, BLOCK_M)
     COLUMNS: tl.constexpr = tl.cdiv(N, BLOCK_N)
     e, within = tl.program_id(0) // (TILES * COLUMNS), tl.program_id(0) % (TILES * COLUMNS)
@@ -120,13 +153,12 @@ def experts_outer(
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for MASKED in tl.static_range(2):
         for start in tl.range(whole if MASKED else begin, end if MASKED else whole, BLOCK_K):
-            a = _row_tile(
-                a_ptr, a_stride, order_ptr, weights_ptr, start, end, i, GATHER_A, TOP, M, BLOCK_M, BLOCK_K, MASKED == 1
-            )  # fmt: skip
-            b = _row_tile(
-                b_ptr, b_stride, order_ptr, None, start, end, j, GATHER_B, TOP, N, BLOCK_N, BLOCK_K, MASKED == 1
-            )  # fmt: skip
-            acc = tl.dot(a.T, b, acc, input_precision=PRECISION)
+            a = _rows(a_ptr, a_stride, a_tokens_ptr, start, end, i, M, BLOCK_M, BLOCK_K, MASKED == 1, True)
+            b = _rows(b_ptr, b_stride, b_tokens_ptr, start, end, j, N, BLOCK_N, BLOCK_K, MASKED == 1, False)
+            if w_ptr is not None:
+                r = start + tl.arange(0, BLOCK_K)
+                a = (a.to(tl.float32) * tl.load(w_ptr + r, mask=r < end, other=0.0).to(tl.float32)[None, :]).to(b.dtype)
+            acc = tl.dot(a, b, acc, input_precision=PRECISION)
     out_ptr = expert(outs, e, out_strides)
     at = out_ptr + i[:, None] * out_strides[1] + j[None, :] * out_strides[2]
     tl.store(at, acc.to(out_ptr.dtype.element_ty), mask=(i < M)[:, None] & (j < N)[None, :])
@@ -134,22 +166,20 @@ def experts_outer(
 
 @triton.jit
 def experts_sum(
-    a_ptr, outs, order_ptr, offsets_ptr, weights_ptr, a_stride, out_strides,
-    GATHER: tl.constexpr, TOP: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    a_ptr, outs, tokens_ptr, offsets_ptr, w_ptr, a_stride, out_strides,
+    N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """outs[e] [N] = sum of A[r] over the rows of expert e, of weights[p] A[r] where weights are given."""
+    """outs[e] [N] = sum of w[r] A[r] over the rows of expert e; tokens and w as in experts_outer."""
     COLUMNS: tl.constexpr = tl.cdiv(N, BLOCK_N)
     e = tl.program_id(0) // COLUMNS
     j = tl.program_id(0) % COLUMNS * BLOCK_N + tl.arange(0, BLOCK_N)
     begin, end = tl.load(offsets_ptr + e), tl.load(offsets_ptr + e + 1)
     acc = tl.zeros([BLOCK_K, BLOCK_N], tl.float32)
     for start in tl.range(begin, end, BLOCK_K):
-        a = _row_tile(a_ptr, a_stride, order_ptr, None, start, end, j, GATHER, TOP, N, BLOCK_N, BLOCK_K, True).to(
-            tl.float32
-        )
-        if weights_ptr is not None:
-            pairs = tl.load(order_ptr + tl.minimum(start + tl.arange(0, BLOCK_K), end - 1))
-            a *= tl.load(weights_ptr + pairs).to(tl.float32)[:, None]
+        a = _rows(a_ptr, a_stride, tokens_ptr, start, end, j, N, BLOCK_N, BLOCK_K, True, False).to(tl.float32)
+        if w_ptr is not None:
+            r = start + tl.arange(0, BLOCK_K)
+            a *= tl.load(w_ptr + r, mask=r < end, other=0.0).to(tl.float32)[:, None]
         acc += a
     out_ptr = expert(outs, e, out_strides)
     tl.store(out_ptr + j * out_strides[1], tl.sum(acc, 0).to(out_ptr.dtype.element_ty), mask=j < N)

@@ -137,13 +137,16 @@ def rows_next(x: Tensor) -> Tensor:
 
 def reading(c: Config, tensors: Sequence[Tensor], transposed: bool = False, offset: int = 0) -> dict[str, bool]:
     """How weights are read: whether columns lie next to each other, and whether by descriptors."""
-    t, n = tensors[0], len(tensors[0].stride())
-    k, columns = (n - 1, n - 2) if transposed else (n - 2, n - 1)
-    wide = t.stride(columns) == 1 or t.stride(k) != 1
-    along = columns if wide else k
-    steps = [s for x in tensors for d, s in enumerate((*x.stride(), x.storage_offset())) if d != along]
-    aligned = all(isinstance(s, int) and s * t.element_size() % 16 == 0 for s in (*steps, offset))
-    return {"WIDE": wide, "DESCRIPTORS": c.descriptors and t.stride(along) == 1 and aligned}
+    t = tensors[0]
+    n = -2 if transposed else -1
+    wide = t.stride(n) == 1
+    return {"WIDE": wide, "DESCRIPTORS": c.descriptors and aligned(tensors, offset) and 1 in t.stride()[-2:]}
+
+
+def aligned(tensors: Sequence[Tensor], *offsets: int) -> bool:
+    """Whether every row or column of the tensors, and each offset, begins at a multiple of 16 bytes."""
+    steps = [s for t in tensors for s in (t.storage_offset(), *t.stride()) if not isinstance(s, int) or s != 1]
+    return all(isinstance(s, int) and s * tensors[0].element_size() % 16 == 0 for s in (*steps, *offsets))
 
 
 def none(n: Any) -> bool:
@@ -176,6 +179,7 @@ def up(run: Run, act: Tensor | None, hidden: Tensor | None) -> None:
     x, ups, biases = rows_next(p.x), alike(p.up), alike(p.up_bias)
     pair = p.spec.layout in ("chunk", "separate")
     u_at = F * ups[0].stride(-1) if p.spec.layout == "chunk" else 0
+    how = reading(c, ups, offset=u_at)
     columns = cdiv(F, c.BLOCK_N // p.spec.parts) if pair else cdiv(p.spec.parts * F, c.BLOCK_N)
     run.launch_rows(
         experts_up, c, columns,
@@ -183,7 +187,7 @@ def up(run: Run, act: Tensor | None, hidden: Tensor | None) -> None:
             x, order, offsets, table, run.weight_if("input"), sets(p, ups), sets(p, biases), act, hidden,
             x.stride(0), strides(p, ups), strides(p, biases), programs,
         ),
-        {"ACT": mint_unit(p.spec.act), "LAYOUT": p.spec.layout, "H": H, "F": F, **reading(c, ups, offset=u_at)},
+        {"ACT": mint_unit(p.spec.act), "LAYOUT": p.spec.layout, "H": H, "F": F, **how, "ALIGNED": aligned(ups)},
     )  # fmt: skip
 
 
@@ -254,13 +258,15 @@ def backward(
         dx = combine(run, y, p.x.dtype) if y is not None else dx
         dots = dots if found is None else found
     dw = dweights(run, dots, g) if dots is not None else p.weights.new_empty(0)
+    if wanted.projections or wanted.biases:
+        tokens, w = run.routing.order // run.top, run.weights[run.routing.order]
     if wanted.projections:
-        outer(run, rows_next(p.x), dpre, lists[0], True, run.weight_if("input"))
-        outer(run, act, g, lists[1], False, None)
+        outer(run, rows_next(p.x), dpre, lists[0], (tokens, None), w if by_input else None)
+        outer(run, act, g, lists[1], (None, tokens), None)
     if wanted.biases and p.up_bias:
-        total(run, dpre, lists[2], False, None)
+        total(run, dpre, lists[2], None, None)
     if wanted.biases and p.down_bias:
-        total(run, g, lists[3], True, run.weight_if("output"))
+        total(run, g, lists[3], tokens, None if by_input else w)
     return ExpertGradients(dx, dw, *lists)
 
 
@@ -274,11 +280,12 @@ def dact(run: Run, g: Tensor, hidden: Tensor, dpre: Tensor | None, act: Tensor |
     _, F, H_out = p.features
     slope_g, slope_u = (mint_unit(derivative(p.spec.act, x)) for x in (E.GATE, E.UP))
     downs = alike(p.down)
+    e, k, n = strides(p, downs)
     run.launch_rows(
         experts_dact, c, cdiv(F, c.BLOCK_N),
         lambda order, offsets, table, programs: (
             g, order, offsets, table, run.weight_if("output"), sets(p, downs), hidden, dpre, act, dots,
-            g.stride(0), strides(p, downs), programs,
+            g.stride(0), (e, n, k), programs,
         ),
         {
             "ACT": mint_unit(p.spec.act), "SLOPE_G": slope_g, "SLOPE_U": slope_u, "LAYOUT": p.spec.layout,
@@ -301,28 +308,24 @@ def dweights(run: Run, dots: Tensor, g: Tensor) -> Tensor:
     return out
 
 
-def outer(run: Run, a: Tensor, b: Tensor, outs: Sequence[Tensor], gather_a: bool, weights: Tensor | None) -> None:
-    """outs[e] = sum of A[r]^T B[r] over an expert's rows; one of A and B is gathered by token, b has a part per set."""
+def outer(
+    run: Run, a: Tensor, b: Tensor, outs: Sequence[Tensor], of: tuple[Tensor | None, Tensor | None], w: Tensor | None
+) -> None:
+    """outs[e] = sum of w[r] A[r]^T B[r] over an expert's rows; `of`: their rows by token, if so; b has a part per set."""
     p, c = run.p, run.config("dw")
     M, N = int(outs[0].shape[-2]), int(outs[0].shape[-1])
     for i, tensors in enumerate(sets(p, outs) or ()):
         part = b.narrow(1, i * N, N)
         launch(
             experts_outer, (p.count * cdiv(M, c.BLOCK_M) * cdiv(N, c.BLOCK_N),),
-            (
-                a, part, tensors, run.routing.order, run.routing.offsets, weights,
-                a.stride(0), part.stride(0), strides(p, outs),
-            ),
-            {
-                "GATHER_A": gather_a, "GATHER_B": not gather_a, "TOP": run.top, "M": M, "N": N,
-                "PRECISION": run.precision, **blocks(c),
-            },
+            (a, part, tensors, *of, run.routing.offsets, w, a.stride(0), part.stride(0), strides(p, outs)),
+            {"M": M, "N": N, "PRECISION": run.precision, **blocks(c)},
             c.num_warps, c.num_stages,
         )  # fmt: skip
 
 
-def total(run: Run, a: Tensor, outs: Sequence[Tensor], gather: bool, weights: Tensor | None) -> None:
-    """outs[e] = sum of (weights) A[r] over an expert's rows; a has a part per set."""
+def total(run: Run, a: Tensor, outs: Sequence[Tensor], tokens: Tensor | None, w: Tensor | None) -> None:
+    """outs[e] = sum of w[r] A[r] over an expert's rows; a has a part per set."""
     p = run.p
     N = int(outs[0].shape[-1])
     for i, tensors in enumerate(sets(p, outs) or ()):
@@ -330,8 +333,8 @@ def total(run: Run, a: Tensor, outs: Sequence[Tensor], gather: bool, weights: Te
         BLOCK_N = min(128, triton.next_power_of_2(N))
         launch(
             experts_sum, (p.count * cdiv(N, BLOCK_N),),
-            (part, tensors, run.routing.order, run.routing.offsets, weights, part.stride(0), strides(p, outs)),
-            {"GATHER": gather, "TOP": run.top, "N": N, "BLOCK_N": BLOCK_N, "BLOCK_K": 32}, 4, 1,
+            (part, tensors, tokens, run.routing.offsets, w, part.stride(0), strides(p, outs)),
+            {"N": N, "BLOCK_N": BLOCK_N, "BLOCK_K": 32}, 4, 1,
         )  # fmt: skip
 
 

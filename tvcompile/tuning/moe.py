@@ -57,13 +57,13 @@ def formula(arch: str, pass_: str, size: int, rows: int) -> Config:
     described = arch in ("sm90", "sm100")
     if size == 4:
         M, N, K, warps = min(row_block(rows), 64), 64, 32, 4
-    elif pass_ == "dw":
-        M, N, K, warps = 128, 128, 64, 8
-    elif (M := row_block(rows)) <= 32:
-        N, K, warps = 128, 128, 4
+    elif (M := 128 if pass_ == "dw" else row_block(rows)) == 128:
+        N, K, warps = 128 if pass_ == "dact" else 256, 64, 8
+    elif M == 64:
+        N, K, warps = 128, 64, 4
     else:
-        N, K, warps = 256 if M == 128 else 128, 64, 8 if M == 128 else 4
-    return Config(M, N, K, warps, stages(arch, (M + N) * K * size), described)
+        N, K, warps = 128, 128, 4
+    return Config(M, N, K, warps, stages(arch, (M + N) * K * size, pass_ == "dw"), described)
 
 
 def row_block(m: int) -> int:
@@ -77,7 +77,10 @@ def _power(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def stages(arch: str, tiles: int) -> int:
-    """How many tiles of so many bytes are in flight: before sm90 one of them lies in registers."""
-    held = 0 if arch in ("sm90", "sm100") else 1
-    return max(1 + held, min(4, (SHARED[arch] - 1) * 1024 // tiles + held))
+def stages(arch: str, tiles: int, chained: bool) -> int:
+    """num_stages for tiles of so many bytes; chained: the loop also loads which rows it takes, a stage before them."""
+    if arch.startswith("gfx"):
+        return 2
+    spare = 0 if arch in ("sm90", "sm100") else 1  # before sm90 one of the tiles lies in registers
+    held = min(4, (SHARED[arch] - 1) * 1024 // tiles + spare)
+    return max(2, 2 * held - 1 if chained else held)

@@ -1,0 +1,94 @@
+"""What tv.moe launches on GPUs that are not here, as JSON for tests/test_moe_cross_compile.py.
+
+    python -m tests.gpu_moe sm90 ...      the machine code of its kernels, for prefill and decode, one row each
+    python -m tests.gpu_moe graphs        what the graphs of AOTAutograd hold, by program
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests import fake_cuda
+from tests.gpu_program import lines
+from tools import machine_code
+from tools.cross_compile import Launch, compile_launch, expert_launches
+from tvcompile.kernels import moe  # noqa: F401  it registers the op
+from tvcompile.tuning.moe import Ask, choose
+
+K, E = 6, 64
+SILU = "act = g*sigmoid(g)*u; layout="
+
+
+def cases(arch: str) -> Iterator[tuple[str, Launch]]:
+    """Launches by name: a layer of 64 experts of 1408 features, 6 of them for each of 4096 tokens or of 64."""
+
+    def found(T: int, backward: bool, spec: str = SILU + "chunk", **how) -> dict[str, list[Launch]]:
+        return expert_launches(
+            lambda pass_: choose(Ask(arch, pass_, 2, T * K // E)), torch.bfloat16, spec, backward, T=T, **how
+        )
+
+    for T, backward, skipped in ((4096, False, ""), (4096, True, "experts_combine"), (64, False, "experts_combine")):
+        for name, made in found(T, backward).items():
+            title = f"{name} T={T}" + " backward" * backward
+            yield from ((title, launch) for launch in made if name != skipped)
+    # What reads the weights by other ways.
+    for layout in ("interleave", "separate") if arch in ("sm80", "sm90", "sm100") else ():
+        yield f"experts_up {layout}", found(4096, False, SILU + layout, transposed=False)["experts_up"][0]
+
+
+def measured(arch: str, name: str, launch: Launch) -> dict[str, Any]:
+    """Spills, shared memory, tensor-core instructions, and of the steady loop instructions per MFLOP."""
+    compiled = compile_launch(launch, arch)
+    row = {"arch": arch, "kernel": name, "product": "PRECISION" in launch.constants}
+    if arch.startswith("gfx"):
+        amd = machine_code.read_amd(compiled)
+        return row | {"spills": amd.spills, "shared": amd.shared, "mma": amd.mfma}
+    code = machine_code.read(compiled, arch)
+    text = compiled.asm["ptx"]
+    row |= {"spills": code.spills, "shared": code.shared, "loads": code.loads}
+    row["mma"] = sum(text.count(x) for x in ("mma.sync", "wgmma.mma", "tcgen05.mma"))
+    if code.steady is not None:
+        row["instr_per_mflop"] = code.steady.instr_per_mflop
+    return row
+
+
+def stacked(x: Tensor, ids: Tensor, w: Tensor, up: Tensor, down: Tensor, up_bias: Tensor, down_bias: Tensor) -> Tensor:
+    return torch.ops.tv.moe(x, ids, w, [up.mT], [down.mT], [up_bias], [down_bias], SILU + "chunk", True)[0]
+
+
+def listed(x: Tensor, ids: Tensor, w: Tensor, *weights: Tensor) -> Tensor:
+    ups, downs = list(weights[: 2 * len(weights) // 3]), list(weights[2 * len(weights) // 3 :])
+    return torch.ops.tv.moe(x, ids, w, ups, downs, [], [], SILU + "separate", True)[0]
+
+
+def graphs() -> dict[str, list[str]]:
+    T, H, F, n = 48, 64, 128, 4
+
+    def leaf(*shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.bfloat16, requires_grad=True)
+
+    first = leaf(T, H), torch.zeros(T, 2, dtype=torch.int64), leaf(T, 2)
+    whole = *first, leaf(n, 2 * F, H), leaf(n, H, F), leaf(n, 2 * F), leaf(n, H)
+    parts = *first, *(leaf(H, F) for _ in range(2 * n)), *(leaf(F, H) for _ in range(n))
+    shown = {
+        "stacked": lines(fake_cuda.capture(stacked, whole, train=True)),
+        "listed": lines(fake_cuda.capture(listed, parts, train=True)),
+        "dynamic": lines(fake_cuda.capture(stacked, whole, train=True, dynamic=True)),
+        "source": fake_cuda.inductor_source(stacked, whole).splitlines(),
+    }
+    return {name: [x for x in found if name == "source" or "experts_" in x] for name, found in shown.items()}
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["graphs"]:
+        print(json.dumps(graphs()))
+    for arch in sys.argv[1:]:
+        if arch != "graphs":
+            for name, launch in cases(arch):
+                print(json.dumps(measured(arch, name, launch)), flush=True)
