@@ -1,4 +1,4 @@
-"""A mixture of experts written plainly: eager and Inductor on a loop, transformers' forms compiled, tv, and dense GEMMs.
+"""A mixture of experts: a plain loop in eager and in Inductor, transformers' forms compiled, tv, and dense GEMMs.
 
     python -m benchmarks.moe [--tokens 1,8,64,512,2048] [--sizes E,K,H,F] [--json FILE] [--plot FILE]
 
@@ -77,7 +77,7 @@ class Job:
 
 
 class Block(nn.Module):
-    """router [E,H], gate_up [E,2F,H], down [E,H,F]: out = sum_k w_k down (silu(gate x) * up x), as a loop over experts."""
+    """out = sum_k w_k down (silu(gate x) * up x), as a loop over experts; router [E,H], gate_up [E,2F,H], down [E,H,F]."""
 
     def __init__(self, job: Job):
         super().__init__()

@@ -31,7 +31,7 @@ from .cpu import product_dtype
 from .experts import ExpertGradients, ExpertKernel, Experts, Routing, Wanted, activate
 
 BATCH = 1 << 21  # activations of the experts that are taken together, unless one has more
-CHUNK = 1 << 17  # activations per thread that are computed at a time: a few such tensors stay in cache
+CHUNK = 1 << 18  # activations per thread that are computed at a time: a few such tensors stay in cache
 
 
 def supports(need) -> str | None:
@@ -173,7 +173,7 @@ def backward(p: Experts, grad_out: Tensor, hidden: Tensor, wanted: Wanted) -> Ex
         d_rows = _through_up(p, batch, X, dpre, wanted, sums)
         if wanted.x:
             dX[batch.at] = d_rows
-        if wanted.weights and p.spec.weigh == "input":
+        if d_rows is not None and p.spec.weigh == "input":
             dw[batch.at] = (d_rows.to(dw.dtype) * p.x[batch.tokens]).sum(-1)
     if wanted.x:
         sums.x.copy_(gather_sum(p, routing, dX.to(dw.dtype), p.spec.weigh == "input"))
