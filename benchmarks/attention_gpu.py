@@ -38,7 +38,7 @@ BACKENDS = {
 }
 WARNED = {"flash": "flash", "cudnn": "cudnn", "efficient": "memory"}  # how SDPA's warnings begin
 TOKENS, WIDTH = 16384, 2048  # B S and H D of every size but decoding's
-ROUNDS, MOST_ROUNDS, SECONDS = 7, {"cpu": 7, "cuda": 30}, 1.0
+ROUNDS, MOST_ROUNDS, SECONDS = 7, 30, 1.0
 EMPTY = "rows that see nothing are zero, in the program a mean"
 LEAD = 2.0  # milliseconds that the GPU is kept busy while a call is launched
 
@@ -148,7 +148,7 @@ def race(steps: dict[str, Any], device: str) -> dict[str, tuple[float, float]]:
         step.timed(step.first())
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
     begin = time.perf_counter()
-    for n in range(MOST_ROUNDS[device]):
+    for n in range(MOST_ROUNDS):
         if n >= ROUNDS and time.perf_counter() - begin > SECONDS:
             break
         for name, step in steps.items():

@@ -1,4 +1,4 @@
-"""What benchmarks.attention measured: the table it prints, and a plot.
+"""What benchmarks.attention measured: the table it prints, and a plot; the bars of benchmarks.moe too.
 
 python -m benchmarks.plot attention.json ...      draws attention.png beside it
 """
@@ -26,6 +26,10 @@ COLORS = {
     "math": "#8c564b",
     "flex": "#9467bd",
     "by hand": "#ff7f0e",
+    "grouped_mm": "#1f77b4",
+    "batched_mm": "#17becf",
+    "tv op": "#ff9896",
+    "dense": "#2ca02c",
 }
 NAMES = {"fwd": "forward", "bwd": "backward", "fwd+bwd": "forward and backward"}
 FUSED = ("by hand", "flash", "cudnn", "efficient", "math", "flex")
@@ -107,6 +111,23 @@ def label(row: dict, separator: str = "\n") -> str:
 
 def draw(found: dict[str, Any], file: Path) -> None:
     """Bars of TFLOP/s, and of GB/s for decoding: a panel for each pass, a group of bars for each case and size."""
+    order = [*NAMES, "decode", *dict.fromkeys(r["case"] for r in found["rows"])]
+    at = lambda r: (order.index(panel(r)), r["D"], order.index(r["case"]), r["H"] // r["H_kv"], r["S_kv"])
+    panels = []
+    for name, group in itertools.groupby(sorted((r for r in found["rows"] if r.get("ms")), key=at), panel):
+        key, unit = ("gbs", "GB/s of K and V") if name == "decode" else ("tflops", "TFLOP/s of kept pairs")
+        groups = [(label({**r, "pass": ""}).strip(), r[key]) for r in group]
+        panels.append((NAMES.get(name, name), unit, groups))
+    bars(panels, found["ways"], about(found), file)
+
+
+def about(found: dict[str, Any]) -> str:
+    versions = ", ".join(f"{k} {found[k]}" for k in ("driver", "cuda", "torch", "triton") if found.get(k))
+    return f"{found.get('gpu') or found['machine']}; {versions}"
+
+
+def bars(panels: list[tuple[str, str, list]], ways: list[str], below: str, file: Path) -> None:
+    """A panel for each (title, unit, [(label, {way: figure}), ...])."""
     try:
         import matplotlib
     except ImportError:
@@ -115,31 +136,23 @@ def draw(found: dict[str, Any], file: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    order = [*NAMES, "decode", *dict.fromkeys(r["case"] for r in found["rows"])]
-    at = lambda r: (order.index(panel(r)), r["D"], order.index(r["case"]), r["H"] // r["H_kv"], r["S_kv"])
-    rows = sorted((r for r in found["rows"] if r.get("ms")), key=at)
-    panels = [(name, list(group)) for name, group in itertools.groupby(rows, panel)]
     if not panels:
         return
-    ways = [n for n in found["ways"] if any(n in r["ms"] for r in rows)]
-    widest = max(len(group) for _, group in panels)
+    ways = [n for n in ways if any(n in figures for *_, groups in panels for _, figures in groups)]
+    widest = max(len(groups) for *_, groups in panels)
     figure, axes = pyplot.subplots(len(panels), squeeze=False, figsize=(max(8, 1.3 * widest), 3.4 * len(panels)))
-    for axis, (name, group) in zip(axes[:, 0], panels):
-        unit = "gbs" if name == "decode" else "tflops"
+    for axis, (title, unit, groups) in zip(axes[:, 0], panels):
         for i, way in enumerate(ways):
-            places = [x + (i + 0.5) / (len(ways) + 1) - 0.5 for x in range(len(group))]
-            axis.bar(places, [r[unit].get(way, 0) for r in group], 1 / (len(ways) + 1), color=COLORS[way], label=way)
-        labels = [label({**r, "pass": ""}).strip() for r in group]
-        axis.set_xticks(range(len(group)), labels, fontsize=7)
-        axis.set(
-            title=NAMES.get(name, name), ylabel={"tflops": "TFLOP/s of kept pairs", "gbs": "GB/s of K and V"}[unit]
-        )
-        axis.set_xlim(-0.6, max(len(group), widest / 2) - 0.4)
+            places = [x + (i + 0.5) / (len(ways) + 1) - 0.5 for x in range(len(groups))]
+            heights = [figures.get(way, 0) for _, figures in groups]
+            axis.bar(places, heights, 1 / (len(ways) + 1), color=COLORS[way], label=way)
+        axis.set_xticks(range(len(groups)), [text for text, _ in groups], fontsize=7)
+        axis.set(title=title, ylabel=unit)
+        axis.set_xlim(-0.6, max(len(groups), widest / 2) - 0.4)
         axis.spines[["top", "right"]].set_visible(False)
     handles, names = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, names, ncols=len(ways), loc="upper center", fontsize=8, frameon=False)
-    about = ", ".join(f"{k} {found[k]}" for k in ("driver", "cuda", "torch", "triton") if found.get(k))
-    figure.supxlabel(f"{found.get('gpu') or found['machine']}; {about}", fontsize=8)
+    figure.supxlabel(below, fontsize=8)
     figure.tight_layout(rect=(0, 0, 1, 1 - 0.35 / figure.get_figheight()))
     figure.savefig(file, dpi=150)
     pyplot.close(figure)

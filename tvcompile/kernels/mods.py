@@ -90,8 +90,11 @@ class Scope:
         return self.index(name) if name in AXES else self.sizes[name]
 
 
-def evaluate(e: Expr, scope: Scope) -> Any:
-    """The value of a formula: a tensor that broadcasts to [B,H,M,N], or a Python number."""
+def evaluate(e: Expr, scope: Any) -> Any:
+    """The value of a formula: a tensor that broadcasts to [B,H,M,N], or a Python number; of a Tuple all its values.
+
+    scope: a Scope, or anything else with dtype, device and value(name) for a formula that loads nothing.
+    """
     values: list[Any] = []
     for function, operands in _tape(e):
         values.append(function(scope, *[values[i] for i in operands]))
