@@ -12,7 +12,7 @@ import sys
 
 import torch
 
-from tests import fuzz, moe_fuzz_parts as parts
+from tests import fuzz, moe_fuzz_misses as misses, moe_fuzz_parts as parts
 from tests.moe_spellings.grouped import grouped_mm
 from tests.spellings.base import MAKERS
 
@@ -47,7 +47,7 @@ def generate(seed: int) -> fuzz.Program:
     source = header + "".join(f"    {line}\n" for line in w.lines)
     near_miss = ""
     if rng.random() < 0.35:
-        near_miss, source = parts.near_miss(w, source)
+        near_miss, source = misses.near_miss(rng, source)
     dtype = getattr(torch, rng.choices(list(fuzz.DTYPES), list(fuzz.DTYPES.values()))[0])
     return fuzz.Program(seed, source, tuple(w.arguments), dtype, near_miss, SCOPE)
 

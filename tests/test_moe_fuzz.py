@@ -32,4 +32,4 @@ def test_a_seed_gives_one_program():
 
 def test_every_near_miss_applies():
     made = {moe_fuzz.generate(seed).near_miss for seed in range(3000)}
-    assert made - {""} == set(moe_fuzz.parts.NEAR_MISSES)
+    assert made - {""} == set(moe_fuzz.misses.NEAR_MISSES)

@@ -9,7 +9,7 @@ from torch import nn
 
 from tests.moe_spellings.base import FF, H, moe
 
-ALL = dict(hidden_size=H, num_experts_per_tok=2, hidden_act="silu")
+ALL = {"hidden_size": H, "num_experts_per_tok": 2, "hidden_act": "silu"}
 
 
 class Known(nn.Module):
