@@ -10,7 +10,7 @@ import dataclasses
 
 import torch
 
-from tests.moe_spellings.base import Block, H, Spelling
+from tests.moe_spellings.base import B, Block, H, S, Spelling
 from tests.moe_spellings.grouped import Grouped
 
 ANY, NOTHING = ".", ""
@@ -31,11 +31,11 @@ class Impostor:
 IMPOSTORS: dict[str, Impostor] = {}
 
 
-def impostor(reason: str | None, mode: str = "train"):
+def impostor(reason: str | None, mode: str = "train", shape: tuple[int, ...] = (B, S, H)):
     def register(block):
         name = block.__name__
         assert name not in IMPOSTORS, name
-        IMPOSTORS[name] = Impostor(Spelling(name, block, (3, 7, H), (), torch.float32, (mode,)), reason)
+        IMPOSTORS[name] = Impostor(Spelling(name, block, shape, (), torch.float32, (mode,)), reason)
         return block
 
     return register

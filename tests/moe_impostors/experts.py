@@ -24,7 +24,7 @@ class OneExpertHasABias(Loop):
 
     def __init__(self):
         super().__init__()
-        self.list[4].w_down = nn.Linear(FF, H, bias=True)
+        self.list[1].w_down = nn.Linear(FF, H, bias=True)
 
 
 @impostor(ANY)

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.moe_impostors.base import ANY, Loop, Sorted, impostor
-from tests.moe_spellings.base import Block, T
+from tests.moe_spellings.base import Block, H, T
 from tests.moe_spellings.capacity import Capacity
 
 
@@ -119,7 +119,7 @@ class IdsPermutedThroughout(Block):
     """The same permutation for all weights: a mixture with other ids."""
 
     def experts(self, x, ids, w):
-        ids = torch.tensor([2, 0, 1, 5, 3, 4])[ids]
+        ids = torch.tensor([2, 0, 3, 1])[ids]
         pre = torch.einsum("th,tkhf->tkf", x, self.w_up[ids])
         y = torch.einsum("tkf,tkfh->tkh", self.activate(pre), self.w_down[ids])
         return (y * w.unsqueeze(-1)).sum(1)
@@ -184,3 +184,64 @@ class BiasInEmptyPlaces(Capacity):
         dispatch = (mask.unsqueeze(-1) * where.unsqueeze(1)).to(x.dtype)
         y = self.places(torch.einsum("tec,th->ech", dispatch, x))
         return torch.einsum("tec,ech->th", dispatch * w[:, :1, None], y) + y.sum((0, 1))
+
+
+# Sizes alike: only the order of dims tells them apart
+
+
+@impostor(None, shape=(1, 4, H))
+class RoutingTransposed(Block):
+    """T = E: row e of the routing matrix instead of column e."""
+
+    def experts(self, x, ids, w):
+        routing = x.new_zeros(x.shape[0], self.count).scatter(1, ids, w)
+        return sum(routing[e, :, None] * self.expert(x, e) for e in range(self.count))
+
+
+@impostor(None, shape=(1, 4, H))
+class ScatteredAlongTokens(Block):
+    """T = E: the weights are scattered along the other dim."""
+
+    def experts(self, x, ids, w):
+        routing = x.new_zeros(x.shape[0], self.count).scatter(0, ids, w)
+        return sum(routing[:, e, None] * self.expert(x, e) for e in range(self.count))
+
+
+@impostor(None, shape=(1, 2, H))
+class SummedOverTokensOfEqualNumber(Block):
+    """T = K: the sum goes over tokens, one row for every choice."""
+
+    def experts(self, x, ids, w):
+        pre = torch.einsum("th,tkhf->tkf", x, self.w_up[ids])
+        y = torch.einsum("tkf,tkfh->tkh", self.activate(pre), self.w_down[ids])
+        return (y * w.unsqueeze(-1)).sum(0)
+
+
+@impostor(None, shape=(1, 2, H))
+class TokensAndChoicesSwapped(Block):
+    """T = K: ids read [K,T]."""
+
+    def experts(self, x, ids, w):
+        pre = torch.einsum("th,tkhf->tkf", x, self.w_up[ids.T])
+        y = torch.einsum("tkf,tkfh->tkh", self.activate(pre), self.w_down[ids.T])
+        return (y * w.unsqueeze(-1)).sum(1)
+
+
+@impostor(None, shape=(1, 4, H))
+class GatheredByToken(Block):
+    """T = E: the outputs [E,T,H] are gathered as if they were [T,E,H]."""
+
+    def experts(self, x, ids, w):
+        ys = torch.stack([self.expert(x, e) for e in range(self.count)])
+        chosen = ys.gather(1, ids.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+        return (chosen * w.unsqueeze(-1)).sum(dim=1)
+
+
+@impostor(None, shape=(1, 2, H))
+class RepeatedTheOtherWay(Sorted):
+    """T = K: x.repeat instead of x.repeat_interleave."""
+
+    def experts(self, x, ids, w):
+        ids_g, perm = torch.sort(ids.reshape(-1))
+        y = self.rows(x.repeat(self.top, 1)[perm], ids_g, self.offsets(ids_g)) * w.reshape(-1)[perm][:, None]
+        return self.back(y, perm).view(-1, self.top, x.shape[-1]).sum(1)

@@ -139,10 +139,10 @@ class ScatteredWithoutZeros(Block):
 
 @impostor(None)
 class ScatteredTwice(Block):
-    """Choices fold onto three experts: with duplicates, scatter keeps one and scatter_add both."""
+    """Choices fold onto two experts: with duplicates, scatter keeps one and scatter_add both."""
 
     def experts(self, x, ids, w):
-        routing = x.new_zeros(x.shape[0], self.count).scatter_add(1, ids % 3, w)
+        routing = x.new_zeros(x.shape[0], self.count).scatter_add(1, ids % 2, w)
         return sum(routing[:, e, None] * self.expert(x, e) for e in range(self.count))
 
 
@@ -151,7 +151,7 @@ class DuplicatesInOneToken(Loop):
     """Both choices of a token may be one expert: `out[token] +=` with a token twice counts it once."""
 
     def experts(self, x, ids, w):
-        out, ids = torch.zeros_like(x), ids // 3
+        out, ids = torch.zeros_like(x), ids // 2
         for e in range(2):
             token, k = torch.where(ids == e)
             out = out.index_put((token,), out[token] + self.expert(x[token], e) * w[token, k, None])

@@ -15,7 +15,7 @@ class WeightWrittenInTheLoop(Loop):
         if e == 2:
             self.w_down[3].mul_(2.0)
             self.w_down[1].mul_(4.0)
-        if e == 5:
+        if e == 3:
             self.w_down[3].mul_(0.5)
             self.w_down[1].mul_(0.25)
         return y
@@ -26,10 +26,10 @@ class StackWrittenInTheSum(Masked):
     """All experts' weights are doubled halfway, and halved at the end."""
 
     def one(self, x, e):
-        if e == 3:
+        if e == 2:
             self.w_up.mul_(2.0)
         y = self.expert(x, e)
-        if e == 5:
+        if e == 3:
             self.w_up.mul_(0.5)
         return y
 
@@ -117,15 +117,15 @@ class FirstExpertSkipped(Masked):
 @impostor(None)
 class ExpertTwice(Loop):
     def order_of_experts(self):
-        return (0, 1, 2, 3, 4, 5, 3)
+        return (0, 1, 2, 3, 2)
 
 
 @impostor(None)
 class WeightsOfOneExpertTwice(Masked):
-    """Expert 4 computes with the weights of expert 1."""
+    """Expert 3 computes with the weights of expert 1."""
 
     def one(self, x, e):
-        return self.expert(x, 1 if e == 4 else e)
+        return self.expert(x, 1 if e == 3 else e)
 
 
 @impostor(None)

@@ -1,6 +1,6 @@
 """What a mixture-of-experts spelling is: a block, its parameters and router, and what it must be lifted to.
 
-B 3 · S 7 · T 21 = B S tokens · H 24 features · F 40 of an expert · E 6 experts · K 2 per token. All are distinct
+B 3 · S 7 · T 21 = B S tokens · H 24 features · F 40 of an expert · E 4 experts · K 2 per token. All are distinct
 (but T = T K of top-1), and every row is a multiple of 16 bytes, which the grouped product in bfloat16 asks for.
 """
 
@@ -70,7 +70,7 @@ class Block(nn.Module):
     bias = False
     own = False
     router = "softmax_topk"
-    count = 6
+    count = 4
     top = 2
     three = False
     weigh = "output"
