@@ -53,12 +53,13 @@ def pytest_terminal_summary(terminalreporter) -> None:
             terminalreporter.line(f"{count:5d}  {reason}")
     ran = [*reports.get("passed", []), *reports.get("failed", [])]
     tallies = [text for report in ran for name, text in report.user_properties if name == "fuzz"]
-    counts = [[int(n) for n in re.findall(r"(?<![\d.(])\d+(?![\d.%])", t)] for t in tallies]
-    if counts:
-        programs, fused, attentions, wrong, near, failures, _ = map(sum, zip(*counts))
-        terminalreporter.section("fuzzer")
-        terminalreporter.line(
-            f"{programs} random programs: {fused} of {attentions} attentions fused "
-            f"({fused / max(attentions, 1):.1%}), {wrong} of {near} near-misses fused, "
-            f"{failures} failures"
-        )
+    for what in ("attentions", "mixtures"):
+        counts = [[int(n) for n in re.findall(r"(?<![\d.(])\d+(?![\d.%])", t)] for t in tallies if what in t]
+        if counts:
+            programs, fused, meant, wrong, near, failures, _ = map(sum, zip(*counts))
+            terminalreporter.section(f"fuzzer of {what}")
+            terminalreporter.line(
+                f"{programs} random programs: {fused} of {meant} {what} fused "
+                f"({fused / max(meant, 1):.1%}), {wrong} of {near} near-misses fused, "
+                f"{failures} failures"
+            )

@@ -26,19 +26,20 @@ DTYPES = {"float32": 8, "bfloat16": 2, "float16": 1}
 
 @dataclass(frozen=True)
 class Program:
-    """Source of a function `program`, and (name, kind, shape) of each of its arguments."""
+    """Source of a function `program`, (name, kind, shape) of each of its arguments, what else it calls by name."""
 
     seed: int
     source: str
     arguments: tuple[tuple[str, str, tuple[int, ...]], ...]
     dtype: torch.dtype
     near_miss: str
+    names: dict[str, Any] = field(default_factory=dict)
 
     def load(self) -> Callable:
         """The function; its source lines show in tracebacks and in reports."""
         name = f"<fuzz {self.seed}>"
         linecache.cache[name] = (len(self.source), None, self.source.splitlines(True), name)
-        scope: dict[str, Any] = {"torch": torch, "F": torch.nn.functional}
+        scope: dict[str, Any] = {"torch": torch, "F": torch.nn.functional, **self.names}
         exec(compile(self.source, name, "exec"), scope)
         return scope["program"]
 
@@ -54,8 +55,9 @@ class Program:
 
 @dataclass
 class Tally:
-    """Counts of a run and what failed."""
+    """Counts of a run and what failed; `what` the programs are."""
 
+    what: str = "attentions"
     programs: int = 0
     fused: int = 0
     near_misses: int = 0
@@ -64,11 +66,11 @@ class Tally:
     failures: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        attentions = self.programs - self.near_misses
+        meant = self.programs - self.near_misses
         fused = self.fused - self.near_misses_fused
-        share = fused / max(attentions, 1)
+        share = fused / max(meant, 1)
         return (
-            f"{self.programs} programs: {fused} of {attentions} attentions fused ({share:.1%}), "
+            f"{self.programs} programs: {fused} of {meant} {self.what} fused ({share:.1%}), "
             f"{self.near_misses_fused} of {self.near_misses} near-misses fused, "
             f"{len(self.failures)} failures, {self.invalid} not valid in eager"
         )
@@ -127,12 +129,14 @@ def check(program: Program, train: bool, tally: Tally) -> None:
         tally.failures.append(f"{program}\nspecs {specs}\n" + "\n".join(wrong))
 
 
-def run(seeds: range, train: bool | None = None, progress: bool = False) -> Tally:
+def run(
+    seeds: range, train: bool | None = None, progress: bool = False, make: Callable = generate, what: str = "attentions"
+) -> Tally:
     """Check the programs of `seeds`; without `train`, every other one in training."""
-    tally, start = Tally(), time.perf_counter()
+    tally, start = Tally(what), time.perf_counter()
     for i, seed in enumerate(seeds, 1):
         failed = len(tally.failures)
-        check(generate(seed), seed % 2 == 1 if train is None else train, tally)
+        check(make(seed), seed % 2 == 1 if train is None else train, tally)
         if progress and len(tally.failures) > failed:
             print(f"\n{tally.failures[-1]}", flush=True)
         if progress and i % 100 == 0:
@@ -140,8 +144,8 @@ def run(seeds: range, train: bool | None = None, progress: bool = False) -> Tall
     return tally
 
 
-def main() -> int:
-    cli = argparse.ArgumentParser(description=__doc__)
+def main(make: Callable = generate, what: str = "attentions", description: str | None = __doc__) -> int:
+    cli = argparse.ArgumentParser(description=description)
     cli.add_argument("--n", type=int, default=2000)
     cli.add_argument("--seed", type=int, default=0)
     cli.add_argument("--train", action="store_true", help="all in training, else every other one")
@@ -149,9 +153,9 @@ def main() -> int:
     options = cli.parse_args()
     seeds = range(options.seed, options.seed + options.n)
     if options.show:
-        print("\n".join(str(generate(seed)) for seed in seeds))
+        print("\n".join(str(make(seed)) for seed in seeds))
         return 0
-    tally = run(seeds, True if options.train else None, progress=True)
+    tally = run(seeds, True if options.train else None, True, make, what)
     print(tally)
     return bool(tally.failures)
 

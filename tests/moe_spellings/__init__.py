@@ -8,6 +8,7 @@ from tests.moe_spellings import (  # noqa: F401  (importing a family registers i
     capacity,
     dense,
     grouped,
+    known,
     layers,
     loops,
 )

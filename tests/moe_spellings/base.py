@@ -1,6 +1,6 @@
 """What a mixture-of-experts spelling is: a block, its parameters and router, and what it must be lifted to.
 
-B 3 · S 7 · T 21 = B S tokens · H 24 features · F 40 of an expert · E 6 experts · K 2 per token. All are distinct
+B 3 · S 7 · T 21 = B S tokens · H 24 features · F 40 of an expert · E 4 experts · K 2 per token. All are distinct
 (but T = T K of top-1), and every row is a multiple of 16 bytes, which the grouped product in bfloat16 asks for.
 """
 
@@ -70,7 +70,7 @@ class Block(nn.Module):
     bias = False
     own = False
     router = "softmax_topk"
-    count = 6
+    count = 4
     top = 2
     three = False
     weigh = "output"
@@ -198,7 +198,6 @@ class Spelling:
     name: str
     block: type[nn.Module]
     shape: tuple[int, ...]
-    sites: int
     layouts: tuple[str, ...]
     dtype: torch.dtype
     modes: tuple[str, ...]
@@ -252,7 +251,12 @@ def _tokens(block: type[nn.Module], shape: tuple[int, ...]) -> torch.Tensor:
     return chosen.float().reshape(shape)
 
 
-def moe(sites: int = 1, shape: tuple[int, ...] = (B, S, H), dtype: torch.dtype = torch.float32, **changes: Any):
+def moe(
+    shape: tuple[int, ...] = (B, S, H),
+    dtype: torch.dtype = torch.float32,
+    modes: tuple[str, ...] = ("train", "infer"),
+    **changes: Any,
+):
     """Register the decorated block, with class attributes changed, as a spelling.
 
     The block as it is runs in both modes; with changes, every other one in training.
@@ -267,8 +271,8 @@ def moe(sites: int = 1, shape: tuple[int, ...] = (B, S, H), dtype: torch.dtype =
         plain = made.kind in PLAIN
         own = "separate" if getattr(made, "own", False) else made.layout
         layouts = ("plain",) if plain else (own, "separate") if own == "chunk" else (own,)
-        modes = ("train", "infer") if not changes else ("train",) if len(CORPUS) % 2 else ("infer",)
-        CORPUS[name] = Spelling(name, made, shape, sites, layouts, dtype, modes)
+        only = modes[len(CORPUS) % 2 :][:1] if changes and len(modes) == 2 else modes
+        CORPUS[name] = Spelling(name, made, shape, layouts, dtype, only)
         return block
 
     return register

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from tests.moe_spellings.base import T, Block, moe
+from tests.moe_spellings.base import Block, T, moe
 
 
 class Capacity(Block):

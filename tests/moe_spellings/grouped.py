@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 import transformers.integrations.moe  # noqa: F401  (registers transformers::grouped_mm_fallback)
 
-from tests.moe_spellings.base import T, Block, moe
+from tests.moe_spellings.base import Block, T, moe
 
 
 def grouped_mm(x, weight, offsets):

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tests.moe_spellings.base import H, Expert, T, moe
+from tests.moe_spellings.base import B, Expert, H, S, T, moe
 from tests.moe_spellings.batched import Einsums
 from tests.moe_spellings.dense import MaskedSum
 from tests.moe_spellings.grouped import SortHistcInverse
@@ -86,8 +86,8 @@ class TokensFirst:
         return self.experts(x, ids, w)
 
 
-for mixin, shape in ((Shared, None), (Losses, None), (Residual, None), (TokensFirst, (T, H))):
+for mixin, shape in ((Shared, (B, S, H)), (Losses, (B, S, H)), (Residual, (B, S, H)), (TokensFirst, (T, H))):
     for form in FORMS:
         name = f"{mixin.__name__}{form.__name__}"
         made = type(name, (mixin, form), {"__module__": __name__})
-        moe(**({"shape": shape} if shape else {}))(made)
+        moe(shape, modes=("train",))(made)

@@ -12,7 +12,7 @@ from tests.moe_spellings.base import Block, moe
 @moe(kind="gpt_oss", layout="interleave", bias=True, router="topk_softmax")
 @moe(kind="gelu", own=True, bias=True)
 @moe(layout="separate", router="grouped", order="oi")
-@moe(count=16, top=8)
+@moe(count=9, top=8)
 class WhereIndexAdd(Block):
     """Mixtral before version 5: one_hot, permute, torch.where, index_add_."""
 

@@ -58,13 +58,13 @@ def sigmoid_topk(block, logits, x):
 
 @router(corrected=True)
 def grouped(block, logits, x):
-    """DeepSeek-V3: a bias selects, unbiased scores weigh, two of three groups, scaled."""
+    """DeepSeek-V3: a bias selects, unbiased scores weigh, one of two groups, scaled."""
     scores = logits.sigmoid()
     choice = scores + block.correction
-    groups = choice.view(-1, 3, block.count // 3)
-    best = groups.topk(2, dim=-1)[0].sum(dim=-1).topk(2, dim=-1, sorted=False)[1]
+    groups = choice.view(-1, 2, block.count // 2)
+    best = groups.topk(2, dim=-1)[0].sum(dim=-1).topk(1, dim=-1, sorted=False)[1]
     mask = torch.zeros_like(groups[..., 0]).scatter_(1, best, 1)
-    mask = mask.unsqueeze(-1).expand(-1, 3, block.count // 3).reshape(-1, block.count)
+    mask = mask.unsqueeze(-1).expand(-1, 2, block.count // 2).reshape(-1, block.count)
     ids = torch.topk(choice.masked_fill(~mask.bool(), 0.0), k=block.top, dim=-1, sorted=False)[1]
     w = scores.gather(1, ids)
     w = w / (w.sum(dim=-1, keepdim=True) + 1e-20)

@@ -1,0 +1,119 @@
+"""Experts that are not all alike, or no function of one row."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tests.moe_impostors.base import ANY, Loop, Masked, impostor
+from tests.moe_spellings.base import FF, H
+
+
+@impostor(ANY)
+class OneExpertIsWider(Loop):
+    own = True
+
+    def __init__(self):
+        super().__init__()
+        self.list[2].w_up, self.list[2].w_gate = nn.Linear(H, 64, bias=False), nn.Linear(H, 64, bias=False)
+        self.list[2].w_down = nn.Linear(64, H, bias=False)
+
+
+@impostor(None)
+class OneExpertHasABias(Loop):
+    own, kind = True, "gelu"
+
+    def __init__(self):
+        super().__init__()
+        self.list[1].w_down = nn.Linear(FF, H, bias=True)
+
+
+@impostor(ANY)
+class OtherActivationPerExpert(Masked):
+    kind, own = "relu", True
+
+    def __init__(self):
+        super().__init__()
+        self.list[3].kind = "gelu"
+
+
+@impostor(ANY)
+class ActivationDependsOnTheExpert(Loop):
+    def one(self, rows, e):
+        return self.expert(rows, e) if e % 2 else self.expert(rows, e).tanh()
+
+
+@impostor(ANY)
+class ScaledByExpertNumber(Masked):
+    """The hidden of expert e is scaled by e + 1 before a nonlinearity."""
+
+    def one(self, x, e):
+        return self.linear((self.linear(x, "up", e)[..., :FF] * (e + 1)).tanh(), "down", e)
+
+
+@impostor(None)
+class DropoutInExperts(Loop):
+    """With p = 0 it is nothing. What is random cannot be compared; see test_dropout_in_experts_is_refused."""
+
+    probability = 0.0
+
+    def one(self, rows, e):
+        return F.dropout(self.expert(rows, e), self.probability, training=True)
+
+
+@impostor(ANY)
+class NormAcrossTokensInside(Loop):
+    def one(self, rows, e):
+        pre = self.linear(rows, "up", e)
+        return self.linear(self.activate(pre - pre.mean(0, keepdim=True)), "down", e)
+
+
+@impostor(ANY)
+class NormAcrossFeaturesInside(Masked):
+    """A layer norm of the hidden units is no activation: it mixes them."""
+
+    def one(self, x, e):
+        return self.linear(F.layer_norm(self.activate(self.linear(x, "up", e)), (FF,)), "down", e)
+
+
+@impostor(None)
+class ResidualInsideTheExpert(Loop):
+    def one(self, rows, e):
+        return rows + self.expert(rows, e)
+
+
+@impostor(None)
+class GateAndUpOverlap(Masked):
+    """Not halves: columns 0..39 and 20..59."""
+
+    def one(self, x, e):
+        pre = self.linear(x, "up", e)
+        return self.linear(F.silu(pre[..., :FF]) * pre[..., 20 : 20 + FF], "down", e)
+
+
+@impostor(None)
+class GateColumnsReversed(Masked):
+    def one(self, x, e):
+        g, u = self.linear(x, "up", e).chunk(2, -1)
+        return self.linear(F.silu(g.flip(-1)) * u, "down", e)
+
+
+@impostor(None)
+class UpAndGateSwappedInOneExpert(Masked):
+    def one(self, x, e):
+        g, u = self.linear(x, "up", e).chunk(2, -1)
+        return self.linear(F.silu(u) * g if e == 1 else F.silu(g) * u, "down", e)
+
+
+@impostor(ANY)
+class GradientStoppedInOneExpert(Loop):
+    def one(self, rows, e):
+        if e != 2:
+            return self.expert(rows, e)
+        with torch.no_grad():
+            return self.expert(rows, e)
+
+
+@impostor(ANY)
+class OutputDetachedInOneExpert(Masked):
+    def one(self, x, e):
+        return self.expert(x, e).detach() if e == 2 else self.expert(x, e)

@@ -1,0 +1,200 @@
+"""Weights and ids that are not the router's, and sums that are none."""
+
+import torch
+
+from tests.moe_impostors.base import ANY, NOTHING, Loop, Masked, impostor
+from tests.moe_spellings.base import Block
+from tests.moe_spellings.dense import Llama4
+
+
+@impostor(None)
+class WeightOfTheOtherChoice(Loop):
+    def weight(self, w, token, k):
+        return w[token, 1 - k]
+
+
+@impostor(None)
+class WeightOfAnotherToken(Loop):
+    def weight(self, w, token, k):
+        return w.roll(1, 0)[token, k]
+
+
+@impostor(None)
+class IdsOfAnotherToken(Loop):
+    def hits(self, ids, e):
+        return torch.where(ids.roll(1, 0) == e)
+
+
+@impostor(None)
+class WeightsShifted(Masked):
+    def coefficient(self, w, ids, e):
+        return (w.roll(1, 1) * (ids == e)).sum(-1, keepdim=True)
+
+
+@impostor(None)
+class NotEqual(Masked):
+    """Every expert for the tokens that did not choose it."""
+
+    def coefficient(self, w, ids, e):
+        return (w * (ids != e)).sum(-1, keepdim=True)
+
+
+@impostor(ANY)
+class CoefficientIsMax(Masked):
+    """Another number where no choice is e, since weights may be negative."""
+
+    def coefficient(self, w, ids, e):
+        return (torch.where(ids == e, w, -0.5)).amax(-1, keepdim=True)
+
+
+@impostor(ANY)
+class FillIsNotZero(Masked):
+    def coefficient(self, w, ids, e):
+        return torch.where(ids == e, w, 1e-3).sum(-1, keepdim=True)
+
+
+@impostor(ANY)
+class CombinedByMax(Masked):
+    def combine(self, out, c, y):
+        return torch.maximum(out, c * y)
+
+
+@impostor(ANY)
+class WeightBeforeANonlinearity(Masked):
+    def combine(self, out, c, y):
+        return out + (c * y).tanh()
+
+
+@impostor(ANY)
+class WeightInsideTheExpert(Loop):
+    """The weight multiplies what is activated: no weigh of the Spec."""
+
+    def experts(self, x, ids, w):
+        out = torch.zeros_like(x)
+        for e in range(self.count):
+            token, k = torch.where(ids == e)
+            pre = self.linear(x[token], "up", e) * w[token, k, None]
+            out.index_add_(0, token, self.linear(self.activate(pre), "down", e))
+        return out
+
+
+@impostor(None)
+class WeightOnTheHidden(Loop):
+    """The weight multiplies the hidden units: as on the output, but for where it rounds."""
+
+    def experts(self, x, ids, w):
+        out = torch.zeros_like(x)
+        for e in range(self.count):
+            token, k = torch.where(ids == e)
+            hidden = self.activate(self.linear(x[token], "up", e)) * w[token, k, None]
+            out.index_add_(0, token, self.linear(hidden, "down", e))
+        return out
+
+
+@impostor(None)
+class WeightSquared(Loop):
+    def weight(self, w, token, k):
+        return w[token, k].square()
+
+
+@impostor(NOTHING)
+class DenseMixture(Block):
+    """No choice at all: every expert counts."""
+
+    def experts(self, x, ids, w):
+        probabilities = self.gate(x).softmax(-1)
+        return sum(probabilities[:, e, None] * self.expert(x, e) for e in range(self.count))
+
+
+@impostor(None)
+class ThresholdRouting(Block):
+    """Experts above a probability: no K."""
+
+    def experts(self, x, ids, w):
+        probabilities = self.gate(x).softmax(-1)
+        routing = torch.where(probabilities > 0.2, probabilities, 0.0)
+        return sum(routing[:, e, None] * self.expert(x, e) for e in range(self.count))
+
+
+@impostor(None)
+class ExpertChoice(Block):
+    """The experts choose tokens."""
+
+    def experts(self, x, ids, w):
+        weights, tokens = self.gate(x).softmax(-1).topk(7, dim=0)
+        out = torch.zeros_like(x)
+        for e in range(self.count):
+            out.index_add_(0, tokens[:, e], self.expert(x[tokens[:, e]], e) * weights[:, e, None])
+        return out
+
+
+@impostor(None)
+class ScatteredWithoutZeros(Block):
+    """The routing matrix is full of a small number where nothing was chosen."""
+
+    def experts(self, x, ids, w):
+        routing = x.new_full((x.shape[0], self.count), 1e-2).scatter(1, ids, w)
+        return sum(routing[:, e, None] * self.expert(x, e) for e in range(self.count))
+
+
+@impostor(None)
+class ScatteredTwice(Block):
+    """Choices fold onto two experts: with duplicates, scatter keeps one and scatter_add both."""
+
+    def experts(self, x, ids, w):
+        routing = x.new_zeros(x.shape[0], self.count).scatter_add(1, ids % 2, w)
+        return sum(routing[:, e, None] * self.expert(x, e) for e in range(self.count))
+
+
+@impostor(None)
+class DuplicatesInOneToken(Loop):
+    """Both choices of a token may be one expert: `out[token] +=` with a token twice counts it once."""
+
+    def experts(self, x, ids, w):
+        out, ids = torch.zeros_like(x), ids // 2
+        for e in range(2):
+            token, k = torch.where(ids == e)
+            out = out.index_put((token,), out[token] + self.expert(x[token], e) * w[token, k, None])
+        return out
+
+
+@impostor(None)
+class MaskAlsoByPadding(Masked):
+    """Some tokens get nothing."""
+
+    def coefficient(self, w, ids, e):
+        keep = (torch.arange(w.shape[0]) < 15).unsqueeze(-1)
+        return (w * ((ids == e) & keep)).sum(-1, keepdim=True)
+
+
+@impostor(ANY)
+class SigmoidOfTheFill(Llama4):
+    """As Llama 4 with a fill of -3 instead of -inf: the others are not zero."""
+
+    def forward(self, x):
+        rows = x.reshape(-1, x.shape[-1])
+        logits = self.gate(rows)
+        best, ids = torch.topk(logits, self.top, dim=1)
+        scores = torch.full_like(logits, -3.0).scatter_(1, ids, best).transpose(0, 1).sigmoid()
+        routed = rows.repeat(self.count, 1) * scores.reshape(-1, 1)
+        y = self.mlp(routed.view(self.count, -1, x.shape[-1]), lambda x, weight, bias: torch.bmm(x, weight))
+        return y.sum(dim=0).view(x.shape)
+
+
+@impostor(ANY)
+class WeighedInputAndBias(Llama4):
+    """Weighed by input, an expert that was not chosen still gives its bias."""
+
+    bias = True
+
+    def forward(self, x):
+        rows = x.reshape(-1, x.shape[-1])
+        logits = self.gate(rows)
+        best, ids = torch.topk(logits, self.top, dim=1)
+        scores = torch.zeros_like(logits).scatter_(1, ids, best.sigmoid()).transpose(0, 1)
+        routed = rows.repeat(self.count, 1) * scores.reshape(-1, 1)
+
+        def product(x, weight, bias):
+            return torch.bmm(x, weight) + bias.unsqueeze(1)
+
+        return self.mlp(routed.view(self.count, -1, x.shape[-1]), product).sum(0).view(x.shape)
