@@ -33,6 +33,7 @@ LAYERS = {
     "tuning": 2,
     "select": 3,
     "backend": 4,
+    "integrations": 4,
     "__init__": 5,
 }
 NEVER = {
