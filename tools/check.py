@@ -2,7 +2,7 @@
 
     python tools/check.py
 
-expr bounds options <- spec arch report <- passes and kernels, tuning <- select <- backend: a module
+expr bounds options <- spec arch report <- passes and kernels, tuning <- select <- backend and integrations: a module
 imports from its own layer and from those before it. Passes see torch.fx, never triton; kernels and
 tuning see triton, never torch.fx; neither sees the other. Only options.py reads the environment.
 """

@@ -140,8 +140,11 @@ def differentiable(spec: MoESpec) -> MoESpec:
 
 def read_activation(function: Callable[[Tensor], Tensor], wide: int, F: int) -> tuple[Expr, Expr]:
     """(formula of function(pre)[r, f] where pre is [., wide], f). Raises Refuse."""
-    with torch.no_grad():
-        tracer = make_fx(lambda pre: function(pre), COMPOSED, tracing_mode="fake", pre_dispatch=True, _allow_non_fake_inputs=True)
+    # Dynamo may be tracing the model: what is traced here is none of its business.
+    with torch.no_grad(), torch._guards.tracing(None):
+        tracer = make_fx(
+            lambda pre: function(pre), COMPOSED, tracing_mode="fake", pre_dispatch=True, _allow_non_fake_inputs=True
+        )
         graph = tracer(torch.empty(3, wide)).graph
     out = graph.output_node().args[0]
     value = out.meta["val"]
