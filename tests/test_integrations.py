@@ -1,4 +1,4 @@
-"""Models of `transformers` with experts_implementation="tv" and attn_implementation="tv": right, forward and backward."""
+"""Models of `transformers` with experts_implementation="tv" and attn_implementation="tv", forward and backward."""
 
 from __future__ import annotations
 

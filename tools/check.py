@@ -25,6 +25,7 @@ LAYERS = {
     "derive": 0,
     "bounds": 0,
     "options": 0,
+    "breaks": 1,
     "spec": 1,
     "arch": 1,
     "report": 1,
