@@ -58,7 +58,7 @@ def hints_since(mark: Mark) -> list[str]:
     found = [hint for reason in fresh if (hint := _of_stack(reason.user_stack))]
     for text in _skipped():
         if text not in mark.skipped:
-            found += _of_function(*SKIPPED.search(text).groups())
+            found += [hint for match in SKIPPED.finditer(text) for hint in _of_function(*match.groups())]
     return list(dict.fromkeys(found))
 
 

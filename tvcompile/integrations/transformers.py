@@ -245,4 +245,4 @@ def _library_attention(module, tensors, dropout, scaling, kwargs, reason):
     _warn_once(f'attn_implementation="tv": {type(module).__name__} runs as sdpa: {reason}')
     if kwargs.get("s_aux") is not None:
         raise ValueError(f"sdpa has no sinks and tv does not serve this attention: {reason}")
-    return sdpa_attention_forward(module, *tensors, dropout=dropout, scaling=scaling, **kwargs)
+    return sdpa_attention_forward(module, *tensors, dropout, scaling, **kwargs)
