@@ -186,7 +186,10 @@ def run(program: Any, inputs: Sequence[Any], train: bool, backend: str = "tv", d
 
 def attention_nodes(report: Any) -> list[torch.fx.Node]:
     """The fused sites' nodes in the emitted graphs."""
-    target = torch.ops.tv.attention.default
+    return nodes_of(report, torch.ops.tv.attention.default)
+
+
+def nodes_of(report: Any, target: Any) -> list[torch.fx.Node]:
     graphs = [gm.graph for gm in report.graph_modules]
     return [n for g in graphs for n in g.find_nodes(op="call_function", target=target)]
 

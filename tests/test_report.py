@@ -95,7 +95,7 @@ class Reports(TestCase):
             return wrong_dim(q, k, v) + (q @ k.mT).softmax(-1) @ v
 
         text = str(tvcompile.explain(both, options=NO_CODEGEN)(*inputs()))
-        self.assertIn("1 graphs, 1 attention fused, 1 left", text)
+        self.assertIn("1 graphs, 1 sites fused, 1 left", text)
         self.assertIn("scale=1", text)
         self.assertIn("left as it was: aten.softmax.int", text)
 

@@ -21,8 +21,8 @@ from .passes import LIFTS
 from .passes.canonicalize import canonicalize, checkpoint_bodies, placeholders_of
 from .passes.emit import compute_dtype, emit
 from .passes.verify import verify
-from .select import select
-from .spec import Match, Refusal, where_of
+from .select import select, select_moe
+from .spec import Match, MoEMatch, Refusal, where_of
 
 
 def tv(gm: fx.GraphModule, example_inputs: Sequence[Any], mode: str | None = None, options: dict | None = None):
@@ -49,13 +49,13 @@ def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], mode: str | None
 
 
 def rewrite(gm: fx.GraphModule, fakes: Sequence[Any], record: report.GraphRecord) -> fx.GraphModule:
-    """Dynamo's graph with every proven attention fused, or the graph itself where there is none."""
+    """Dynamo's graph with every proven attention and mixture of experts fused, or the graph itself where there is none."""
     bodies = {body: rewrite(body, inner, record) for body, inner in checkpoint_bodies(gm)}
     with record.timed("canonicalize"):
         program, whole = canonicalize(gm, fakes, bodies)
     record.higher_order += whole
     before = report.lines_of(program.graph)
-    matches: list[Match] = []
+    matches: list[Match | MoEMatch] = []
     for lift in LIFTS:
         with record.timed(lift.__name__):
             found, refusals = lift(program.graph)
@@ -63,8 +63,7 @@ def rewrite(gm: fx.GraphModule, fakes: Sequence[Any], record: report.GraphRecord
         record.refusals += refusals
     chosen = []
     for match in matches:
-        device = match.q.node.meta["val"].device
-        kernel, reasons = select(match.spec, device, compute_dtype(match), match.size())
+        kernel, reasons = _select(match)
         if reasons:
             record.refusals.append(Refusal(str(match.anchor.target), reasons, where_of(match.anchor)))
         else:
@@ -81,8 +80,14 @@ def rewrite(gm: fx.GraphModule, fakes: Sequence[Any], record: report.GraphRecord
     return program
 
 
+def _select(match: Match | MoEMatch) -> tuple[str, str]:
+    if isinstance(match, MoEMatch):
+        return select_moe(match)
+    return select(match.spec, match.q.node.meta["val"].device, compute_dtype(match), match.size())
+
+
 def hand_off(program: fx.GraphModule, example_inputs: Sequence[Any], mode: str | None, options: dict) -> Callable:
-    """Inductor: autograd, fusion and everything that is not attention."""
+    """Inductor: autograd, fusion and everything that is neither attention nor experts."""
     from torch._inductor import config, list_mode_options
     from torch._inductor.compile_fx import compile_fx
 

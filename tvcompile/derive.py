@@ -108,6 +108,7 @@ RULES: dict[str, Callable] = {
     "sqrt": lambda e, a, da: div(mul(_number(0.5), da), e),
     "rsqrt": _scaled(lambda e, a: div(mul(_number(-0.5), e), a)),
     "reciprocal": _scaled(lambda e, a: E.apply("neg", mul(e, e))),
+    "relu": _scaled(lambda e, a: E.where(_less(ZERO, a), ONE, ZERO)),
     "tanh": _scaled(lambda e, a: sub(ONE, mul(e, e))),
     "sigmoid": _scaled(lambda e, a: mul(e, sub(ONE, e))),
     "softplus": _scaled(lambda e, a: E.apply("sigmoid", a)),

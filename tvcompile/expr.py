@@ -340,11 +340,13 @@ def rebuild(e: Expr, args: tuple[Expr, ...], bounds: Callable | None = None) -> 
         return as_float(args[0], op) if kind(args[0]) != "float" else FloatCall(op, *args)
     if op == "int":
         return as_int(*args)
-    if op in ("load", "dot", "softmax", "dropout", "reduce"):
+    if op in OPAQUE:
         return e.func(op, *args)
     return apply(op, *args)
 
 
+# Calls that stand for elements of a tensor: only their positions are rewritten.
+OPAQUE = ("load", "dot", "softmax", "dropout", "reduce", "nth", "perm", "inv", "group", "any", "count")
 CASTS = ("float16", "bfloat16", "float32", "float64")
 
 

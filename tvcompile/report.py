@@ -18,7 +18,7 @@ from rich.text import Text
 from torch import fx
 
 from .breaks import Mark, hints_since
-from .spec import Match, Refusal, Site, where_of
+from .spec import Match, MoEMatch, Refusal, Site, where_of
 
 
 @dataclasses.dataclass
@@ -99,7 +99,7 @@ class Report:
 def _sections(report: Report) -> Iterator[Any]:
     seconds = sum(report.pass_seconds.values())
     yield Text(
-        f"{report.graphs} graphs, {len(report.sites)} attention fused, {len(report.refusals)} left; {seconds:.2f} s"
+        f"{report.graphs} graphs, {len(report.sites)} sites fused, {len(report.refusals)} left; {seconds:.2f} s"
     )
     by_text: dict[tuple, list[Site]] = {}
     for site in report.sites:
@@ -167,11 +167,29 @@ def publish(record: GraphRecord, log: str) -> None:
         Console(stderr=True).print(alone.diff() if log == "diff" else alone)
 
 
-def site_of(match: Match, kernel: str) -> Site:
+def site_of(match: Match | MoEMatch, kernel: str) -> Site:
     """What a report says of a fused site: shapes, arithmetic and bytes with and without S x S tensors."""
+    if isinstance(match, MoEMatch):
+        return _moe_site(match, kernel)
     q, k, v = (o.node.meta["val"] for o in (match.q, match.k, match.v))
     shapes = ", ".join(f"{name} {_shape(t)}" for name, t in zip("qkv", (q, k, v)))
     return Site(str(match.spec), where_of(match.anchor), kernel, shapes, _cost(match))
+
+
+def _moe_site(m: MoEMatch, kernel: str) -> Site:
+    """Of a mixture of experts: shapes, and the arithmetic beside that of every expert on every token."""
+    top = sum(int(c.size) for c in m.choices)
+    down, up = m.down[0], m.up[0]
+    count = len(down.nodes) if not m.stacked else down.sizes[down.order[0]]
+    F, H_out = (down.sizes[i] for i in down.order[-2:])
+    H = up.sizes[up.order[-2]]
+    dtype = str(m.x.meta["val"].dtype).removeprefix("torch.")
+    shapes = f"{dtype}, T={m.tokens}, E={count}, K={top}, H={H}, F={F}, H_out={H_out}"
+    cost = ""
+    if m.tokens.is_Integer:
+        flops = 2 * int(m.tokens) * top * F * (m.spec.parts * H + H_out)
+        cost = f"{flops / 1e9:.3g} GFLOP; {flops * count / top / 1e9:.3g} with every expert on every token"
+    return Site(str(m.spec), where_of(m.anchor), kernel, shapes, cost)
 
 
 def _shape(t: torch.Tensor) -> str:

@@ -6,8 +6,10 @@ import torch
 
 from .arch import arch_of
 from .kernels.attention import choose
+from .kernels import moe
+from .kernels.experts import ExpertNeed
 from .kernels.problem import Need
-from .spec import AttentionSpec, Size
+from .spec import AttentionSpec, MoEMatch, Size
 
 FEW, MANY = (1, 1), (1 << 40, 1 << 20)  # sizes of a small and of a large problem
 
@@ -24,3 +26,15 @@ def select(spec: AttentionSpec, device: torch.device, dtype: torch.dtype, size: 
         return " or ".join(dict.fromkeys(names)), ""
     except NotImplementedError as reasons:
         return "", str(reasons)
+
+
+def select_moe(m: MoEMatch) -> tuple[str, str]:
+    """The same for a mixture of experts; kernels serve every size."""
+    weight = m.down[0].nodes[0].meta["val"]
+    arch, names = arch_of(weight.device), []
+    try:
+        for backward in (False, True)[: 1 + m.saves]:
+            names.append(moe.choose(ExpertNeed(m.spec, weight.dtype, backward, stacked=m.stacked, arch=arch)).name)
+    except NotImplementedError as reasons:
+        return "", str(reasons)
+    return " or ".join(dict.fromkeys(names)), ""

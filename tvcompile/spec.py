@@ -15,6 +15,7 @@ from torch import fx
 
 from . import expr as E, syntax
 from .expr import Expr
+from .moe_spec import MoESpec
 
 EMPTY_KINDS = {
     "nan": "an added -inf: NaN",
@@ -186,6 +187,70 @@ class Match:
         keys, rows = product(self.k, 2), product(self.q, 0, 1, 2)
         features = product(self.q, 3), product(self.v, 3)
         return Size(keys * rows, keys if rows else 0, features)
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """A stacked weight or bias, or one per expert: tensors that are reshaped, permuted, and of whose columns a part is read."""
+
+    nodes: tuple[fx.Node, ...]
+    sizes: tuple[int, ...]
+    order: tuple[int, ...]
+    part: tuple[int, int] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Choices:
+    """Columns of the op's ids and weights, as formulas of t and k (0 where there is one).
+
+    counts  conditions under which a pair counts; factors: what is multiplied to its weight
+    wraps   E where ids may count from the end, else 0
+    """
+
+    ids: Expr
+    k: Expr
+    size: Expr
+    counts: tuple[Expr, ...]
+    factors: tuple[Expr, ...]
+    wraps: int
+
+
+@dataclasses.dataclass(frozen=True)
+class MoEMatch:
+    """One mixture of experts.
+
+    anchor   the sum whose value is replaced; region: every node between the first projections and the anchor
+    x        the tokens, reshaped to [tokens, H]; t: the position of a token in the formulas of `choices`
+    base     a tensor of the anchor's shape that the results are added to, or None
+    saves    whether a backward pass may follow
+    """
+
+    spec: MoESpec
+    anchor: fx.Node
+    region: tuple[fx.Node, ...]
+    x: fx.Node
+    t: Expr
+    tokens: Expr
+    choices: tuple[Choices, ...]
+    up: tuple[Weights, ...]
+    down: tuple[Weights, ...]
+    up_bias: tuple[Weights, ...]
+    down_bias: tuple[Weights, ...]
+    base: fx.Node | None
+    saves: bool
+
+    @property
+    def stacked(self) -> bool:
+        return len(self.down[0].nodes) == 1
+
+    def weights(self) -> tuple[Weights, ...]:
+        return (*self.up, *self.down, *self.up_bias, *self.down_bias)
+
+    def read(self) -> set[str]:
+        """Names of the nodes that the op's arguments are made of."""
+        formulas = [e for c in self.choices for e in (c.ids, *c.counts, *c.factors)]
+        names = {E.operands(x)[0].name.lstrip("%") for e in formulas for x in E.walk(e) if E.op_of(x) in E.OPAQUE}
+        return names | {n.name for w in self.weights() for n in w.nodes} | {self.x.name} | {n.name for n in [self.base] if n}
 
 
 def where_of(node: fx.Node | None) -> str:

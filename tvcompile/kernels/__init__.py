@@ -9,9 +9,10 @@ from .problem import Kernel, Problem
 KERNELS: tuple[Kernel, ...] = (cpu_flash.KERNEL, cpu.KERNEL)
 MOE_KERNELS: tuple[ExpertKernel, ...] = (cpu_experts.KERNEL,)
 if importlib.util.find_spec("triton"):
-    from . import flash
+    from . import flash, moe_triton
 
     KERNELS += (flash.KERNEL,)
+    MOE_KERNELS += (moe_triton.KERNEL,)
 
 from . import attention, moe  # noqa: E402  they register the ops, which look through the kernels
 

@@ -27,7 +27,7 @@ from . import mods
 from .data import arguments
 from .flash_bwd import attention_dkdv, attention_dq
 from .flash_fwd import attention_fwd, attention_merge
-from .launch import launch
+from .launch import launch, precision
 from .mint import mint, unprintable
 from .problem import Given, Gradients, Kernel, Need, Problem, heads_last, hint
 from .selfcheck import working
@@ -160,13 +160,12 @@ def padded(D: int) -> int:
 
 def widths(p: Problem) -> dict[str, Any]:
     D, D_v = p.features
-    precise = p.q.dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
     return {
         "D": D,
         "D_v": D_v,
         "BLOCK_D": padded(D),
         "BLOCK_DV": padded(D_v),
-        "PRECISION": "ieee" if precise or torch.version.hip else "tf32",
+        "PRECISION": precision(p.q.dtype),
     }
 
 

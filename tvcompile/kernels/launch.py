@@ -100,5 +100,11 @@ def define(name: str, parameters: Sequence[str], lines: Sequence[str], scope: Ma
     return triton.jit(held[name])
 
 
+def precision(dtype: torch.dtype) -> str:
+    """How tl.dot multiplies: float32 exactly, unless the program lets PyTorch round it to tf32."""
+    precise = dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
+    return "ieee" if precise or torch.version.hip else "tf32"
+
+
 def is_traced(x: object) -> bool:
     return isinstance(x, (FakeTensor, FunctionalTensor))

@@ -90,6 +90,7 @@ FUNCTIONS = {
     "log2": "tl.log2({0})",
     "log1p": "tl.log(1 + {0})",
     "expm1": "(tl.exp({0}) - 1)",
+    "relu": "tl.maximum({0}, 0.0, propagate_nan=tl.PropagateNan.ALL)",
     "sqrt": "tl.sqrt({0})",
     "rsqrt": "(1 / tl.sqrt({0}))",
     "reciprocal": "(1 / {0})",
@@ -124,6 +125,7 @@ def unprintable(e: Expr) -> str | None:
     return None
 
 
+HELPERS = {f.__name__: f for f in (floordiv, mod, tanh, softplus, integer, inside)}
 Captures = tuple[tuple[str, int, bool], ...]  # (name, number of dims, whether offsets need 64 bits), in order
 
 
@@ -136,6 +138,16 @@ def mint(e: Expr, captures: Captures, sizes: tuple[str, ...], scored: bool = Fal
     writer = _Writer(captures, sizes)
     value = writer.write(e)
     return _function("formula", ["s"] * scored, [*_widened(e), *writer.lines, f"return {value}"])
+
+
+@functools.lru_cache(maxsize=4096)
+def mint_unit(e: Expr) -> triton.JITFunction:
+    """The jit function of an activation's formula, or of its derivative's: it takes float32 blocks (g, u)."""
+    writer = _Writer((), ())
+    value = writer.write(e)
+    if not e.free_symbols:
+        value = f"tl.full(u.shape, {value}, tl.float32)"
+    return define("unit", ["g", "u"], [*writer.lines, f"return {value}"], HELPERS)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -188,8 +200,7 @@ def _widened(e: Expr, names: Sequence[str] = ("q", "kv")) -> list[str]:
 def _function(
     name: str, first: Sequence[str], lines: Sequence[str], positions: Sequence[str] = POSITIONS
 ) -> triton.JITFunction:
-    scope = {f.__name__: f for f in (floordiv, mod, tanh, softplus, integer, inside)}
-    return define(name, [*first, *positions, "data"], ["captures, layout, sizes = data", *lines], scope)
+    return define(name, [*first, *positions, "data"], ["captures, layout, sizes = data", *lines], HELPERS)
 
 
 class _Writer:

@@ -341,4 +341,5 @@ FORMS: dict[Any, Callable] = {
     sympy.And: _fold(operator.and_),
     sympy.Or: _fold(operator.or_),
     sympy.Not: _not,
+    sympy.Tuple: lambda *values: values,
 }

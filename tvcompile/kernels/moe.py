@@ -68,11 +68,11 @@ def _fake_forward(x, ids, weights, up, down, up_bias, down_bias, spec, save):
 
 def _fake_backward(grad_out, x, ids, weights, up, down, up_bias, down_bias, spec, hidden, wanted):
     def like(t: Tensor, want: bool) -> Tensor:
-        return t.new_empty(t.shape if want else 0)
+        return torch.empty_like(t) if want else t.new_empty(0)
 
     lists = ((up, wanted[2]), (down, wanted[2]), (up_bias, wanted[3]), (down_bias, wanted[3]))
     found = [[like(t, want) for t in tensors] for tensors, want in lists]
-    return like(x, wanted[0]), like(weights, wanted[1]), *found
+    return like(x, wanted[0]), weights.new_empty(weights.shape if wanted[1] else 0), *found
 
 
 def _check(p: Experts) -> None:

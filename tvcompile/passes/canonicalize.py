@@ -11,6 +11,7 @@ views stays in place; the lifting treats it as a barrier.
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -161,6 +162,46 @@ def remove_dead_nodes(graph: fx.Graph) -> None:
     for node in reversed(list(graph.nodes)):
         if not node.users and not node.is_impure(impure_random=False):
             graph.erase_node(node)
+
+
+def remove_idle_rows(graph: fx.Graph) -> None:
+    """Erase rows chosen by a mask of which only the number is still asked: that it is not negative, and small enough."""
+    for node in reversed(list(graph.nodes)):
+        if _chooses_rows(node):
+            asked = _askers(node)
+            if asked is not None:
+                for user in reversed(asked):
+                    graph.erase_node(user)
+
+
+def _chooses_rows(node: fx.Node) -> bool:
+    if node.op != "call_function" or not isinstance(node.target, OpOverload):
+        return False
+    name = node.target._schema.name
+    mask = name == "aten::index" and any(getattr(i.meta["val"], "dtype", None) == torch.bool for i in node.args[1] if i)
+    return mask or name in ("aten::nonzero", "aten::nonzero_numpy") or node.target is torch.ops.aten.where.default
+
+
+def _askers(node: fx.Node) -> list[fx.Node] | None:
+    """The node and what follows from it, in graph order, if that is sizes, comparisons of them and assertions only."""
+    found, queue = {node}, list(node.users)
+    while queue:
+        user = queue.pop()
+        if user.op != "call_function":
+            return None
+        value = user.meta.get("val")
+        harmless = (
+            isinstance(value, (torch.SymInt, torch.SymBool, bool))
+            or user.target is operator.getitem
+            or "_assert_scalar" in str(user.target)
+            or "sym_constrain_range" in str(user.target)
+        )
+        if not harmless:
+            return None
+        if user not in found:
+            found.add(user)
+            queue += user.users
+    return [n for n in node.graph.nodes if n in found]
 
 
 # Which nodes write, and to which memory

@@ -60,7 +60,7 @@ def _einsum(r: Reader, a: dict, node: fx.Node, idx: Index) -> Product | None:
     if len(tensors) != 2 or a.get("path") is not None:
         return None
     shapes = [r.shape(t) for t in tensors]
-    terms, out = _letters(a["equation"], [len(s) for s in shapes])
+    terms, out = letters(a["equation"], [len(s) for s in shapes])
     summed = [c for c in dict.fromkeys(terms[0] + terms[1]) if c not in out]
     if any(len(set(t)) != len(t) for t in (*terms, out)) or len(summed) != 1:
         return None
@@ -73,7 +73,7 @@ def _einsum(r: Reader, a: dict, node: fx.Node, idx: Index) -> Product | None:
     return Product(x, y, at[letter], length)
 
 
-def _letters(equation: str, ranks: list[int]) -> tuple[list[str], str]:
+def letters(equation: str, ranks: list[int]) -> tuple[list[str], str]:
     """The terms and the result of an einsum equation, with the ellipsis spelled out."""
     equation = equation.replace(" ", "")
     left, arrow, out = equation.partition("->")

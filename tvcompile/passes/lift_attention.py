@@ -21,6 +21,7 @@ from ..spec import Match, Refusal, Refuse, where_of
 from .atoms import ATOMS
 from .bind import Sketch, bind
 from .contraction import contraction
+from .facts import Facts
 from .masking import Masks, split_scale
 from .movement import MOVEMENT, SPLITS
 from .pointwise import POINTWISE
@@ -52,7 +53,8 @@ def lift_attention(graph: fx.Graph) -> tuple[list[Match], list[Refusal]]:
             matches.append(match)
             explained.update(match.region)
     for node in graph.nodes:
-        if node.op == "call_function" and r.name(node) in SOFTMAX and node not in explained:
+        routes = any(r.name(user) in ("topk", "argmax", "max", "sort") for user in node.users if user.op == "call_function")
+        if node.op == "call_function" and r.name(node) in SOFTMAX and node not in explained and not routes:
             why = "its result is not the weights of a sum over a dot product's positions"
             refusals.setdefault(node, Refusal(str(node.target), why, where_of(node)))
     kept = [refusal for node, refusal in refusals.items() if node not in explained]
@@ -111,18 +113,6 @@ def between(r: Reader, start: fx.Node, anchor: fx.Node) -> list[fx.Node]:
                 backward.add(source)
                 queue.append(source)
     return sorted(backward, key=r.position.__getitem__)
-
-
-class Facts:
-    """What holds for the graph as a whole: gradient mode at each node, and whether anything trains."""
-
-    def __init__(self, graph: fx.Graph):
-        self.grad: dict[fx.Node, bool] = {}
-        self.training = enabled = torch.is_grad_enabled()
-        for node in graph.nodes:
-            if node.op == "call_function" and node.target is torch._C._set_grad_enabled:
-                enabled = bool(node.args[0])
-            self.grad[node] = enabled
 
 
 def check_region(r: Reader, facts: Facts, start: fx.Node, anchor: fx.Node) -> tuple[fx.Node, ...]:

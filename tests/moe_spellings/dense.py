@@ -1,0 +1,156 @@
+"""Every expert on every token; what was not chosen is multiplied by zero."""
+
+import torch
+import torch.nn.functional as F
+
+from tests.moe_spellings.base import Block, moe
+
+
+@moe()
+@moe(own=True)
+@moe(kind="gpt_oss", layout="interleave", bias=True, router="topk_softmax")
+@moe(kind="gelu", order="oi", bias=True)
+@moe(layout="separate", order="oi", router="renormalised")
+class MaskedSum(Block):
+    """The coefficient of expert e: (weights * (ids == e)).sum(-1)."""
+
+    def experts(self, x, ids, w):
+        out = torch.zeros_like(x)
+        for e in range(self.count):
+            coefficient = (w * (ids == e)).sum(dim=-1, keepdim=True)
+            out = out + coefficient * self.expert(x, e)
+        return out
+
+
+@moe()
+@moe(own=True, kind="relu")
+@moe(order="oi", kind="reglu", router="in_float")
+class ScatteredRouting(Block):
+    """A dense [T,E] routing matrix."""
+
+    def experts(self, x, ids, w):
+        routing = torch.zeros(x.shape[0], self.count, dtype=w.dtype).scatter(1, ids, w)
+        out = torch.zeros_like(x)
+        for e in range(self.count):
+            out = out + (routing[:, e, None] * self.expert(x, e)).to(x.dtype)
+        return out
+
+
+@moe()
+@moe(own=True, router="argmax_twice")
+class WhereElementwise(Block):
+    def experts(self, x, ids, w):
+        out = torch.zeros_like(x)
+        for e in range(self.count):
+            hit = ids == e
+            y = self.expert(x, e) * torch.where(hit, w, 0.0).sum(-1).unsqueeze(-1)
+            out += torch.where(hit.any(-1, keepdim=True), y, torch.zeros_like(y))
+        return out
+
+
+@moe()
+@moe(own=True, kind="gelu")
+class StackedEinsum(Block):
+    def experts(self, x, ids, w):
+        routing = torch.zeros(x.shape[0], self.count, dtype=w.dtype).scatter_(1, ids, w)
+        ys = torch.stack([self.expert(x, e) for e in range(self.count)])
+        return torch.einsum("te,eth->th", routing, ys)
+
+
+@moe()
+@moe(own=True, bias=True)
+class StackedGather(Block):
+    """The outputs of all experts, of which those chosen are gathered."""
+
+    def experts(self, x, ids, w):
+        ys = torch.stack([self.expert(x, e) for e in range(self.count)], dim=1)
+        chosen = ys.gather(1, ids.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+        return (chosen * w.unsqueeze(-1)).sum(dim=1)
+
+
+@moe()
+@moe(own=True, layout="separate")
+class StackedIndexed(Block):
+    def experts(self, x, ids, w):
+        ys = torch.stack([self.expert(x, e) for e in range(self.count)], dim=1)
+        chosen = ys[torch.arange(x.shape[0])[:, None], ids]
+        return torch.einsum("tkh,tk->th", chosen, w)
+
+
+@moe()
+@moe(kind="geglu", layout="separate", order="oi", bias=True)
+@moe(kind="gpt_oss", layout="interleave", bias=True, router="topk_softmax")
+class Einsums(Block):
+    """All experts by einsum over stacked weights; combined with a one-hot."""
+
+    def experts(self, x, ids, w):
+        def product(x, weight, bias):
+            left = "ti" if x.dim() == 2 else "tei"
+            y = torch.einsum(f"{left},{'eio' if self.order == 'io' else 'eoi'}->teo", x, weight)
+            return y if bias is None else y + bias
+
+        chosen = F.one_hot(ids, self.count).to(w.dtype)
+        return torch.einsum("tk,tke,teh->th", w, chosen, self.mlp(x, product))
+
+
+@moe()
+@moe(kind="gpt_oss", layout="interleave", bias=True, router="topk_softmax")
+@moe(kind="relu", order="oi")
+class RepeatedBmm(Block):
+    """GPT-OSS in inference, before version 5: tokens repeated for every expert, bmm, routing matrix."""
+
+    def experts(self, x, ids, w):
+        routing = torch.zeros(x.shape[0], self.count, dtype=w.dtype).scatter_(1, ids, w)
+        rows = x.repeat(self.count, 1).view(self.count, -1, x.shape[-1])
+
+        def product(x, weight, bias):
+            y = torch.bmm(x, weight if self.order == "io" else weight.mT)
+            return y if bias is None else y + bias[..., None, :]
+
+        y = self.mlp(rows, product) * routing.transpose(0, 1)[..., None]
+        return y.sum(dim=0)
+
+
+@moe()
+@moe(kind="gelu", bias=True)
+class BroadcastMatmul(Block):
+    def experts(self, x, ids, w):
+        routing = (F.one_hot(ids, self.count) * w.unsqueeze(-1)).sum(1)
+
+        def product(x, weight, bias):
+            y = x @ (weight if self.order == "io" else weight.mT)
+            return y if bias is None else y + bias.unsqueeze(1)
+
+        return (self.mlp(x.unsqueeze(0), product) * routing.T.unsqueeze(-1)).sum(0)
+
+
+@moe()
+class Llama4(Block):
+    """Dense bmm; the input is weighed by the sigmoid of the only logit that is not -inf."""
+
+    router, top, weigh = "top1_sigmoid", 1, "input"
+
+    def forward(self, x):
+        rows = x.reshape(-1, x.shape[-1])
+        logits = self.gate(rows)
+        best, ids = torch.topk(logits, self.top, dim=1)
+        scores = torch.full_like(logits, float("-inf")).scatter_(1, ids, best).transpose(0, 1)
+        scores = torch.sigmoid(scores.float()).to(x.dtype)
+        routed = rows.repeat(self.count, 1) * scores.reshape(-1, 1)
+        y = self.mlp(routed.view(self.count, -1, x.shape[-1]), lambda x, weight, bias: torch.bmm(x, weight))
+        return y.sum(dim=0).view(x.shape)
+
+
+@moe()
+class Llama4TopTwo(Llama4):
+    router, top = "sigmoid_each", 2
+
+
+@moe(three=True)
+@moe(three=True, own=True)
+class ThreeDims(Block):
+    def experts(self, x, ids, w):
+        out = 0
+        for e in range(self.count):
+            out = out + self.expert(x, e) * (w * (ids == e).to(w.dtype)).sum(-1, keepdim=True)
+        return out

@@ -1,0 +1,147 @@
+"""Tokens sorted by expert, one grouped product a projection, and the way back."""
+
+import torch
+import torch.nn.functional as F
+import transformers.integrations.moe  # noqa: F401  (registers transformers::grouped_mm_fallback)
+
+from tests.moe_spellings.base import T, Block, moe
+
+
+def grouped_mm(x, weight, offsets):
+    """x [N,in], weight [E,in,out]; what transformers calls under compile."""
+    if x.dtype == torch.bfloat16:
+        return torch._grouped_mm(x, weight, offs=offsets)
+    return torch.ops.transformers.grouped_mm_fallback(x, weight, offsets)
+
+
+class Grouped(Block):
+    def rows(self, x, ids, offsets):
+        """The experts of rows [N,H] sorted by `ids` [N]."""
+
+        def product(x, weight, bias):
+            y = grouped_mm(x, weight if self.order == "io" else weight.transpose(-2, -1), offsets)
+            return y if bias is None else y + bias[ids]
+
+        return self.mlp(x, product)
+
+
+@moe()
+@moe(order="oi", router="renormalised")
+@moe(kind="gpt_oss", layout="interleave", bias=True, router="topk_softmax")
+@moe(kind="geglu", layout="separate", router="in_float")
+@moe(kind="relu2", router="grouped", order="oi")
+@moe(kind="gelu", bias=True)
+@moe(count=16, top=8)
+class SortHistcInverse(Grouped):
+    """transformers' grouped_mm implementation, by hand."""
+
+    def experts(self, x, ids, w):
+        w, ids = w.reshape(-1), ids.reshape(-1)
+        ids_g, perm = torch.sort(ids)
+        x_g, w_g = x[perm // self.top], w[perm]
+        counts = torch.histc(ids_g.float(), bins=self.count, min=0, max=self.count - 1)
+        offsets = torch.cumsum(counts, dim=0, dtype=torch.int32)
+        out = self.rows(x_g, ids_g, offsets) * w_g.unsqueeze(-1)
+        inverse = torch.empty_like(perm)
+        inverse[perm] = torch.arange(perm.size(0), device=x.device)
+        return out[inverse].view(-1, self.top, x.shape[-1]).sum(dim=1).to(x.dtype)
+
+
+@moe(dtype=torch.bfloat16)
+@moe(dtype=torch.bfloat16, kind="swiglu", layout="interleave", order="oi", bias=True)
+@moe(dtype=torch.bfloat16, kind="relu", router="topk_softmax")
+class ArgsortBincountIndexAdd(Grouped):
+    """How many entries bincount gives depends on the ids: only torch._grouped_mm takes that, hence bfloat16."""
+
+    def experts(self, x, ids, w):
+        flat = ids.flatten()
+        order = flat.argsort(stable=True)
+        offsets = torch.bincount(flat, minlength=self.count).cumsum(0).to(torch.int32)
+        token = order // self.top
+        y = self.rows(x[token], flat[order], offsets) * w.flatten()[order, None]
+        return torch.zeros_like(x).index_add_(0, token, y)
+
+
+@moe()
+@moe(kind="geglu_tanh", order="oi", bias=True)
+class TokenTableAndOneHotCounts(Grouped):
+    """Which token a pair belongs to is a table; counts are sums of a one-hot; combine out of place."""
+
+    def experts(self, x, ids, w):
+        flat, of = ids.view(-1), torch.arange(x.shape[0]).unsqueeze(1).expand(-1, self.top).reshape(-1)
+        order = torch.argsort(flat)
+        offsets = F.one_hot(flat, self.count).sum(0).cumsum(0, dtype=torch.int32)
+        y = self.rows(x.index_select(0, of[order]), flat[order], offsets)
+        y = y * w.view(-1).index_select(0, order).unsqueeze(1)
+        return torch.zeros_like(x).index_add(0, of[order], y)
+
+
+@moe()
+@moe(kind="swiglu", layout="separate", order="oi")
+class RepeatedAndUnsortedByArgsort(Grouped):
+    """Tokens repeated K times, then permuted; weighed after they are back."""
+
+    def experts(self, x, ids, w):
+        ids_g, order = ids.flatten().sort(stable=True)
+        offsets = (ids_g.unsqueeze(0) <= torch.arange(self.count).unsqueeze(1)).sum(1).to(torch.int32)
+        y = self.rows(x.repeat_interleave(self.top, dim=0)[order], ids_g, offsets)
+        y = y[order.argsort()].view(-1, self.top, x.shape[-1])
+        return torch.einsum("tkh,tk->th", y, w)
+
+
+@moe()
+@moe(kind="silu", order="oi")
+class ScatteredBackByAssignment(Grouped):
+    """searchsorted offsets; out[order] = y; bmm with the weights."""
+
+    def experts(self, x, ids, w):
+        ids_g, order = torch.sort(ids.reshape(-1))
+        offsets = torch.searchsorted(ids_g, torch.arange(self.count), right=True).int()
+        y = self.rows(x[order // self.top], ids_g, offsets)
+        back = torch.zeros_like(y)
+        back[order] = y
+        return torch.bmm(w.unsqueeze(1), back.view(-1, self.top, x.shape[-1])).squeeze(1)
+
+
+@moe()
+@moe(kind="reglu", layout="separate")
+class ScatterAdd(Grouped):
+    def experts(self, x, ids, w):
+        flat = ids.reshape(-1)
+        order = flat.argsort()
+        counts = torch.zeros(self.count, dtype=torch.int64).scatter_add_(0, flat, torch.ones_like(flat))
+        token = (order // self.top).unsqueeze(-1).expand(-1, x.shape[-1])
+        y = self.rows(x.gather(0, token), flat[order], counts.cumsum(0).int()) * w.reshape(-1, 1)[order]
+        return torch.zeros_like(x).scatter_add_(0, token, y)
+
+
+@moe(router="top1", dtype=torch.bfloat16)
+@moe(router="top1_argmax", dtype=torch.bfloat16, kind="gelu", bias=True, order="oi")
+class TopOneWithoutPairs(Grouped):
+    """top-1: the permutation is over tokens; written back by assignment, then weighed."""
+
+    def experts(self, x, ids, w):
+        ids_g, order = ids.squeeze(-1).sort()
+        offsets = torch.bincount(ids_g, minlength=self.count).cumsum(0).int()
+        out = torch.empty_like(x)
+        out[order] = self.rows(x[order], ids_g, offsets)
+        return out * w
+
+    top = 1
+
+
+@moe()
+class WeighedByInput(Grouped):
+    """torchtitan's Llama 4: scores multiply the tokens before the experts."""
+
+    weigh = "input"
+    router = "sigmoid_topk"
+
+    def experts(self, x, ids, w):
+        order = ids.view(-1).argsort(stable=True)
+        counts = torch.histc(ids.view(-1).float(), bins=self.count, min=0, max=self.count)
+        offsets = counts.cumsum(0, dtype=torch.int32)
+        token = (order // self.top).reshape(-1, 1).expand(-1, x.shape[-1])
+        rows = torch.gather(x, dim=0, index=token) * w.view(-1)[order].reshape(-1, 1)
+        y = self.rows(rows, ids.view(-1)[order], offsets)
+        return torch.zeros(T, x.shape[-1], dtype=x.dtype).scatter_add(0, token, y)

@@ -1,0 +1,93 @@
+"""A mixture of experts inside a layer: shared experts, losses of the router, residuals."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tests.moe_spellings.base import H, Expert, T, moe
+from tests.moe_spellings.batched import Einsums
+from tests.moe_spellings.dense import MaskedSum
+from tests.moe_spellings.grouped import SortHistcInverse
+from tests.moe_spellings.loops import WhereIndexAdd
+
+FORMS = (SortHistcInverse, WhereIndexAdd, MaskedSum, Einsums)
+
+
+def balance(probabilities, ids, count):
+    """Switch and GShard: experts' share of the tokens times their mean probability."""
+    share = F.one_hot(ids, count).float().mean((0, 1))
+    return count * (share * probabilities.mean(0)).sum()
+
+
+class Shared:
+    """A shared expert with a gate of its own, as in Qwen2-MoE."""
+
+    def __init__(self):
+        super().__init__()
+        self.shared, self.shared_gate = Expert("swiglu", False), nn.Linear(H, 1, bias=False)
+
+    def forward(self, x):
+        return super().forward(x) + torch.sigmoid(self.shared_gate(x)) * self.shared(x)
+
+    def reference(self, x):
+        return super().reference(x) + torch.sigmoid(self.shared_gate(x)) * self.shared(x)
+
+
+class Losses:
+    """Beside the output: the load-balancing loss and the z-loss."""
+
+    def forward(self, x):
+        flat = x.reshape(-1, H)
+        logits = self.gate(flat)
+        w, ids = torch.topk(logits.float().softmax(-1), self.top, dim=-1)
+        w = (w / w.sum(-1, keepdim=True)).to(x.dtype)
+        out = self.experts(flat, ids, w).view(x.shape)
+        return out, *self.losses(logits, ids)
+
+    def route(self, x):
+        w, ids = torch.topk(self.gate(x).float().softmax(-1), self.top, dim=-1)
+        return (w / w.sum(-1, keepdim=True)).to(x.dtype), ids
+
+    def losses(self, logits, ids):
+        z = 1e-2 * torch.logsumexp(logits.float(), dim=-1).square().mean()
+        return balance(logits.float().softmax(-1), ids, self.count), z
+
+    def reference(self, x):
+        logits, ids = self.gate(x.reshape(-1, H)), self.route(x.reshape(-1, H))[1]
+        return super().reference(x), *self.losses(logits, ids)
+
+
+class Residual:
+    """Norm before, the output scaled and added to what came in, router logits returned."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.RMSNorm(H)
+
+    def route(self, x):
+        return super().route(x)
+
+    def forward(self, x):
+        y = self.norm(x)
+        flat = y.view(-1, H)
+        w, ids = self.route(flat)
+        return x + 0.5 * self.experts(flat, ids, w).view(x.shape), self.gate(flat)
+
+    def reference(self, x):
+        y = self.norm(x)
+        return x + 0.5 * super().reference(y), self.gate(y.view(-1, H))
+
+
+class TokensFirst:
+    """x is [T,H] from the start."""
+
+    def forward(self, x):
+        w, ids = self.route(x)
+        return self.experts(x, ids, w)
+
+
+for mixin, shape in ((Shared, None), (Losses, None), (Residual, None), (TokensFirst, (T, H))):
+    for form in FORMS:
+        name = f"{mixin.__name__}{form.__name__}"
+        made = type(name, (mixin, form), {"__module__": __name__})
+        moe(**({"shape": shape} if shape else {}))(made)

@@ -1,0 +1,193 @@
+"""A loop over the experts, each on its own tokens."""
+
+import torch
+import torch.nn.functional as F
+
+from tests.moe_spellings.base import Block, moe
+
+
+@moe()
+@moe(own=True)
+@moe(order="oi", router="renormalised")
+@moe(kind="gpt_oss", layout="interleave", bias=True, router="topk_softmax")
+@moe(kind="gelu", own=True, bias=True)
+@moe(layout="separate", router="grouped", order="oi")
+@moe(count=16, top=8)
+class WhereIndexAdd(Block):
+    """Mixtral before version 5: one_hot, permute, torch.where, index_add_."""
+
+    def experts(self, x, ids, w):
+        out = torch.zeros_like(x)
+        mask = F.one_hot(ids, num_classes=self.count).permute(2, 1, 0)
+        for e in range(self.count):
+            k, token = torch.where(mask[e])
+            rows = self.expert(x[None, token].reshape(-1, x.shape[-1]), e) * w[token, k, None]
+            out.index_add_(0, token, rows.to(x.dtype))
+        return out
+
+
+@moe()
+@moe(own=True, kind="geglu")
+@moe(kind="relu", order="oi", bias=True)
+class WhereIndexPlus(Block):
+    """mistral-inference: results[token] += w * expert(x[token])."""
+
+    def experts(self, x, ids, w):
+        results = torch.zeros_like(x)
+        for e in range(self.count):
+            token, k = torch.where(ids == e)
+            results[token] += w[token, k, None] * self.expert(x[token], e)
+        return results
+
+
+@moe()
+@moe(own=True)
+@moe(kind="silu", router="sorted_softmax")
+class BooleanPlus(Block):
+    """out[mask] += ..., the weight summed over the choices."""
+
+    def experts(self, x, ids, w):
+        out = torch.zeros_like(x)
+        for e in range(self.count):
+            hit = ids == e
+            mask = hit.any(dim=-1)
+            coefficient = (w * hit).sum(dim=-1)
+            out[mask] += self.expert(x[mask], e) * coefficient[mask].unsqueeze(-1)
+        return out
+
+
+@moe()
+@moe(own=True, kind="relu2")
+@moe(order="oi", layout="separate", bias=True)
+class ChoiceByChoice(Block):
+    """Two loops: over choices and experts."""
+
+    def experts(self, x, ids, w):
+        out = torch.zeros_like(x)
+        for k in range(self.top):
+            for e in range(self.count):
+                mask = ids[:, k] == e
+                out[mask] += w[mask, k].unsqueeze(-1) * self.expert(x[mask], e)
+        return out
+
+
+@moe()
+@moe(own=True, router="sigmoid_topk")
+@moe(kind="gelu", bias=True)
+class AssignedPairs(Block):
+    """DeepSeek's training code: pairs in a buffer, weighed and added up at the end."""
+
+    def experts(self, x, ids, w):
+        rows, flat = x.repeat_interleave(self.top, dim=0), ids.view(-1)
+        y = torch.empty_like(rows)
+        for e in range(self.count):
+            y[flat == e] = self.expert(rows[flat == e], e)
+        return (y.view(*w.shape, -1) * w.unsqueeze(-1)).sum(dim=1)
+
+
+@moe()
+@moe(own=True, bias=True)
+class NonzeroIndexPut(Block):
+    """nonzero(as_tuple=True), index_select, index_put_ that accumulates."""
+
+    def experts(self, x, ids, w):
+        out = x.new_zeros(x.shape)
+        for e in range(self.count):
+            token, k = (ids == e).nonzero(as_tuple=True)
+            y = self.expert(x.index_select(0, token), e) * w[token, k].unsqueeze(1)
+            out.index_put_((token,), y, accumulate=True)
+        return out
+
+
+@moe()
+@moe(kind="geglu_tanh", layout="interleave", order="oi")
+class NonzeroScatterAdd(Block):
+    """Positions in the flat pairs; scatter_add_ with expanded indices."""
+
+    def experts(self, x, ids, w):
+        out, flat, flat_w = torch.zeros_like(x), ids.flatten(), w.flatten()
+        for e in range(self.count):
+            pair = (flat == e).nonzero().squeeze(-1)
+            token = torch.div(pair, self.top, rounding_mode="floor")
+            y = self.expert(x[token], e) * flat_w[pair][:, None]
+            out.scatter_add_(0, token[:, None].expand(-1, x.shape[-1]), y)
+        return out
+
+
+@moe()
+@moe(own=True, kind="relu")
+class FunctionalIndexAdd(Block):
+    """Nothing in place."""
+
+    def experts(self, x, ids, w):
+        out = torch.zeros_like(x)
+        for e in range(self.count):
+            token, k = torch.nonzero(ids == e).unbind(1)
+            out = out.index_add(0, token, self.expert(x[token], e) * w[token, k, None])
+        return out
+
+
+@moe()
+class GatheredAndAddedOnce(Block):
+    """All experts' rows in one list; one index_add."""
+
+    def experts(self, x, ids, w):
+        rows, tokens = [], []
+        for e in range(self.count):
+            token, k = torch.where(ids == e)
+            rows.append(self.expert(x[token], e) * w[token, k, None])
+            tokens.append(token)
+        return torch.zeros_like(x).index_add_(0, torch.cat(tokens), torch.cat(rows))
+
+
+@moe(router="top1", kind="relu")
+@moe(router="top1_argmax", own=True)
+class Switch(Block):
+    """Switch Transformers: top-1, assigned, then multiplied by the probability."""
+
+    top = 1
+
+    def experts(self, x, ids, w):
+        out = torch.zeros_like(x)
+        for e in range(self.count):
+            token = (ids.squeeze(-1) == e).nonzero().squeeze(-1)
+            out[token] = self.expert(x[token], e)
+        return out * w
+
+
+@moe(router="top1")
+class SwitchByBoolean(Block):
+    top = 1
+
+    def experts(self, x, ids, w):
+        ids, out = ids[:, 0], torch.zeros_like(x)
+        for e in range(self.count):
+            mask = ids == e
+            out[mask] = self.expert(x[mask], e) * w[mask]
+        return out
+
+
+@moe(three=True)
+@moe(three=True, own=True, kind="geglu")
+class ThreeDims(Block):
+    """x [B,S,H] and ids [B,S,K] throughout."""
+
+    def experts(self, x, ids, w):
+        out = torch.zeros_like(x)
+        for e in range(self.count):
+            b, s, k = torch.where(ids == e)
+            out[b, s] += w[b, s, k].unsqueeze(-1) * self.expert(x[b, s], e)
+        return out
+
+
+@moe(three=True)
+@moe(three=True, own=True)
+class ThreeDimsBoolean(Block):
+    def experts(self, x, ids, w):
+        out, flat, flat_out = torch.zeros_like(x), x.view(-1, x.shape[-1]), None
+        flat_out = out.view(-1, x.shape[-1])
+        for e in range(self.count):
+            mask = (ids == e).any(-1).view(-1)
+            weight = torch.where(ids == e, w, torch.zeros_like(w)).sum(-1).view(-1, 1)
+            flat_out[mask] = flat_out[mask] + weight[mask] * self.expert(flat[mask], e)
+        return out

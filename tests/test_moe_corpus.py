@@ -1,0 +1,84 @@
+"""Every spelling of a mixture of experts is fused into one site and right; impostors are refused or right.
+
+Spellings train in float32 (those that ask for it in bfloat16) and infer in bfloat16: outputs, losses, all gradients.
+"""
+
+import re
+
+import pytest
+import torch
+
+import tvcompile
+from tests import harness
+from tests.moe_spellings import CORPUS
+from tests.moe_spellings.impostors import IMPOSTORS, DropoutInExperts
+from tvcompile.moe_spec import MoESpec
+
+CASES = [pytest.param(s, mode, id=f"{name}-{mode}") for name, s in CORPUS.items() for mode in s.modes]
+
+
+def moe_sites(report):
+    return [site for site in report.sites if site.spec.startswith("act =")]
+
+
+@pytest.mark.parametrize("spelling, mode", CASES)
+def test_spelling(spelling, mode):
+    train, dtype = (True, spelling.dtype) if mode == "train" else (False, torch.bfloat16)
+    report = harness.run(spelling.build(dtype), spelling.make_inputs(dtype), train)
+    sites = moe_sites(report)
+    assert len(sites) == spelling.sites, [str(r) for r in report.refusals]
+    assert len(harness.nodes_of(report, torch.ops.tv.moe.default)) == spelling.sites
+    for site in sites:
+        assert spelling.accepts(site.spec), site.spec
+
+
+@pytest.mark.parametrize("name", CORPUS)
+def test_spelling_computes_its_formula(name):
+    """The corpus itself: eager gives, in float64, what the formula gives with every expert on every token."""
+    spelling = CORPUS[name]
+    block, (x,) = spelling.build(torch.float64), spelling.make_inputs(torch.float64)
+    with torch.no_grad():
+        for got, expected in zip(harness.leaves(block(x)), harness.leaves(block.reference(x)), strict=True):
+            torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("name", IMPOSTORS)
+def test_impostor(name):
+    impostor = IMPOSTORS[name]
+    spelling = impostor.spelling
+    report = harness.run(spelling.build(spelling.dtype), spelling.make_inputs(spelling.dtype), impostor.train)
+    if impostor.reason is None:
+        return
+    assert not moe_sites(report), [site.spec for site in report.sites]
+    if not impostor.reason:
+        return
+    reasons = [refusal.reason for refusal in report.refusals]
+    assert any(re.search(impostor.reason, reason) for reason in reasons), reasons
+    assert all(re.search(r"\.py:\d+", refusal.where) for refusal in report.refusals)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_dropout_in_experts_is_refused(train):
+    block = DropoutInExperts()
+    block.probability = 0.3
+    with tvcompile.collect() as report, torch.set_grad_enabled(train):
+        call = torch.compile(block, backend="tv", options=harness.STRICT, fullgraph=True)
+        call(torch.randn(3, 7, 24))
+    assert not moe_sites(report) and report.refusals
+
+
+@pytest.mark.parametrize("name", ["grouped.SortHistcInverse", "loops.WhereIndexAdd", "dense.MaskedSum"])
+def test_spelling_with_dynamic_shapes(name):
+    spelling = CORPUS[name]
+    report = harness.run(spelling.build(torch.float32), spelling.make_inputs(torch.float32), True, dynamic=True)
+    assert len(moe_sites(report)) == 1, [str(r) for r in report.refusals]
+
+
+def test_accepting_is_by_meaning():
+    chunk, interleave = (CORPUS[n] for n in ("loops.WhereIndexAdd", "batched.OneChoiceAtATime.oi.interleave"))
+    assert chunk.accepts(str(MoESpec.parse("act = sigmoid(g)*g*u; layout=chunk")))
+    assert not chunk.accepts("act = sigmoid(u)*u*g; layout=chunk")
+    assert chunk.accepts("act = sigmoid(u)*u*g; layout=separate")
+    assert not chunk.accepts("act = sigmoid(g)*g*u; layout=chunk; weigh=input")
+    assert not chunk.accepts("act = sigmoid(g)*g*u; layout=interleave")
+    assert interleave.accepts("act = g/(1 + exp(-g))*u; layout=interleave")

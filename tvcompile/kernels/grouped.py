@@ -1,0 +1,266 @@
+"""A mixture of experts on a GPU, forward: products of each expert's rows with its weights, pairs sorted by expert.
+
+    pre[r]  = x[order[r] // K] up[e] + up_bias[e]            act[r] = act(pre[r])             experts_up
+    y[p]    = weights[p] (act[r] down[e] + down_bias[e])     p = order[r]                     experts_rows
+    out[t]  = sum_k y[t*K + k], in the order of k                                             experts_combine
+
+    x [T,H]   order [T*K]   act [T*K,F]   hidden [T*K,P*F]   y [T*K,H_out]   out [T,H_out]      r rows, p pairs
+
+One program makes BLOCK_M rows of one expert times BLOCK_N columns; routing.py says which rows. BLOCK_N counts the columns
+of g and u together: both come from one pass over x, as two sums, or in layout "interleave" as one that is split.
+The rows are gathered while they are loaded, so no sorted copy of x is made. Rows beyond an expert's last repeat it and
+are not stored. Weights are read at one moving pointer plus fixed 32-bit offsets, or by descriptors; in which order
+their memory lies is told by strides. Not here: float64.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+GROUP = tl.constexpr(8)  # blocks of rows that go over the columns together, so that L2 holds what they share
+
+
+@triton.jit
+def place(table_ptr, offsets_ptr, n_blocks, COLUMNS: tl.constexpr, E: tl.constexpr):
+    """(expert, first row, where its rows end, block of columns) of a program; expert E: nothing to do."""
+    pid = tl.program_id(0)
+    group = pid // (GROUP * COLUMNS) * GROUP
+    size = tl.minimum(n_blocks - group, GROUP)
+    within = pid % (GROUP * COLUMNS)
+    block = group + within % size
+    e = tl.load(table_ptr + block)
+    first = tl.load(table_ptr + n_blocks + block)
+    end = tl.load(offsets_ptr + tl.minimum(e + 1, E))
+    return e, first, end, within // size
+
+
+@triton.jit
+def pick(tensors, e):
+    """Tensor e of a tuple; the one there is where experts are stacked."""
+    found = tensors[0]
+    for i in tl.static_range(1, len(tensors)):
+        found = tl.where(e == i, tensors[i], found)
+    return found
+
+
+@triton.jit
+def expert(tensors, e, strides):
+    """Where the weights or the bias of expert e begin; strides[0] is 0 for tensors of their own."""
+    return pick(tensors, e) + tl.cast(e, tl.int64) * strides[0]
+
+
+@triton.jit
+def weights_at(
+    ptr, stride_k, stride_n, first, K: tl.constexpr, N: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, DESCRIPTORS: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """How weight_tile reads columns [first, first + BLOCK_N) of W [K,N] at ptr; WIDE: columns lie next to each other."""
+    if DESCRIPTORS:
+        if WIDE:
+            at = tl.make_tensor_descriptor(ptr, [K, N], [stride_k, 1], [BLOCK_K, BLOCK_N])
+        else:
+            at = tl.make_tensor_descriptor(ptr, [N, K], [stride_n, 1], [BLOCK_N, BLOCK_K])
+    else:
+        n = first + tl.arange(0, BLOCK_N)
+        at = tl.arange(0, BLOCK_K)[:, None] * stride_k + n[None, :] * stride_n
+    return at
+
+
+@triton.jit
+def weight_tile(
+    ptr, at, k, first, K: tl.constexpr, N: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, DESCRIPTORS: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """W [k:k+BLOCK_K, first:first+BLOCK_N], zero outside; ptr: where row k of W lies."""
+    if DESCRIPTORS:
+        if WIDE:
+            tile = at.load([k, first])
+        else:
+            tile = at.load([first, k]).T
+    else:
+        rows = (k + tl.arange(0, BLOCK_K))[:, None] < K
+        columns = (first + tl.arange(0, BLOCK_N))[None, :] < N
+        if K % BLOCK_K == 0 and N % BLOCK_N == 0:
+            tile = tl.load(ptr + at)
+        elif K % BLOCK_K == 0:
+            tile = tl.load(ptr + at, mask=columns, other=0.0)
+        elif N % BLOCK_N == 0:
+            tile = tl.load(ptr + at, mask=rows, other=0.0)
+        else:
+            tile = tl.load(ptr + at, mask=rows & columns, other=0.0)
+    return tile
+
+
+@triton.jit
+def rows_times(
+    acc, other, a_ptr, a_at, w_ptr, v_ptr, stride_k, stride_n, first_row, first,
+    K: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, WIDE: tl.constexpr, DESCRIBED: tl.constexpr,
+):  # fmt: skip
+    """(acc + A W, other + A V) for rows of A [.,K] and columns from `first` on; V only if there is `other`.
+
+    a_at: offsets of the rows from a_ptr, or, DESCRIBED, the descriptor of A.
+    """
+    w_at = weights_at(w_ptr, stride_k, stride_n, first, K, N, BLOCK_K, BLOCK_N, DESCRIPTORS, WIDE)
+    if other is not None:
+        v_at = weights_at(v_ptr, stride_k, stride_n, first, K, N, BLOCK_K, BLOCK_N, DESCRIPTORS, WIDE)
+    columns = tl.arange(0, BLOCK_K)[None, :]
+    for k in tl.range(0, K, BLOCK_K):
+        if DESCRIBED:
+            a = a_at.load([first_row, k])
+        elif K % BLOCK_K == 0:
+            a = tl.load(a_ptr + (a_at + columns))
+        else:
+            a = tl.load(a_ptr + (a_at + columns), mask=k + columns < K, other=0.0)
+        w = weight_tile(w_ptr, w_at, k, first, K, N, BLOCK_K, BLOCK_N, DESCRIPTORS, WIDE)
+        acc = tl.dot(a, w, acc, input_precision=PRECISION)
+        if other is not None:
+            v = weight_tile(v_ptr, v_at, k, first, K, N, BLOCK_K, BLOCK_N, DESCRIPTORS, WIDE)
+            other = tl.dot(a, v, other, input_precision=PRECISION)
+            v_ptr += BLOCK_K * stride_k
+        a_ptr += BLOCK_K
+        w_ptr += BLOCK_K * stride_k
+    return acc, other
+
+
+@triton.jit
+def halves(x):
+    """(even, odd) columns"""
+    return tl.split(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
+
+
+@triton.jit
+def braid(even, odd):
+    """The inverse of halves."""
+    return tl.reshape(tl.join(even, odd), [even.shape[0], even.shape[1] * 2])
+
+
+@triton.jit
+def bias_row(ptr, stride, columns, N: tl.constexpr):
+    """[1,BLOCK_N] float32"""
+    return tl.load(ptr + columns * stride, mask=columns < N, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def store_tile(ptr, rows, stride, columns, value, inside, N: tl.constexpr):
+    """value [BLOCK_M,BLOCK_N] at 64-bit row numbers `rows` of a matrix [.,N], where `inside`."""
+    at = ptr + (rows * stride)[:, None] + columns[None, :]
+    tl.store(at, value.to(ptr.dtype.element_ty), mask=inside[:, None] & (columns < N)[None, :])
+
+
+@triton.jit
+def experts_up(
+    x_ptr, order_ptr, offsets_ptr, table_ptr, weights_ptr, ups, biases, act_ptr, hidden_ptr,
+    x_stride, up_strides, bias_strides, n_blocks,
+    ACT: tl.constexpr, LAYOUT: tl.constexpr, TOP: tl.constexpr, E: tl.constexpr, H: tl.constexpr, F: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    PAIR: tl.constexpr = LAYOUT == "chunk" or LAYOUT == "separate"
+    BRAIDED: tl.constexpr = LAYOUT == "interleave"
+    COLUMNS: tl.constexpr = BLOCK_N // 2 if PAIR else BLOCK_N  # of one sum
+    N: tl.constexpr = 2 * F if BRAIDED else F
+    BLOCK_F: tl.constexpr = COLUMNS // 2 if BRAIDED else COLUMNS
+    AT: tl.constexpr = F if LAYOUT == "chunk" else 0  # where u begins in its tensor
+    WIDTH: tl.constexpr = F if LAYOUT == "plain" else 2 * F
+    e, first_row, end, block = place(table_ptr, offsets_ptr, n_blocks, tl.cdiv(N, COLUMNS), E)
+    if e < E:
+        r = first_row + tl.arange(0, BLOCK_M)
+        inside = r < end
+        pairs = tl.load(order_ptr + tl.minimum(r, end - 1))
+        a_at = (pairs // TOP).to(tl.int64)[:, None] * x_stride
+        first = block * COLUMNS
+        w_ptr = expert(ups[0], e, up_strides)
+        v_ptr = expert(ups[len(ups) - 1], e, up_strides) + AT * up_strides[2]
+        acc = tl.zeros([BLOCK_M, COLUMNS], tl.float32)
+        other = tl.zeros([BLOCK_M, COLUMNS], tl.float32) if PAIR else None
+        acc, other = rows_times(
+            acc, other, x_ptr, a_at, w_ptr, v_ptr, up_strides[1], up_strides[2], first_row, first,
+            H, N, COLUMNS, BLOCK_K, PRECISION, DESCRIPTORS, WIDE, False,
+        )  # fmt: skip
+        if weights_ptr is not None:
+            w = tl.load(weights_ptr + pairs).to(tl.float32)[:, None]
+            acc = acc * w
+            if PAIR:
+                other = other * w
+        columns = first + tl.arange(0, COLUMNS)
+        if biases is not None:
+            acc += bias_row(expert(biases[0], e, bias_strides), bias_strides[1], columns, N)
+            if PAIR:
+                b_ptr = expert(biases[len(biases) - 1], e, bias_strides) + AT * bias_strides[1]
+                other += bias_row(b_ptr, bias_strides[1], columns, N)
+        rows = r.to(tl.int64)
+        if hidden_ptr is not None:
+            store_tile(hidden_ptr, rows, WIDTH, columns, acc, inside, N)
+            if PAIR:
+                store_tile(hidden_ptr + F, rows, WIDTH, columns, other, inside, N)
+        if act_ptr is not None:
+            if BRAIDED:
+                acc, other = halves(acc)
+            act = ACT(acc, other if LAYOUT != "plain" else acc)
+            store_tile(act_ptr, rows, F, block * BLOCK_F + tl.arange(0, BLOCK_F), act, inside, F)
+
+
+@triton.jit
+def experts_rows(
+    a_ptr, order_ptr, offsets_ptr, table_ptr, weights_ptr, ws, biases, out_ptr, x_ptr, dots_ptr,
+    w_strides, bias_strides, x_stride, n_rows, n_blocks,
+    TOP: tl.constexpr, E: tl.constexpr, K: tl.constexpr, N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, WIDE: tl.constexpr, DESCRIBED: tl.constexpr,
+):  # fmt: skip
+    """out[p] = weights[p] (sum_s A[r, s*K:(s+1)*K] ws[s][e] + bias[e]) for p = order[r]; A [T*K,len(ws)*K], out [T*K,N].
+
+    dots [T*K,blocks of columns], where x is given: what each block adds to <out[p] / weights[p], x[p // K]>.
+    """
+    BLOCKS: tl.constexpr = tl.cdiv(N, BLOCK_N)
+    SETS: tl.constexpr = len(ws)
+    e, first_row, end, block = place(table_ptr, offsets_ptr, n_blocks, BLOCKS, E)
+    if e < E:
+        r = first_row + tl.arange(0, BLOCK_M)
+        inside = r < end
+        last = tl.minimum(r, end - 1)
+        pairs = tl.load(order_ptr + last)
+        first = block * BLOCK_N
+        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for s in tl.static_range(SETS):
+            if DESCRIBED:
+                a_at = tl.make_tensor_descriptor(a_ptr + s * K, [n_rows, K], [SETS * K, 1], [BLOCK_M, BLOCK_K])
+            else:
+                a_at = last.to(tl.int64)[:, None] * (SETS * K) + s * K
+            w_ptr = expert(ws[s], e, w_strides)
+            acc, _ = rows_times(
+                acc, None, a_ptr, a_at, w_ptr, w_ptr, w_strides[1], w_strides[2], first_row, first,
+                K, N, BLOCK_N, BLOCK_K, PRECISION, DESCRIPTORS, WIDE, DESCRIBED,
+            )  # fmt: skip
+        columns = first + tl.arange(0, BLOCK_N)
+        if biases is not None:
+            acc += bias_row(expert(biases[0], e, bias_strides), bias_strides[1], columns, N)
+        if dots_ptr is not None:
+            x_at = x_ptr + (pairs // TOP).to(tl.int64)[:, None] * x_stride + columns[None, :]
+            x = tl.load(x_at, mask=(columns < N)[None, :], other=0.0)
+            dots = tl.sum(acc * x.to(tl.float32), 1)
+            tl.store(dots_ptr + pairs.to(tl.int64) * BLOCKS + block, dots, mask=inside)
+        if weights_ptr is not None:
+            acc *= tl.load(weights_ptr + pairs).to(tl.float32)[:, None]
+        if out_ptr is not None:
+            store_tile(out_ptr, pairs.to(tl.int64), N, columns, acc, inside, N)
+
+
+@triton.jit
+def experts_combine(
+    y_ptr, ids_ptr, out_ptr, T, TOP: tl.constexpr, E: tl.constexpr, N: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """out[t] = sum_k y[t*K + k] in the order of k; pairs without an expert, whose y nobody wrote, give nothing."""
+    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
+    for k in tl.static_range(TOP):
+        pairs = t.to(tl.int64) * TOP + k
+        e = tl.load(ids_ptr + pairs, mask=t < T, other=-1)
+        chosen = ((e >= 0) & (e < E))[:, None] & (columns < N)[None, :]
+        y = tl.load(y_ptr + pairs[:, None] * N + columns[None, :], mask=chosen, other=0.0)
+        acc += y.to(tl.float32)
+    store_tile(out_ptr, t.to(tl.int64), N, columns, acc, t < T, N)

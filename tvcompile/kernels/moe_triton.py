@@ -1,0 +1,338 @@
+"""The GPU kernels of tv::moe: which Specs they serve, their configs, their launches.
+
+forward    experts_up, experts_rows, experts_combine                                          grouped.py
+backward   experts_dact, experts_rows and experts_combine for x, experts_dweights,
+           experts_outer for the projections, experts_sum for the biases                      grouped_bwd.py
+
+Nothing here reads a value from the device or counts on T being a number, so launches can be traced into a graph and
+recorded in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from .. import expr as E
+from ..arch import arch_of
+from ..derive import derivative
+from ..tuning.moe import PASSES, Ask, Config, choose
+from .experts import ExpertGradients, ExpertKernel, ExpertNeed, Experts, Routing, Wanted
+from .grouped import experts_combine, experts_rows, experts_up
+from .grouped_bwd import experts_dact, experts_dweights, experts_outer, experts_sum
+from .launch import launch, precision
+from .mint import mint_unit, unprintable
+from .problem import hint
+from .routing import Schedule, on_device
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MOST_LISTED = 128  # experts that are tensors of their own: a kernel takes a pointer to each
+
+Configs = Callable[[str], Config]
+
+
+def supports(need: ExpertNeed) -> str | None:
+    if need.dtype not in DTYPES:
+        return f"no {str(need.dtype)[6:]}"
+    if any(choose(Ask(need.arch, pass_, need.dtype.itemsize)) is None for pass_ in PASSES):
+        return f"no configs for {need.arch}"
+    if not need.stacked and need.experts > MOST_LISTED:
+        return f"{need.experts} experts that are tensors of their own, {MOST_LISTED} at most"
+    if need.spec.out == "float64":
+        return "no float64"
+    return unprintable(need.spec.act) or (_underivable(need.spec.act) if need.backward else None)
+
+
+def _underivable(act: E.Expr) -> str | None:
+    try:
+        return unprintable(derivative(act, E.UP)) or unprintable(derivative(act, E.GATE))
+    except ValueError as error:
+        return str(error)
+
+
+def chosen(p: Experts) -> Configs:
+    """The config of each pass."""
+    rows = hint(p.ids.shape[0]) * hint(p.ids.shape[1]) // p.count
+    arch = arch_of(p.x.device)
+
+    def config(pass_: str) -> Config:
+        found = choose(Ask(arch, pass_, p.x.element_size(), rows))
+        assert found is not None, arch
+        return found
+
+    return config
+
+
+# What launches have in common
+
+
+class Run:
+    """One call: its tensors as kernels take them, and its schedules."""
+
+    def __init__(self, p: Experts, config: Configs):
+        self.p, self.config = p, config
+        self.routing = on_device(Routing.of(p.ids, p.count))
+        self.ids, self.weights = p.ids.reshape(-1).contiguous(), p.weights.reshape(-1).contiguous()
+        self.pairs = self.ids.shape[0]
+        self.schedules: dict[int, Schedule] = {}
+        self.top = int(p.ids.shape[1])
+        self.precision = precision(p.x.dtype)
+
+    def schedule(self, BLOCK_M: int) -> Schedule:
+        if BLOCK_M not in self.schedules:
+            self.schedules[BLOCK_M] = Schedule.of(self.routing, BLOCK_M)
+        return self.schedules[BLOCK_M]
+
+    def launch_rows(self, kernel: Any, c: Config, columns: int, args: Callable, constants: dict[str, Any]) -> None:
+        """A kernel whose programs have BLOCK_M rows of an expert and one of `columns` blocks of columns."""
+        plan = self.schedule(c.BLOCK_M)
+        shared = self.routing.order, self.routing.offsets, plan.table
+        constants = constants | {"TOP": self.top, "E": self.p.count, "PRECISION": self.precision} | blocks(c)
+        launch(kernel, (plan.programs * columns,), args(*shared, plan.programs), constants, c.num_warps, c.num_stages)
+
+    def weight_if(self, weigh: str) -> Tensor | None:
+        return self.weights if self.p.spec.weigh == weigh else None
+
+
+def blocks(c: Config) -> dict[str, int]:
+    return {"BLOCK_M": c.BLOCK_M, "BLOCK_N": c.BLOCK_N, "BLOCK_K": c.BLOCK_K}
+
+
+def cdiv(n: Any, d: int) -> Any:
+    return (n + d - 1) // d
+
+
+def sets(p: Experts, tensors: Sequence[Tensor]) -> tuple | None:
+    """((all experts of gate), (of up)) as pointers and their strides (of an expert, of rows, of columns); None, () if none."""
+    if not tensors:
+        return None
+    if p.stacked:
+        return tuple((t,) for t in tensors)
+    return tuple(tuple(tensors[i : i + p.count]) for i in range(0, len(tensors), p.count))
+
+
+def strides(p: Experts, tensors: Sequence[Tensor]) -> tuple:
+    """(of an expert, of rows, of columns) of weights, (of an expert, of columns) of biases; () where there are none."""
+    if not tensors:
+        return ()
+    return tuple(tensors[0].stride()) if p.stacked else (0, *tensors[0].stride())
+
+
+def alike(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors of one layout in memory: kernels take its strides once."""
+    if len({t.stride() for t in tensors}) > 1:
+        return [t.contiguous() for t in tensors]
+    return list(tensors)
+
+
+def rows_next(x: Tensor) -> Tensor:
+    """x with the elements of a row next to each other."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def reading(c: Config, tensors: Sequence[Tensor], transposed: bool = False, offset: int = 0) -> dict[str, bool]:
+    """How weights are read: whether columns lie next to each other, and whether by descriptors."""
+    t, n = tensors[0], len(tensors[0].stride())
+    k, columns = (n - 1, n - 2) if transposed else (n - 2, n - 1)
+    wide = t.stride(columns) == 1 or t.stride(k) != 1
+    along = columns if wide else k
+    steps = [s for x in tensors for d, s in enumerate((*x.stride(), x.storage_offset())) if d != along]
+    aligned = all(isinstance(s, int) and s * t.element_size() % 16 == 0 for s in (*steps, offset))
+    return {"WIDE": wide, "DESCRIPTORS": c.descriptors and t.stride(along) == 1 and aligned}
+
+
+def none(n: Any) -> bool:
+    """Whether a size is the number 0; sizes that may change are not."""
+    return isinstance(n, int) and n == 0
+
+
+# Forward
+
+
+def forward(p: Experts, save: bool, config: Configs | None = None) -> tuple[Tensor, Tensor]:
+    """(out, hidden) of experts that `supports` admits."""
+    T, K = p.ids.shape
+    _, F, H_out = p.features
+    hidden = p.x.new_empty((T * K, p.spec.parts * F) if save else 0)
+    if none(T) or none(K):
+        return p.x.new_zeros((T, H_out), dtype=p.out_dtype), hidden
+    run = Run(p, config or chosen(p))
+    act = p.x.new_empty((T * K, F))
+    up(run, act, hidden if save else None)
+    y = p.x.new_empty((T * K, H_out), dtype=p.out_dtype)
+    bias = alike(p.down_bias)
+    rows(run, "down", act, alike(p.down), False, F, H_out, y, run.weight_if("output"), bias)
+    return combine(run, y, p.out_dtype), hidden
+
+
+def up(run: Run, act: Tensor | None, hidden: Tensor | None) -> None:
+    p, c = run.p, run.config("up")
+    H, F, _ = p.features
+    x, ups, biases = rows_next(p.x), alike(p.up), alike(p.up_bias)
+    pair = p.spec.layout in ("chunk", "separate")
+    u_at = F * ups[0].stride(-1) if p.spec.layout == "chunk" else 0
+    columns = cdiv(F, c.BLOCK_N // p.spec.parts) if pair else cdiv(p.spec.parts * F, c.BLOCK_N)
+    run.launch_rows(
+        experts_up, c, columns,
+        lambda order, offsets, table, programs: (
+            x, order, offsets, table, run.weight_if("input"), sets(p, ups), sets(p, biases), act, hidden,
+            x.stride(0), strides(p, ups), strides(p, biases), programs,
+        ),
+        {"ACT": mint_unit(p.spec.act), "LAYOUT": p.spec.layout, "H": H, "F": F, **reading(c, ups, offset=u_at)},
+    )  # fmt: skip
+
+
+def rows(
+    run: Run, pass_: str, a: Tensor, ws: Sequence[Tensor], transposed: bool, K: int, N: int, out: Tensor | None,
+    weights: Tensor | None, biases: Sequence[Tensor] = (), dots: Tensor | None = None,
+) -> None:  # fmt: skip
+    """out[p] = weights[p] (A[r] W[e] + bias[e]), W of K rows and N columns, or its transpose; see experts_rows."""
+    p, c = run.p, run.config(pass_)
+    x = rows_next(p.x)
+    e, k, n = strides(p, ws)
+    described = c.descriptors and K * a.element_size() % 16 == 0
+    run.launch_rows(
+        experts_rows, c, cdiv(N, c.BLOCK_N),
+        lambda order, offsets, table, programs: (
+            a, order, offsets, table, weights, sets(p, ws), sets(p, biases), out, x if dots is not None else None, dots,
+            (e, n, k) if transposed else (e, k, n), strides(p, biases), x.stride(0), a.shape[0], programs,
+        ),
+        {"K": K, "N": N, "DESCRIBED": described, **reading(c, ws, transposed)},
+    )  # fmt: skip
+
+
+def combine(run: Run, y: Tensor, dtype: torch.dtype) -> Tensor:
+    """[T,N]: the sum over k of y [T*K,N]."""
+    T, N = run.p.ids.shape[0], int(y.shape[1])
+    out = y.new_empty((T, N), dtype=dtype)
+    BLOCK_T, BLOCK_N = 4, min(512, triton.next_power_of_2(N))
+    constants = {"TOP": run.top, "E": run.p.count, "N": N, "BLOCK_T": BLOCK_T, "BLOCK_N": BLOCK_N}
+    grid = cdiv(T, BLOCK_T), cdiv(N, BLOCK_N)
+    launch(experts_combine, grid, (y, run.ids, out, T), constants, 4, 1)
+    return out
+
+
+# Backward
+
+
+def backward(
+    p: Experts, grad_out: Tensor, hidden: Tensor, wanted: Wanted, config: Configs | None = None
+) -> ExpertGradients:
+    """Gradients of experts that `supports` admits; `hidden` of one dim: it is computed again."""
+    T, K = p.ids.shape
+    H, F, _ = p.features
+    lists = [[torch.empty_like(t) if want else t.new_empty(0) for t in ts] for ts, want in (
+        (p.up, wanted.projections), (p.down, wanted.projections), (p.up_bias, wanted.biases), (p.down_bias, wanted.biases),
+    )]  # fmt: skip
+    if none(T) or none(K):
+        dx, dw = (t.new_zeros(t.shape if want else 0) for t, want in ((p.x, wanted.x), (p.weights, wanted.weights)))
+        return ExpertGradients(dx, dw, *[[t.zero_() for t in ts] for ts in lists])
+    run = Run(p, config or chosen(p))
+    # Products take both sides in one dtype.
+    g = rows_next(grad_out.to(p.x.dtype))
+    if hidden.dim() == 1:
+        hidden = p.x.new_empty((T * K, p.spec.parts * F))
+        up(run, None, hidden)
+    by_input = p.spec.weigh == "input"
+    through = wanted.x or wanted.projections or wanted.biases and bool(p.up_bias) or wanted.weights and by_input
+    dpre = torch.empty_like(hidden) if through else None
+    act = p.x.new_empty((T * K, F)) if wanted.projections else None
+    dots = parts(run, "dact", F) if wanted.weights and not by_input else None
+    if through or dots is not None:
+        dact(run, g, hidden, dpre, act, dots)
+    dx = p.x.new_empty(0)
+    if wanted.x or wanted.weights and by_input:
+        found = parts(run, "dx", H) if wanted.weights and by_input else None
+        y = p.x.new_empty((T * K, H)) if wanted.x else None
+        width = F if p.spec.layout == "separate" else p.spec.parts * F
+        rows(run, "dx", dpre, alike(p.up), True, width, H, y, run.weight_if("input"), dots=found)
+        dx = combine(run, y, p.x.dtype) if y is not None else dx
+        dots = dots if found is None else found
+    dw = dweights(run, dots, g) if dots is not None else p.weights.new_empty(0)
+    if wanted.projections:
+        outer(run, rows_next(p.x), dpre, lists[0], True, run.weight_if("input"))
+        outer(run, act, g, lists[1], False, None)
+    if wanted.biases and p.up_bias:
+        total(run, dpre, lists[2], False, None)
+    if wanted.biases and p.down_bias:
+        total(run, g, lists[3], True, run.weight_if("output"))
+    return ExpertGradients(dx, dw, *lists)
+
+
+def parts(run: Run, pass_: str, N: int) -> Tensor:
+    """[T*K,blocks of columns]: what each block of a row adds to the weight's gradient."""
+    return run.weights.new_empty((run.pairs, cdiv(N, run.config(pass_).BLOCK_N)), dtype=torch.float32)
+
+
+def dact(run: Run, g: Tensor, hidden: Tensor, dpre: Tensor | None, act: Tensor | None, dots: Tensor | None) -> None:
+    p, c = run.p, run.config("dact")
+    _, F, H_out = p.features
+    slope_g, slope_u = (mint_unit(derivative(p.spec.act, x)) for x in (E.GATE, E.UP))
+    downs = alike(p.down)
+    run.launch_rows(
+        experts_dact, c, cdiv(F, c.BLOCK_N),
+        lambda order, offsets, table, programs: (
+            g, order, offsets, table, run.weight_if("output"), sets(p, downs), hidden, dpre, act, dots,
+            g.stride(0), strides(p, downs), programs,
+        ),
+        {
+            "ACT": mint_unit(p.spec.act), "SLOPE_G": slope_g, "SLOPE_U": slope_u, "LAYOUT": p.spec.layout,
+            "F": F, "H_out": H_out, **reading(c, downs, transposed=True),
+        },
+    )  # fmt: skip
+
+
+def dweights(run: Run, dots: Tensor, g: Tensor) -> Tensor:
+    p = run.p
+    out = torch.empty_like(p.weights, memory_format=torch.contiguous_format)
+    biases = alike(p.down_bias) if p.spec.weigh == "output" else []
+    count, H_out = int(dots.shape[1]), p.features[2]
+    constants = {
+        "PARTS": count, "BLOCK_PARTS": triton.next_power_of_2(count), "TOP": run.top, "E": p.count, "H_out": H_out,
+        "BLOCK_N": min(1024, triton.next_power_of_2(H_out)),
+    }  # fmt: skip
+    args = dots, run.ids, g, sets(p, biases), out, g.stride(0), strides(p, biases)
+    launch(experts_dweights, (run.pairs,), args, constants, 4, 1)
+    return out
+
+
+def outer(run: Run, a: Tensor, b: Tensor, outs: Sequence[Tensor], gather_a: bool, weights: Tensor | None) -> None:
+    """outs[e] = sum of A[r]^T B[r] over an expert's rows; one of A and B is gathered by token, b has a part per set."""
+    p, c = run.p, run.config("dw")
+    M, N = int(outs[0].shape[-2]), int(outs[0].shape[-1])
+    for i, tensors in enumerate(sets(p, outs) or ()):
+        part = b.narrow(1, i * N, N)
+        launch(
+            experts_outer, (p.count * cdiv(M, c.BLOCK_M) * cdiv(N, c.BLOCK_N),),
+            (
+                a, part, tensors, run.routing.order, run.routing.offsets, weights,
+                a.stride(0), part.stride(0), strides(p, outs),
+            ),
+            {
+                "GATHER_A": gather_a, "GATHER_B": not gather_a, "TOP": run.top, "M": M, "N": N,
+                "PRECISION": run.precision, **blocks(c),
+            },
+            c.num_warps, c.num_stages,
+        )  # fmt: skip
+
+
+def total(run: Run, a: Tensor, outs: Sequence[Tensor], gather: bool, weights: Tensor | None) -> None:
+    """outs[e] = sum of (weights) A[r] over an expert's rows; a has a part per set."""
+    p = run.p
+    N = int(outs[0].shape[-1])
+    for i, tensors in enumerate(sets(p, outs) or ()):
+        part = a.narrow(1, i * N, N)
+        BLOCK_N = min(128, triton.next_power_of_2(N))
+        launch(
+            experts_sum, (p.count * cdiv(N, BLOCK_N),),
+            (part, tensors, run.routing.order, run.routing.offsets, weights, part.stride(0), strides(p, outs)),
+            {"GATHER": gather, "TOP": run.top, "N": N, "BLOCK_N": BLOCK_N, "BLOCK_K": 32}, 4, 1,
+        )  # fmt: skip
+
+
+KERNEL = ExpertKernel("triton.moe", "cuda", supports, forward, backward)

@@ -1,0 +1,178 @@
+"""Writes one tv.moe node for a MoEMatch.
+
+for e: out.index_add_(0, tok[e], (act(x[tok[e]] @ W1[e]) @ W2[e]) * w)
+->  tv.moe(reshape(x), ids, weights, [permute(W1)], [permute(W2)], [], [], "act = ...", saves)[0] -> reshape back
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from .. import expr as E
+from ..expr import Expr
+from ..spec import Choices, MoEMatch, Weights
+from .projections import joined
+from .read import size
+from .write import Writer, keep_strides
+
+aten = torch.ops.aten
+
+
+def write_moe(graph: fx.Graph, m: MoEMatch, nodes: Mapping[str, fx.Node]) -> fx.Node:
+    """Replaces the anchor's value; `nodes` gives what now stands for a name of the match."""
+    w = Writer(graph, m.anchor)
+    sources = [*graph.find_nodes(op="placeholder"), nodes[m.x.name]]
+    tokens = w.size(m.tokens, sources)
+    first = m.up[0].nodes[0]
+    x = w.call(aten.reshape.default, nodes[m.x.name], [tokens, m.x.meta["val"].shape[-1]])
+    x = w.cast(x, first.meta["val"].dtype)
+    columns = [_Choice(w, nodes, m, c, tokens, sources) for c in m.choices]
+    ids, weights = ([c.ids() for c in columns], [c.weights(x) for c in columns])
+    if len(columns) > 1:
+        ids, weights = [w.call(aten.cat.default, ids, 1)], [w.call(aten.cat.default, weights, 1)]
+    lists = [[t for ws in role for t in _tensors(w, ws, nodes)] for role in (m.up, m.down, m.up_bias, m.down_bias)]
+    pair = w.call(torch.ops.tv.moe.default, x, ids[0], weights[0], *lists, str(m.spec), m.saves)
+    out = w.call(operator.getitem, pair, 0)
+    before = m.anchor.meta["val"]
+    shape = [w.size(size(n), sources) for n in before.shape]
+    out = w.call(aten.reshape.default, out, shape)
+    if m.base is not None:
+        out = w.call(aten.add.Tensor, nodes[m.base.name], out)
+    out = w.cast(out, before.dtype)
+    m.anchor.replace_all_uses_with(out)
+    graph.erase_node(m.anchor)
+    return keep_strides(graph, out, before)
+
+
+def _tensors(w: Writer, ws: Weights, nodes: Mapping[str, fx.Node]) -> list[fx.Node]:
+    found = []
+    for node in ws.nodes:
+        node = nodes[node.name]
+        if list(node.meta["val"].shape) != list(ws.sizes):
+            node = w.call(aten.reshape.default, node, list(ws.sizes))
+        if list(ws.order) != sorted(ws.order):
+            node = w.call(aten.permute.default, node, list(ws.order))
+        if ws.part is not None:
+            start, length = ws.part
+            node = w.call(aten.slice.Tensor, node, node.meta["val"].dim() - 1, start, start + length)
+        found.append(node)
+    return found
+
+
+class _Choice:
+    """Writes formulas of t and k as [T, K] tensors."""
+
+    def __init__(self, w: Writer, nodes: Mapping[str, fx.Node], m: MoEMatch, c: Choices, tokens: Any, sources: list):
+        self.w, self.nodes, self.m, self.c, self.tokens, self.sources = w, nodes, m, c, tokens, sources
+        self.device = m.anchor.meta["val"].device
+        self.written: dict[Expr, Any] = {}
+
+    def ids(self) -> fx.Node:
+        ids = self.write(self.c.ids)
+        if self.c.wraps:
+            below = self.w.call(operator.lt, ids, 0)
+            ids = self.w.call(aten.where.self, below, self.w.call(operator.add, ids, self.c.wraps), ids)
+        for condition in self.c.counts:
+            none = self.w.call(aten.full.default, [], -1, dtype=ids.meta["val"].dtype, device=self.device)
+            ids = self.w.call(aten.where.self, self.write(condition), ids, none)
+        return self._whole(ids)
+
+    def weights(self, x: fx.Node) -> fx.Node:
+        result = None
+        for factor in self.c.factors:
+            value = self.write(factor)
+            result = value if result is None else self.w.call(operator.mul, result, value)
+        if not isinstance(result, fx.Node):
+            dtype, fill = x.meta["val"].dtype, 1.0 if result is None else result
+            result = self.w.call(aten.full.default, [1, 1], fill, dtype=dtype, device=self.device)
+        return self._whole(result)
+
+    def _whole(self, node: fx.Node) -> fx.Node:
+        return self.w.call(aten.expand.default, node, [self.tokens, int(self.c.size)])
+
+    def write(self, e: Expr) -> Any:
+        """A node that broadcasts to [T, K], or a number."""
+        if e not in self.written:
+            self.written[e] = self._write(e)
+        return self.written[e]
+
+    def _write(self, e: Expr) -> Any:
+        value, op = E.constant(e), E.op_of(e)
+        if value is not None:
+            return value
+        if e == self.m.t:
+            return self._positions(self.tokens, 1)
+        if e == self.c.k:
+            return self._positions(int(self.c.size), 0)
+        if isinstance(e, sympy.Symbol):
+            return self.w.size(e, self.sources)
+        if op in E.OPAQUE:
+            return self._load(e)
+        if op in ("le", "eq"):
+            return self.w.call(operator.le if op == "le" else operator.eq, self.write(E.operands(e)[0]), 0)
+        if op == "where":
+            return self._where(*map(self.write, E.operands(e)))
+        args = [self.write(a) for a in E.operands(e)]
+        if op in E.CASTS:
+            return self.w.cast(args[0], getattr(torch, op))
+        if op is not None:
+            return self.w.call(CALLS[op] if op in CALLS else getattr(aten, op).default, *args)
+        result = args[0]
+        if isinstance(e, sympy.Not):
+            return self.w.call(aten.logical_not.default, result)
+        for other in args[1:]:
+            result = self.w.call(JOINS[type(e)], result, other)
+        return result
+
+    def _positions(self, n: Any, dim: int) -> fx.Node:
+        return self.w.call(aten.unsqueeze.default, self.w.call(aten.arange.default, n, device=self.device), dim)
+
+    def _where(self, c: fx.Node, a: Any, b: Any) -> fx.Node:
+        like = next((x.meta["val"].dtype for x in (a, b) if isinstance(x, fx.Node)), torch.float32)
+        a, b = (
+            x if isinstance(x, fx.Node) else self.w.call(aten.full.default, [], x, dtype=like, device=self.device)
+            for x in (a, b)
+        )
+        return self.w.call(aten.where.self, c, a, b)
+
+    def _load(self, e: Expr) -> fx.Node:
+        name, *idx = E.operands(e)
+        node = self.nodes[name.name.removeprefix("%")]
+        shape = [size(n) for n in node.meta["val"].shape]
+        number = sympy.Integer(0)
+        for n, i in zip(shape, idx):
+            number = sympy.expand(number * n + i)
+        number, total, t, k = joined(number), sympy.expand(sympy.Mul(*shape)), self.m.t, self.c.k
+        T, K = self.m.tokens, self.c.size
+        if sympy.expand(total - T * K) == 0 and sympy.expand(number - (t * K + k)) == 0:
+            return self.w.call(aten.reshape.default, node, [self.tokens, int(K)])
+        if sympy.expand(total - T * K) == 0 and sympy.expand(number - (k * T + t)) == 0:
+            return self.w.call(aten.t.default, self.w.call(aten.reshape.default, node, [int(K), self.tokens]))
+        if sympy.expand(total - T) == 0 and sympy.expand(number - t) == 0:
+            return self.w.call(aten.reshape.default, node, [self.tokens, 1])
+        return self._gather(node, idx)
+
+    def _gather(self, node: fx.Node, idx: list[Expr]) -> fx.Node:
+        for d in reversed(range(len(idx))):
+            if idx[d].is_Integer:
+                node = self.w.call(aten.select.int, node, d, int(idx[d]))
+        at = [self.write(i) for i in idx if not i.is_Integer]
+        if not at:
+            return node
+        return self.w.call(aten.index.Tensor, node, at)
+
+
+CALLS: dict[str, Callable] = {
+    "add": operator.add, "sub": operator.sub, "mul": operator.mul, "div": operator.truediv, "neg": operator.neg,
+    "//": operator.floordiv, "%": operator.mod, "fle": operator.le, "flt": operator.lt, "feq": operator.eq,
+    "max": aten.maximum.default, "min": aten.minimum.default,
+}  # fmt: skip
+JOINS: dict[Any, Callable] = {
+    sympy.Add: operator.add, sympy.Mul: operator.mul, sympy.And: operator.and_, sympy.Or: operator.or_,
+}  # fmt: skip

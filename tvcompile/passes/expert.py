@@ -1,0 +1,259 @@
+"""An expert: two projections and what is computed between them, read at one row.
+
+    y[row, d] = sum_f act(pre[row, ...]) * W2[e, f, d]        pre[row, c] = sum_h x[token, h] * W1[e, h, c] + b1[e, c]
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import sympy
+import torch
+from torch import fx
+
+from .. import expr as E
+from ..expr import Expr
+from ..spec import Refuse, Weights
+from .movement import Index
+from .projections import Weight, leaf_of, number_of, projection
+from .rows import RowReader, settle
+from .sums import Term, terms_of
+
+Fix = Callable[[Expr], Expr]
+
+
+@dataclasses.dataclass(frozen=True)
+class Expert:
+    """nodes: its products. weighed: factors of its input, formulas of token and expert."""
+
+    node: fx.Node
+    x: fx.Node
+    act: Expr
+    layout: str
+    ups: tuple[Weight, ...]
+    up_biases: tuple[Weight, ...]
+    down: Weight
+    nodes: tuple[fx.Node, ...]
+    weighed: tuple[Expr, ...] = ()
+    down_bias: Weight | None = None
+
+    def kind(self) -> tuple:
+        """What experts of one mixture have in common."""
+        biases = tuple((b.columns, b.column) for b in (*self.up_biases, *([self.down_bias] if self.down_bias else [])))
+        shapes = tuple((w.inputs, w.columns, w.feature, w.column) for w in (*self.ups, self.down))
+        return self.act, self.layout, shapes, biases, self.node.meta["val"].dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """A pre-activation: its product, row, column as a formula of f, and the bias added, if any."""
+
+    node: fx.Node
+    row: Index
+    column: Expr
+    bias: Expr | None
+
+
+def read_expert(r: RowReader, node: fx.Node, idx: Index, term: Term, t: Expr, d: Expr) -> Expert:
+    known = dict(term.known)
+
+    def fix(e: Expr) -> Expr:
+        return settle(E.substitute(e, known, r.bounds), r.bounds)
+
+    last = projection(r, node, idx)
+    down = fixed(last.weight, fix, last.length, r.shape(node)[[i for i, x in enumerate(idx) if x == d][-1]])
+    hidden, at = last.x
+    formula = fix(r.read(hidden, at, r.position[node]))
+    act, units = activation(r, formula, last.over, node)
+    act, layout, wholes = arranged(r, act, units, last.over, last.length, node)
+    ups, sources = [], set()
+    for unit in wholes:
+        columns = r.shape(unit.node)[_column_dim(r, unit)]
+        column = r.fresh(columns, "c")
+        p = projection(r, unit.node, tuple(column if x is None else x for x in _with_column(r, unit)))
+        ups.append(fixed(p.weight, fix, p.length, columns))
+        x, at = p.x
+        sources.add(token_row(r, x, tuple(map(fix, at)), r.position[unit.node], p.over, p.length, t, fix))
+    if len(sources) != 1:
+        raise Refuse("the projections of an expert read different rows", node)
+    (x, weighed) = sources.pop()
+    biases = biases_of(r, units, layout, last.over, last.length, node)
+    return Expert(
+        node, x, act, layout, tuple(ups), biases, down, (node, *(u.node for u in units)), weighed
+    )  # fmt: skip
+
+
+def fixed(w: Weight, fix: Fix, inputs: Expr, columns: Expr) -> Weight:
+    if not (inputs.is_Integer and columns.is_Integer):
+        raise Refuse("the width of an expert is not a number", w.node)
+    return dataclasses.replace(w, rest=fix(w.rest), inputs=int(inputs), columns=int(columns))
+
+
+def _with_column(r: RowReader, unit: Unit) -> list:
+    """The product's index with None for its column: the last position that moves with f."""
+    return list(unit.row)
+
+
+def _column_dim(r: RowReader, unit: Unit) -> int:
+    return next(i for i, x in enumerate(unit.row) if x is None)
+
+
+def activation(r: RowReader, e: Expr, f: Expr, about: fx.Node) -> tuple[Expr, list[Unit]]:
+    """A formula of products as a formula of symbols, and what the symbols stand for, ordered by node and column."""
+    found = {x for x in E.walk(e) if E.op_of(x) == "dot" and E.mentions(x, f)}
+    if not found:
+        raise Refuse("no projection comes before the last one", about)
+    biased: dict[Expr, Expr] = {}
+    for x in E.walk(e):
+        if E.op_of(x) == "add" and E.operands(x)[0] in found and E.op_of(E.operands(x)[1]) == "load":
+            biased.setdefault(E.operands(x)[0], x)
+
+    def place(x: Expr):
+        node = r.nodes[E.operands(x)[0].name]
+        start = sum(E.substitute(i, {f: sympy.Integer(0)}) for i in E.operands(x)[1:] if E.mentions(i, f))
+        return r.position[node], int(start) if start.is_Integer else 0
+
+    units, table = [], {}
+    for k, x in enumerate(sorted(found, key=place)):
+        name, *idx = E.operands(x)
+        moving = [i for i, at in enumerate(idx) if E.mentions(at, f)]
+        if len(moving) != 1:
+            raise Refuse("an activation reads its projection at more than one column", about)
+        whole = biased.get(x, x)
+        row = tuple(None if i == moving[0] else at for i, at in enumerate(idx))
+        units.append(Unit(r.nodes[name.name], row, idx[moving[0]], E.operands(whole)[1] if whole is not x else None))
+        table[whole] = (E.UP, E.GATE)[0] if len(found) == 1 else (E.GATE, E.UP)[k] if k < 2 else x
+    if len(units) > 2:
+        raise Refuse("an activation reads more than two columns", about)
+    act = without_casts(E.substitute(e, table), about)
+    if act.free_symbols - set(E.FLOATS) or E.loads(act):
+        raise Refuse("an activation depends on more than its projections", about)
+    for x in E.walk(act):
+        if E.op_of(x) in ("dot", "dropout", "reduce", "softmax", "int"):
+            raise Refuse(f"an activation holds a {E.op_of(x)}", about)
+    return act, units
+
+
+def without_casts(e: Expr, about: fx.Node) -> Expr:
+    """Roundings to the experts' own dtype leave; coarser ones are the program's meaning."""
+    allowed = torch.finfo(about.meta["val"].dtype).eps
+    casts = [x for x in E.walk(e) if E.op_of(x) in E.CASTS and e.free_symbols]
+    for x in casts:
+        if torch.finfo(getattr(torch, E.op_of(x))).eps > allowed:
+            raise Refuse(f"an activation is rounded to {E.op_of(x)}", about)
+    return E.substitute(e, {x: without_casts(E.operands(x)[0], about) for x in casts})
+
+
+def arranged(r: RowReader, act: Expr, units: list[Unit], f: Expr, F: Expr, about: fx.Node):
+    """(act, layout, the units whose products are read): one product in halves or alternating, or one per unit."""
+    columns = [sympy.expand(u.column) for u in units]
+    widths = [r.shape(u.node)[_column_dim(r, u)] for u in units]
+    if len(units) == 1 and columns == [f] and widths == [F]:
+        return act, "plain", units
+    if len(units) == 2 and units[0].node is units[1].node and units[0].row == units[1].row:
+        for layout, want in (("chunk", [f, f + F]), ("interleave", [2 * f, 2 * f + 1])):
+            if columns == [sympy.expand(x) for x in want] and widths[0] == 2 * F:
+                return act, layout, units[:1]
+    if len(units) == 2 and columns == [f, f] and widths == [F, F]:
+        return act, "separate", units
+    raise Refuse("an activation pairs columns of its projections in a way that has no layout", about)
+
+
+def biases_of(r: RowReader, units: list[Unit], layout: str, f: Expr, F: Expr, about: fx.Node) -> tuple[Weight, ...]:
+    if all(u.bias is None for u in units):
+        return ()
+    if any(u.bias is None for u in units):
+        raise Refuse("one of an expert's projections has a bias, the other has none", about)
+    found = []
+    for unit in units:
+        name, *idx = E.operands(unit.bias)
+        node = r.nodes[name.name[1:]]
+        number = number_of(r, node, tuple(idx))
+        step = sympy.cancel(number.coeff(f) / unit.column.coeff(f))
+        rest = sympy.expand(number - step * unit.column)
+        if rest.has(f) or not step.is_Integer:
+            raise Refuse("a bias is read at other columns than its projection", about)
+        found.append(Weight(node, rest, 0, int(step), 1, int(r.shape(unit.node)[_column_dim(r, unit)])))
+    if layout in ("chunk", "interleave"):
+        if found[0] != found[1]:
+            raise Refuse("the halves of a projection have different biases", about)
+        found = found[:1]
+    return tuple(found)
+
+
+def token_row(r: RowReader, node: fx.Node, idx: Index, at: int, over: Expr, length: Expr, t: Expr, fix: Fix):
+    """(x, factors) where the row is x[t] times the factors, each a formula of the token and its expert."""
+    leaf, where, used = leaf_of(r, node, idx, at)
+    where = tuple(map(fix, where))
+    want = sympy.expand(t * length + over)
+    if sympy.expand(number_of(r, leaf, where) - want) == 0:
+        r._note_use(leaf, used)
+        return leaf, ()
+    terms = terms_of(r, fix(r.read(leaf, where, used)))
+    if len(terms) != 1 or terms[0].bound or terms[0].links:
+        raise Refuse("the rows of an expert are not tokens", leaf)
+    holds = [x for x in terms[0].factors if E.mentions(x, over)]
+    if len(holds) != 1 or E.op_of(holds[0]) != "load":
+        raise Refuse("the rows of an expert are computed from more than their token", leaf)
+    name, *at_load = E.operands(holds[0])
+    source = r.nodes[name.name[1:]]
+    if sympy.expand(number_of(r, source, tuple(map(fix, at_load))) - want) != 0:
+        raise Refuse("the rows of an expert are not its tokens", leaf)
+    rest = tuple(x for x in terms[0].factors if x is not holds[0])
+    return source, (*rest, *(E.where(g, E.number(1.0), E.number(0.0)) for g in terms[0].guards))
+
+
+def bias_of(r: RowReader, load: Expr, d: Expr, columns: int) -> Weight | None:
+    """A last bias: a load whose number is linear in d."""
+    name, *idx = E.operands(load)
+    node = r.nodes[name.name[1:]]
+    number = number_of(r, node, tuple(settle(i, r.bounds) for i in idx))
+    step = number.coeff(d)
+    rest = sympy.expand(number - step * d)
+    return Weight(node, rest, 0, int(step), 1, columns) if step.is_Integer and step != 0 and not rest.has(d) else None
+
+
+def expert_number(w: Weight) -> Expr | None:
+    """The formula of the expert's number in a stacked weight; None where the position is a plain number."""
+    parts = [x for x in sympy.Add.make_args(w.rest) if not x.is_Integer]
+    if not parts:
+        return None
+    if len(parts) > 1:
+        raise Refuse("the expert's number is no plain position in its weights", w.node)
+    return parts[0].as_coeff_Mul()[1]
+
+
+def stacked(r: RowReader, ws: Sequence[Weight], formula: Expr | None, count: int) -> Weights:
+    """The weights of all experts as reshape, permute and narrow of tensors of the graph."""
+    w = ws[0]
+    numel = int(sympy.Mul(*r.shape(w.node)))
+    if formula is not None:
+        step = int(w.rest.coeff(formula))
+        start = sympy.expand(w.rest - step * formula)
+    elif all(x.node is w.node for x in ws) and len(ws) > 1:
+        step, start = int(ws[1].rest - w.rest), w.rest
+        if step <= 0 or any(x.rest != start + k * step for k, x in enumerate(ws)):
+            raise Refuse("the experts' weights do not lie one after the other", w.node)
+    else:
+        if len({x.node for x in ws}) != len(ws) or len({x.rest for x in ws}) != 1:
+            raise Refuse("two experts share a weight", w.node)
+        step, start = 0, w.rest
+    steps = {name: s for name, s in (("e", step), ("h", w.feature), ("c", w.column)) if s}
+    names = sorted(steps, key=lambda n: -steps[n])
+    sizes = {}
+    above = numel
+    for n in names:
+        size, rest = divmod(above, steps[n])
+        if rest or (n == "h" and size != w.inputs):
+            raise Refuse("the experts read a weight in a way that is no reshape of it", w.node)
+        sizes[n], above = size, steps[n]
+    if above != 1 or not start.is_Integer or start % w.column or ("e" in sizes and sizes["e"] != count and count):
+        raise Refuse("the experts read a part of a weight that is no range of its columns", w.node)
+    first = int(start) // w.column
+    if first + w.columns > sizes["c"]:
+        raise Refuse("the experts read beyond the columns of a weight", w.node)
+    order = [names.index(n) for n in ("e", "h", "c") if n in names]
+    part = None if w.columns == sizes["c"] else (first, w.columns)
+    nodes = tuple(x.node for x in (ws if not step else ws[:1]))
+    return Weights(nodes, tuple(sizes[n] for n in names), tuple(order), part)

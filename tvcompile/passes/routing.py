@@ -1,0 +1,293 @@
+"""From a term of a sum over rows to: token t, and for each k the expert ids[t,k], a weight, and whether it counts.
+
+    sum_r (nth(m,1,r) = t) w[nth(m,1,r), nth(m,0,r)] * y[r]     m[k,t] = (ids[t,k] = 3)
+    ->  sum_k  where ids[t,k] = 3:  w[t,k] * y(t,k)
+
+Rows go: those chosen by a mask become all positions under the mask, those of a permutation are numbered by what they
+were, and a link to the token is solved for one of the positions. Then the experts' own number is compared with the ids.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import sympy
+from torch import fx
+
+from .. import expr as E
+from ..expr import Expr, IntCall
+from ..spec import Refuse
+from .movement import axis
+from .rows import RowReader, over, settle
+from .sums import Term, scattered
+
+
+@dataclasses.dataclass(frozen=True)
+class Token:
+    """The token's number t in [0, size)."""
+
+    t: Expr
+    size: Expr
+
+
+def without_rows(r: RowReader, term: Term, token: Token, at: int) -> Term:
+    """The same sum over positions (t, k) instead of rows."""
+    term = _unmasked(r, term, at)
+    term = _unsorted(r, term)
+    for link in list(term.links):
+        term = _solved(r, term, token)
+    term = term.put({}, r.bounds)
+    guards = []
+    for g in term.guards:
+        g = r.truth(g)
+        if g is E.FALSE:
+            raise Refuse("a condition on the rows of an expert never holds", None)
+        guards += g.args if isinstance(g, sympy.And) else [g]
+    return _unscattered(r, dataclasses.replace(term, guards=tuple(g for g in guards if g is not E.TRUE)))
+
+
+def _calls(term: Term, op: str) -> list[Expr]:
+    found = {x for e in term.formulas() for x in E.walk(e) if E.op_of(x) == op}
+    return sorted(found, key=sympy.default_sort_key)
+
+
+def _unmasked(r: RowReader, term: Term, at: int) -> Term:
+    """Rows chosen by a mask: every place of the mask, where it holds."""
+    while calls := _calls(term, "nth"):
+        name, _, row = E.operands(calls[0])
+        if row not in term.bound:
+            raise Refuse("rows that a mask chose are read at computed numbers", r.nodes[name.name])
+        mask = r.nodes[name.name]
+        places = tuple(r.fresh(n, "m") for n in r.shape(mask))
+        table = {IntCall("nth", name, sympy.Integer(c), row): x for c, x in enumerate(places)}
+        holds = r.truth(E.as_bool(r.read(mask, places, at)))
+        term = dataclasses.replace(term.put(table, r.bounds), known=(*term.known, *table.items()))
+        bound = tuple(b for b in term.bound if b != row) + tuple(x for x in places if x != 0)
+        term = dataclasses.replace(term, bound=bound, guards=(*term.guards, holds))
+    return term
+
+
+def _unsorted(r: RowReader, term: Term) -> Term:
+    """Rows in sorted order: numbered as they were before the sort."""
+    for call in _calls(term, "perm"):
+        name, row = E.operands(call)
+        if row not in term.bound:
+            continue
+        number = r.fresh(r.ranges[row], "n")
+        bound = tuple(number if b == row else b for b in term.bound)
+        term = dataclasses.replace(term, bound=tuple(b for b in bound if b != 0))
+        term = term.put({row: IntCall("inv", name, number)}, r.bounds)
+    return term
+
+
+def _solved(r: RowReader, term: Term, token: Token) -> Term:
+    """One link less: rows that are added to token t are those whose token is t."""
+    (left, right), *rest = term.links
+    term = dataclasses.replace(term, links=tuple(rest))
+    if sympy.expand(left - right) == 0:
+        return term
+    if left in term.bound:
+        if r.ranges[left] != token.size:
+            raise Refuse("rows are added to tokens of another number than theirs", None)
+        return _bind(term, left, right, [], r)
+    op = E.op_of(left)
+    inner, c = E.operands(left) if op in ("//", "%") else (None, None)
+    if inner in term.bound:
+        if op == "//" and sympy.expand(token.size * c - r.ranges[inner]) == 0:
+            k = r.fresh(c, "k")
+            return _bind(term, inner, sympy.expand(right * c + k), [k], r)
+        if op == "%" and sympy.expand(token.size - c) == 0:
+            k = r.fresh(sympy.cancel(r.ranges[inner] / c), "k")
+            return _bind(term, inner, sympy.expand(k * c + right), [k], r)
+    raise Refuse("the rows added to a token are not proven to be the token's own", None)
+
+
+def _bind(term: Term, symbol: Expr, value: Expr, new: list[Expr], r: RowReader) -> Term:
+    bound = tuple(b for b in term.bound if b != symbol) + tuple(x for x in new if x != 0)
+    return dataclasses.replace(term, bound=bound).put({symbol: value}, r.bounds)
+
+
+# Routing matrices [T, E] in which a scatter set K places per row
+
+
+def _unscattered(r: RowReader, term: Term) -> Term:
+    """w[t, e] that is zero but where a scatter set it: sum_k where ids[t,k] = e, the value that was set."""
+    for i, e in enumerate((*term.factors, *term.guards)):
+        is_guard = i >= len(term.factors)
+        for load in [x for x in E.walk(e) if E.op_of(x) in ("load", "softmax")]:
+            source = _source_of_scatter(r, load)
+            if source is None or not vanishes(r, E.where(e, E.number(1.0), E.number(0.0)) if is_guard else e):
+                continue
+            ids, values, k, set_at = source
+            expert = load.args[-1]
+            chosen = r.read(ids, (*set_at, k), r.position[ids] + 1)
+            exact = values if E.op_of(load) == "load" else None
+            put = {load: exact} if exact is not None and not is_guard else {}
+            new = E.substitute(e, put)
+            new = E.substitute(new, {expert: chosen}) if not put and expert.free_symbols else new
+            factors = tuple(new if f is e and not is_guard else f for f in term.factors)
+            guards = tuple(g for g in term.guards if not (is_guard and g is e))
+            bound = (*term.bound, k) if k != 0 else term.bound
+            term = dataclasses.replace(term, factors=factors, guards=(*guards, E.eq(chosen, expert)), bound=bound)
+            return _unscattered(r, term)
+    return term
+
+
+def _source_of_scatter(r: RowReader, x: Expr):
+    """(ids, what is set at [t, k] as a formula, k, t's index) of a load of zeros.scatter(-1, ids, values)[t, e]."""
+    if E.op_of(x) == "softmax":
+        node = r.nodes[E.operands(x)[0].name]
+        inner = r.read(r.arguments(node)["self"], E.operands(x)[1:], r.position[node])
+        found = [y for y in E.walk(inner) if E.op_of(y) == "load" and scattered(r, y)]
+        return _source_of_scatter(r, found[0]) if len(found) == 1 else None
+    held = scattered(r, x)
+    if held is None:
+        return None
+    node, a = held
+    rank = len(r.shape(node))
+    if axis(a["dim"], rank) != rank - 1 or not distinct(r, a["index"]):
+        return None
+    *lead, _ = E.operands(x)[1:]
+    k = r.fresh(r.shape(a["index"])[-1], "k")
+    here = r.position[node]
+    if isinstance(a.get("src"), fx.Node):
+        values = r.leaf(a["src"], (*lead, k), here)
+    else:
+        values = r.operand(a["value"], (), here)
+    return a["index"], values, k, tuple(lead)
+
+
+def distinct(r: RowReader, ids: fx.Node) -> bool:
+    """Do the ids of one token differ from each other, as those of a topk do?"""
+    while ids.op == "call_function":
+        if r.name(ids) == "getitem":
+            return r.name(ids.args[0]) in ("topk", "sort") and ids.args[1] == 1
+        if r.name(ids) in ("clone", "contiguous", "detach", "alias", "to", "view", "reshape"):
+            ids = ids.args[0]
+            continue
+        break
+    return r.shape(ids)[-1] == 1
+
+
+def vanishes(r: RowReader, e: Expr) -> bool:
+    """Is the formula zero wherever the scatter of its loads set nothing?"""
+    base = base_of(r, e)
+    if base is not None:
+        return base == 0
+    op, args = E.op_of(e), E.operands(e)
+    if op == "mul":
+        return any(vanishes(r, a) for a in args)
+    if op in ("div", "neg", *E.CASTS):
+        return vanishes(r, args[0])
+    if op == "where":
+        c, a, b = args
+        known = _decided(r, c)
+        if known is not None:
+            return vanishes(r, a if known else b)
+        return vanishes(r, a) and vanishes(r, b)
+    if op in ("sigmoid", "exp"):
+        return base_of(r, args[0]) == float("-inf")
+    if op == "softmax":
+        node = r.nodes[args[0].name]
+        return base_of(r, r.read(r.arguments(node)["self"], args[1:], r.position[node])) == float("-inf")
+    return E.constant(e) == 0
+
+
+def base_of(r: RowReader, e: Expr) -> float | None:
+    """What a load of a scattered tensor gives where nothing was set."""
+    while E.op_of(e) in E.CASTS:
+        (e,) = E.operands(e)
+    if E.op_of(e) == "load" and (held := scattered(r, e)):
+        node, a = held
+        at = tuple(r.fresh(n, "z") for n in r.shape(a["self"]))
+        return E.constant(r.read(a["self"], at, r.position[node]))
+    if E.op_of(e) == "where":
+        c, a, b = E.operands(e)
+        known = _decided(r, c)
+        return None if known is None else E.constant(a if known else b)
+    return None
+
+
+def _decided(r: RowReader, c: Expr) -> bool | None:
+    """A condition where nothing was set, if that decides it."""
+    table = {}
+    for x in E.loads(c):
+        base = base_of(r, x)
+        if base is not None:
+            table[x] = E.TRUE if E.kind(x) == "bool" and base else E.FALSE if E.kind(x) == "bool" else E.number(base)
+            if E.kind(x) == "int":
+                table[x] = sympy.Integer(int(base))
+    value = E.substitute(c, table) if table else c
+    return {E.TRUE: True, E.FALSE: False}.get(value)
+
+
+# Which expert
+
+
+@dataclasses.dataclass(frozen=True)
+class Chosen:
+    """ids[t, k] as a formula, k (0 where K is 1), the conditions under which a pair counts, and its weight's factors."""
+
+    ids: Expr
+    k: Expr
+    counts: tuple[Expr, ...]
+    factors: tuple[Expr, ...]
+
+
+def chosen(r: RowReader, term: Term, expert: Expr, token: Token) -> Chosen:
+    """The ids that the term compares with its expert's number, or the number itself where it is read from ids."""
+    guards = list(term.guards)
+    ids = None
+    if any(E.op_of(x) == "load" for x in E.walk(expert)):
+        ids = expert
+    else:
+        for g in guards:
+            ids = compared(g, expert)
+            if ids is not None:
+                guards.remove(g)
+                break
+    if ids is None:
+        raise Refuse("no comparison with the ids says which tokens an expert gets: every expert gets every token", None)
+    guards = [g for g in guards if not _implied(r, g, ids, expert)]
+    table = {expert: ids} if expert in term.bound else {}
+    bound = [b for b in term.bound if b != expert]
+    counts, factors = ([E.substitute(e, table) for e in es] for es in (guards, term.factors))
+    k = [b for b in bound if E.mentions(ids, b)]
+    if len(bound) > 1 or len(k) != len(bound):
+        raise Refuse("what is added up for a token runs over more than its experts", None)
+    strange = set().union(*(e.free_symbols for e in (ids, *counts, *factors))) & set(r.ranges)
+    if strange - {token.t, *k}:
+        raise Refuse("the weight of an expert depends on more than token and choice", None)
+    return Chosen(ids, k[0] if k else sympy.Integer(0), tuple(counts), tuple(factors))
+
+
+def compared(guard: Expr, expert: Expr) -> Expr | None:
+    """I where the guard says I == expert, and I is read from a tensor."""
+    if E.op_of(guard) != "eq":
+        return None
+    gap = E.operands(guard)[0]
+    for sign in (1, -1):
+        other = sympy.expand(sign * gap + expert)
+        if E.op_of(other) == "load" and not (expert.free_symbols & other.free_symbols):
+            return other
+    return None
+
+
+def _implied(r: RowReader, guard: Expr, ids: Expr, expert: Expr) -> bool:
+    """Does ids == expert imply the guard: that any of the token's ids is?"""
+    call = guard
+    if E.op_of(guard) == "le":  # 1 - count <= 0
+        call = sympy.expand(1 - E.operands(guard)[0])
+    elif isinstance(guard, sympy.Not) and E.op_of(guard.args[0]) == "eq":
+        call = E.operands(guard.args[0])[0]
+    if E.op_of(call) not in ("any", "count"):
+        return False
+    node = r.nodes[E.operands(call)[0].name]
+    source, at, positions = over(r, node, E.operands(call)[1:])
+    body = r.truth(E.as_bool(r.read(source, at, r.position[node])))
+    if (other := compared(body, expert)) is None:
+        return False
+    return any(
+        E.substitute(other, {p: b}) == ids
+        for p in positions if p != 0 for b in sorted(ids.free_symbols, key=str) if b in r.ranges
+    ) or other == ids  # fmt: skip

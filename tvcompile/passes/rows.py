@@ -1,0 +1,205 @@
+"""A Reader of routed rows: tokens chosen by a mask, sorted by expert, numbered by a permutation.
+
+    torch.where(m)[c][r], x[m][r]     nth(m, c, r)     coordinate c of the r-th place where m holds
+    sort(x).indices[r], argsort(x)[r] perm(n, r)       sort(x).values[r] = x[perm(n, r)]
+    inverse[perm] = arange            inv(n, i)        perm(n, inv(n, i)) = i
+    _grouped_mm(x, W, offs)[r, j]     dot; its expert is group(offs, r)
+    any(x, d), sum of integers        any(n, ...), count(n, ...)
+
+`nth`, `perm`, `inv`, `group` carry the name of the node they come from. What was computed without gradients is not opened
+where the graph trains.
+"""
+
+from __future__ import annotations
+
+import sympy
+import torch
+from sympy.core.symbol import Str
+from torch import fx
+
+from .. import expr as E
+from ..expr import BoolCall, Expr, IntCall
+from .movement import Index, axis
+from .read import Reader
+
+GROUPED = ("_grouped_mm", "transformers::grouped_mm_fallback")
+
+
+class RowReader(Reader):
+    def __init__(self, graph: fx.Graph, grad: dict[fx.Node, bool]):
+        super().__init__(graph)
+        self.grad = grad
+        self.trains = any(grad.values())
+        self.masks: dict[tuple, fx.Node] = {}
+
+    def _read(self, node: fx.Node, idx: Index) -> Expr:
+        if node.op == "call_function" and isinstance(node.meta.get("val"), torch.Tensor):
+            floating = node.meta["val"].dtype.is_floating_point
+            if floating and self.trains and not self.grad[node]:
+                return self.leaf(node, idx)
+            rule = ROWS.get(self.name(node))
+            formula = rule(self, self.arguments(node), node, idx) if rule else None
+            if formula is not None:
+                return self.coerce(formula, node.meta["val"].dtype)
+        return super()._read(node, idx)
+
+    def nth(self, mask: fx.Node, coordinate: int, row: Expr) -> Expr:
+        """A coordinate of a place where a mask holds; masks of one formula are one mask."""
+        shape = self.shape(mask)
+        probe = tuple(E.index(f"place{d}_{n}") if n != 1 else sympy.Integer(0) for d, n in enumerate(shape))
+        self.ranges.update({x: n for x, n in zip(probe, shape) if n != 1})
+        formula = E.as_bool(self.read(mask, probe, self.position[mask] + 1))
+        named = self.masks.setdefault((formula, shape), mask)
+        return IntCall("nth", Str(named.name), sympy.Integer(coordinate), row)
+
+    def step(self, node: fx.Node, idx: Index):
+        if node.op == "call_function" and self.name(node) == "index" and (mask := mask_of(node)) is not None:
+            return self.arguments(node)["self"], masked_index(self, node, mask, idx)
+        return super().step(node, idx)
+
+
+def mask_of(node: fx.Node) -> fx.Node | None:
+    """The mask of `x[mask]`, where it is the only index."""
+    indices = [i for i in node.args[1] if i is not None]
+    if len(indices) == 1 and indices[0].meta["val"].dtype == torch.bool:
+        return indices[0]
+    return None
+
+
+def masked_index(r: Reader, node: fx.Node, mask: fx.Node, idx: Index) -> Index:
+    """The position in x of element idx of `x[:, mask]`, or of what is put there."""
+    first, rank = list(node.args[1]).index(mask), mask.meta["val"].dim()
+    chosen = [r.nth(mask, c, idx[first]) for c in range(rank)]
+    return (*idx[:first], *chosen, *idx[first + 1 :])
+
+
+def settle(e: Expr, bounds=None) -> Expr:
+    """perm(n, inv(n, i)) is i, and inv(n, perm(n, r)) is r."""
+    while True:
+        table = {}
+        for call in e.atoms(IntCall):
+            if E.op_of(call) in ("perm", "inv"):
+                name, inner = E.operands(call)
+                other = "inv" if E.op_of(call) == "perm" else "perm"
+                if E.op_of(inner) == other and E.operands(inner)[0] == name:
+                    table[call] = E.operands(inner)[1]
+        if not table:
+            return e
+        e = E.substitute(e, table, bounds)
+
+
+def _atom(r, a, n, idx):
+    return r.atom("dot", n, idx) if n.meta["val"].dtype.is_floating_point else None
+
+
+def _linear(r, a, n, idx):
+    product = r.atom("dot", n, idx)
+    return product if a.get("bias") is None else E.apply("add", product, r.operand(a["bias"], idx, r.position[n]))
+
+
+def _addmm(r, a, n, idx):
+    if a.get("beta", 1) != 1 or a.get("alpha", 1) != 1:
+        return None
+    return E.apply("add", r.atom("dot", n, idx), r.operand(a["self"], idx, r.position[n]))
+
+
+def _nonzero(r, a, n, idx):
+    return r.nth(a["self"], int(idx[1]), idx[0]) if E.constant(idx[1]) is not None else None
+
+
+def _getitem(r, a, n, idx):
+    whole, k = n.args
+    name = r.name(whole) if isinstance(whole, fx.Node) and whole.op == "call_function" else ""
+    b = r.arguments(whole) if name else {}
+    if name in ("where", "nonzero_numpy") and isinstance(k, int):
+        return r.nth(b["condition" if "condition" in b else "self"], k, idx[0])
+    if name == "sort" and len(idx) == 1:
+        return _sorted(r, b, whole, idx[0], values=k == 0)
+    return None
+
+
+def _sorted(r, a, n, i, values: bool):
+    perm = _inverse(r, a["self"], i)
+    if values:
+        return r.read(a["self"], (settle(IntCall("perm", Str(n.name), i)),), r.position[n])
+    return perm if perm is not None else IntCall("perm", Str(n.name), i)
+
+
+def _argsort(r, a, n, idx):
+    return _sorted(r, a, n, idx[0], values=False) if len(idx) == 1 else None
+
+
+def _inverse(r, x: fx.Node, i: Expr) -> Expr | None:
+    """inv(n, i) where x is perm(n): what sorts a permutation is its inverse."""
+    probe = r.fresh(r.shape(x)[0], "p")
+    held = r.read(x, (probe,), r.position[x])
+    if E.op_of(held) == "perm" and E.operands(held)[1] == probe:
+        return IntCall("inv", E.operands(held)[0], i)
+    return None
+
+
+def _index_put(r, a, n, idx):
+    """inverse[perm] = arange"""
+    at = a["indices"]
+    if len(idx) != 1 or len(at) != 1 or a.get("accumulate") or n.meta["val"].dtype.is_floating_point:
+        return None
+    return _put(r, a["self"], at[0], a["values"], idx[0], r.position[n])
+
+
+def _scatter(r, a, n, idx):
+    if len(idx) != 1 or not isinstance(a.get("src"), fx.Node) or n.meta["val"].dtype.is_floating_point:
+        return None
+    return _put(r, a["self"], a["index"], a["src"], idx[0], r.position[n])
+
+
+def _put(r, base: fx.Node, index: fx.Node, values: fx.Node, i: Expr, here: int) -> Expr | None:
+    size = r.shape(base)[0]
+    if index.meta["val"].dim() != 1 or r.shape(index)[0] != size:
+        return None
+    probe = r.fresh(size, "p")
+    if r.operand(values, (probe,), here) != probe or index.meta["val"].dtype == torch.bool:
+        return None
+    at = r.read(index, (probe,), here)
+    if E.op_of(at) in ("perm", "inv") and E.operands(at)[1] == probe:
+        return IntCall("inv" if E.op_of(at) == "perm" else "perm", E.operands(at)[0], i)
+    return None
+
+
+def _one_hot(r, a, n, idx):
+    chosen = E.as_int(r.operand(a["self"], idx[:-1], r.position[n]))
+    return E.where(E.eq(chosen, idx[-1]), sympy.Integer(1), sympy.Integer(0))
+
+
+def _any(r, a, n, idx):
+    return BoolCall("any", Str(n.name), *idx)
+
+
+def _sum(r, a, n, idx):
+    return None if n.meta["val"].dtype.is_floating_point else IntCall("count", Str(n.name), *idx)
+
+
+def over(r: Reader, n: fx.Node, idx: Index) -> tuple[fx.Node, Index, list[Expr]]:
+    """(source, its index, the positions that a reduction runs over)"""
+    a = r.arguments(n)
+    source, dims = a["self"], a.get("dim")
+    shape = r.shape(source)
+    dims = range(len(shape)) if dims is None or dims == [] else dims if isinstance(dims, (list, tuple)) else [dims]
+    gone = {axis(d, len(shape)) for d in dims}
+    positions = {d: r.fresh(shape[d], "k") for d in gone}
+    rest = iter([x for d, x in enumerate(idx) if d not in gone] if a.get("keepdim") else idx)
+    return source, tuple(positions[d] if d in gone else next(rest) for d in range(len(shape))), list(positions.values())
+
+
+ROWS = {
+    "linear": _linear,
+    "addmm": _addmm,
+    **dict.fromkeys(GROUPED, _atom),
+    "nonzero": _nonzero,
+    "getitem": _getitem,
+    "argsort": _argsort,
+    "index_put": _index_put,
+    "scatter": _scatter,
+    "one_hot": _one_hot,
+    "any": _any,
+    "sum": _sum,
+}

@@ -1,0 +1,83 @@
+"""Which Config a product of tv::moe gets, by a closed formula of the architecture and the rows of an expert.
+
+    choose(Ask("sm90", "up", 2, rows=384)) -> Config(128, 256, 64, 8, 3, descriptors=True)
+
+BLOCK_M   follows the rows m that an expert has on average, T*K / E: it is streamed through the weights once
+BLOCK_N   with few rows, what a program reads of the weights at a time; else what fills the registers with sums
+stages    as many as shared memory holds, four at most
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from . import SHARED, family
+
+PASSES = ("up", "down", "dact", "dx", "dw")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """How a grouped product is tiled.
+
+    BLOCK_M, BLOCK_N, BLOCK_K   rows and columns of the result (g and u together), and of the sum that a trip adds
+    num_warps, num_stages       warps of a program; tiles in flight
+    descriptors                 whether what is not gathered comes through tensor descriptors (TMA)
+    """
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    num_warps: int
+    num_stages: int
+    descriptors: bool = False
+
+    def __post_init__(self) -> None:
+        if any(n & (n - 1) or n < 16 for n in (self.BLOCK_M, self.BLOCK_N, self.BLOCK_K)):
+            raise ValueError(f"blocks are powers of two, at least 16: {self}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Ask:
+    """arch: sm90, ...; pass_: one of PASSES; size: bytes of an element; rows: of an expert on average, 0 if not known."""
+
+    arch: str
+    pass_: str
+    size: int
+    rows: int = 0
+
+
+def choose(ask: Ask) -> Config | None:
+    """The config; None for an architecture without any."""
+    arch = family(ask.arch)
+    return None if arch is None else formula(arch, ask.pass_, ask.size, ask.rows or 128)
+
+
+def formula(arch: str, pass_: str, size: int, rows: int) -> Config:
+    described = arch in ("sm90", "sm100")
+    if size == 4:
+        M, N, K, warps = min(row_block(rows), 64), 64, 32, 4
+    elif pass_ == "dw":
+        M, N, K, warps = 128, 128, 64, 8
+    elif (M := row_block(rows)) <= 32:
+        N, K, warps = 128, 128, 4
+    else:
+        N, K, warps = 256 if M == 128 else 128, 64, 8 if M == 128 else 4
+    return Config(M, N, K, warps, stages(arch, (M + N) * K * size), described)
+
+
+def row_block(m: int) -> int:
+    """BLOCK_M for m rows of an expert: up to twice as many where they are few, since experts are never equally busy."""
+    if m <= 64:
+        return max(16, min(_power(2 * m), 64))
+    return min(_power(m), 128)
+
+
+def _power(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def stages(arch: str, tiles: int) -> int:
+    """How many tiles of so many bytes are in flight: before sm90 one of them lies in registers."""
+    held = 0 if arch in ("sm90", "sm100") else 1
+    return max(1 + held, min(4, (SHARED[arch] - 1) * 1024 // tiles + held))
