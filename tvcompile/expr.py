@@ -262,6 +262,10 @@ FOLD: dict[str, Callable] = {
     "clamp_max": min,
     "log": lambda a: math.log(a) if a > 0 else (-math.inf if a == 0 else math.nan),
     "sqrt": lambda a: math.sqrt(a) if a >= 0 else math.nan,
+    "sigmoid": lambda a: 1 / (1 + math.exp(-a)) if a > -700 else 0.0,
+    "tanh": math.tanh,
+    "erf": math.erf,
+    "relu": lambda a: a if a != a else max(a, 0.0),
 }
 INT_OPS: dict[str, Callable] = {
     "add": lambda a, b: a + b,

@@ -197,6 +197,7 @@ class Weights:
     sizes: tuple[int, ...]
     order: tuple[int, ...]
     part: tuple[int, int] | None
+    stacked: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,7 +242,7 @@ class MoEMatch:
 
     @property
     def stacked(self) -> bool:
-        return len(self.down[0].nodes) == 1
+        return self.down[0].stacked
 
     def weights(self) -> tuple[Weights, ...]:
         return (*self.up, *self.down, *self.up_bias, *self.down_bias)

@@ -256,4 +256,4 @@ def stacked(r: RowReader, ws: Sequence[Weight], formula: Expr | None, count: int
     order = [names.index(n) for n in ("e", "h", "c") if n in names]
     part = None if w.columns == sizes["c"] else (first, w.columns)
     nodes = tuple(x.node for x in (ws if not step else ws[:1]))
-    return Weights(nodes, tuple(sizes[n] for n in names), tuple(order), part)
+    return Weights(nodes, tuple(sizes[n] for n in names), tuple(order), part, bool(step))

@@ -26,7 +26,7 @@ from .expert import Expert, bias_of, expert_number, read_expert, stacked
 from .facts import Facts
 from .movement import MOVEMENT, SPLITS, unravel
 from .pointwise import POINTWISE
-from .projections import Weight, in_range, number_of
+from .projections import Weight, in_range, number_of, places
 from .read import Unreadable
 from .routing import Chosen, Token, chosen, without_rows
 from .rows import GROUPED, RowReader, settle
@@ -180,7 +180,7 @@ def lift_at(r: RowReader, facts: Facts, sums: Sums, anchor: fx.Node) -> MoEMatch
     plain = add_biases(r, parts, [t for t in terms if not t.product], token, d, at)
     base = base_of_sum(r, plain, token, d, width, anchor)
     columns = in_columns(parts)
-    check_whole(columns, terms, base, anchor)
+    check_whole(r, columns, base, anchor)
     return build(r, facts, anchor, token, columns, base)
 
 
@@ -192,6 +192,8 @@ class Part:
     number: int | None
     formula: Expr | None
     expert: Expert
+    whole: tuple[Expr, ...]
+    k: Expr
 
 
 @dataclasses.dataclass
@@ -218,8 +220,9 @@ def part_of(r: RowReader, term: Term, token: Token, d: Expr) -> Part:
             raise Refuse("the inputs and the results of an expert are both weighed", expert.node)
         check_keeps_zero(expert)
         term = without_rows(r, dataclasses.replace(term, factors=expert.weighed), token, r.position[expert.node])
-    choice = canonical(r, chosen(r, term, formula, token))
-    return Part(choice, number, None if number is not None else formula, expert)
+    found = chosen(r, term, formula, token)
+    whole = term.put({formula: found.ids}).whole if formula in term.bound else term.whole
+    return Part(canonical(r, found), number, None if number is not None else formula, expert, whole, found.k)
 
 
 def compared_number(term: Term, expert: Expert) -> int:
@@ -311,7 +314,7 @@ def in_columns(parts: list[Part]) -> list[Column]:
     return columns
 
 
-def check_whole(columns: list[Column], terms: list[Term], base: fx.Node | None, anchor: fx.Node) -> None:
+def check_whole(r: RowReader, columns: list[Column], base: fx.Node | None, anchor: fx.Node) -> None:
     """Experts written one by one are 0 to E-1, and alike; rows that were replaced hold one result each."""
     for c in columns:
         numbers = [p.number for p in c.parts]
@@ -319,10 +322,15 @@ def check_whole(columns: list[Column], terms: list[Term], base: fx.Node | None, 
             raise Refuse(f"the experts are {numbers}, not 0 to {len(numbers) - 1} once each", anchor)
         if len({p.expert.kind() for p in c.parts}) > 1:
             raise Refuse("the experts differ in width, activation or what is applied to their results", anchor)
+        router = places(r, r.nodes[E.operands(c.choice.ids)[0].name[1:]])
+        if not c.single and router is not None and router != len(numbers):
+            raise Refuse(f"the router chooses among {router} experts, of which {len(numbers)} are added up", anchor)
     if len({(p.expert.x, bool(p.expert.weighed)) for c in columns for p in c.parts}) > 1:
         raise Refuse("the experts read different tokens, or weigh them in different ways", anchor)
-    if any(t.whole for t in terms) and (len(columns) > 1 or columns[0].choice.k != 0 or base is not None):
-        raise Refuse("results replace each other where a token has several experts", anchor)
+    for column, part, whole in ((c, p, p.whole) for c in columns for p in c.parts):
+        seen = set().union(*(e.free_symbols for e in whole))
+        if whole and (len(columns) > 1 or base is not None or (column.choice.k != 0 and part.k not in seen)):
+            raise Refuse("results replace each other where a token has several experts", anchor)
 
 
 def build(r: RowReader, facts: Facts, anchor: fx.Node, token: Token, columns: list[Column], base: fx.Node | None) -> MoEMatch:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 
 import sympy
-from sympy.core.symbol import Str
+import torch
 from torch import fx
 
 from .. import expr as E
@@ -20,7 +20,7 @@ from ..spec import Refuse
 from .contraction import contraction
 from .movement import Index, axis
 from .read import Reader
-from .rows import GROUPED, RowReader, settle
+from .rows import GROUPED, RowReader, over, settle
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,23 +119,10 @@ def projection(r: RowReader, node: fx.Node, idx: Index) -> Projection:
 
 def group(r: RowReader, offsets: fx.Node, row: Expr, node: fx.Node) -> Expr:
     """The expert of a row of a grouped product: ids[perm(row)] where the offsets count the ids."""
-    source = _unwrapped(r, offsets, ("cumsum",), node)
-    a = r.arguments(source)
-    if axis(a["dim"], 1) != 0:
-        raise Refuse("the offsets of a grouped product are no running sum", node)
-    counts = _unwrapped(r, a["self"], ("histc", "bincount", "sum"), node)
-    b, experts = r.arguments(counts), r.shape(offsets)[0]
-    if r.name(counts) == "histc":
-        if (b["bins"], b["min"], b["max"]) != (experts, 0, experts - 1):
-            raise Refuse("the offsets of a grouped product count other numbers than the experts'", node)
-    elif r.name(counts) == "bincount":
-        if b.get("weights") is not None:
-            raise Refuse("the offsets of a grouped product are weighed", node)
-    else:
-        raise Refuse("the offsets of a grouped product are not counted from the ids", node)
-    ids = _unwrapped(r, b["self"], None, node)
+    experts = r.shape(offsets)[0]
+    ids, counted_at = counted_ids(r, offsets, experts, node)
     i = r.fresh(r.shape(ids)[0], "p")
-    counted = r.read(ids, (i,), r.position[counts])
+    counted = r.read(ids, (i,), counted_at)
     sorts = {E.operands(x)[0] for e in (row, counted) for x in E.walk(e) if E.op_of(x) in ("perm", "inv")}
     if len(sorts) != 1:
         raise Refuse("the rows of a grouped product are not sorted by expert", node)
@@ -149,6 +136,63 @@ def group(r: RowReader, offsets: fx.Node, row: Expr, node: fx.Node) -> Expr:
     if not in_range(r, sorted_by, experts):
         raise Refuse("the ids of a grouped product are not proven to be numbers of experts", node)
     return settle(E.substitute(sorted_by, {i: settle(IntCall("perm", sort, row))}, r.bounds), r.bounds)
+
+
+def counted_ids(r: RowReader, offsets: fx.Node, experts: Expr, node: fx.Node) -> tuple[fx.Node, int]:
+    """The ids of which offsets[e] counts those up to e, and where they are read."""
+    source = _unwrapped(r, offsets)
+    a, here, name = r.arguments(source), r.position[source], r.name(source)
+    probe = r.fresh(experts, "e")
+    if name == "cumsum" and axis(a["dim"], 1) == 0:
+        return _counted(r, _unwrapped(r, a["self"]), experts, probe, node)
+    if name == "searchsorted" and a.get("right") and r.read(a["self"], (probe,), here) == probe:
+        return a["sorted_sequence"], here
+    if name == "sum" and (found := _summed_ids(r, source, probe, lambda i: E.le(i, probe))) is not None:
+        return found, here
+    raise Refuse(f"the offsets of a grouped product come from {name}, not from counts of the ids", node)
+
+
+def _counted(r: RowReader, counts: fx.Node, experts: Expr, probe: Expr, node: fx.Node) -> tuple[fx.Node, int]:
+    """The ids of which counts[e] are e."""
+    a, here, name = r.arguments(counts), r.position[counts], r.name(counts)
+    if name == "histc" and a["bins"] == experts and a["min"] == 0 and a["max"] in (experts - 1, experts):
+        return _unwrapped(r, a["self"]), here
+    if name == "bincount" and a.get("weights") is None:
+        return _unwrapped(r, a["self"]), here
+    if name == "scatter_add" and axis(a["dim"], 1) == 0:
+        one = r.operand(a["src"], (probe,), here)
+        if E.constant(r.operand(a["self"], (probe,), here)) == 0 and E.constant(one) == 1:
+            return a["index"], here
+    if name == "sum" and (found := _summed_ids(r, counts, probe, lambda i: E.eq(i, probe))) is not None:
+        return found, here
+    raise Refuse(f"the offsets of a grouped product are made of {name}, not of counts of the ids", node)
+
+
+def _summed_ids(r: RowReader, node: fx.Node, probe: Expr, condition) -> fx.Node | None:
+    """ids where sum_i condition(ids[i], e) is what a sum computes."""
+    source, at, positions = over(r, node, (probe,))
+    if len(positions) != 1:
+        return None
+    body = r.truth(E.as_bool(r.read(source, at, r.position[node])))
+    for load in E.loads(body):
+        if positions[0] in load.free_symbols and body == condition(load):
+            return _flat_ids(r, source, load, positions[0])
+    return None
+
+
+def _flat_ids(r: RowReader, node: fx.Node, load: Expr, i: Expr) -> fx.Node | None:
+    """The list of ids that was read: the first node on the way up whose element i the load is."""
+    queue, seen = [node], set()
+    while queue:
+        n = queue.pop(0)
+        val = n.meta.get("val")
+        if n in seen or not isinstance(val, torch.Tensor):
+            continue
+        seen.add(n)
+        if val.dim() == 1 and r.shape(n)[0] == r.ranges[i] and r.read(n, (i,), r.position[n] + 1) == load:
+            return n
+        queue += n.all_input_nodes
+    return None
 
 
 def in_range(r: RowReader, ids: Expr, experts: Expr) -> bool:
@@ -174,10 +218,8 @@ def places(r: RowReader, node: fx.Node) -> Expr | None:
     return None if dim is None else shape[axis(dim, len(shape))]
 
 
-def _unwrapped(r: RowReader, node: fx.Node, wanted: tuple[str, ...] | None, about: fx.Node) -> fx.Node:
-    """Through casts; `wanted` None: as far as casts go."""
+def _unwrapped(r: RowReader, node: fx.Node) -> fx.Node:
+    """Through casts."""
     while node.op == "call_function" and r.name(node) in ("to", "_to_copy", "float", "int", "long", "contiguous"):
         node = node.args[0]
-    if wanted and (node.op != "call_function" or r.name(node) not in wanted):
-        raise Refuse(f"the offsets of a grouped product come from {r.name(node)}", about)
     return node

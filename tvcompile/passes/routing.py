@@ -19,7 +19,7 @@ from ..expr import Expr, IntCall
 from ..spec import Refuse
 from .movement import axis
 from .rows import RowReader, over, settle
-from .sums import Term, scattered
+from .sums import Term, distinct, scattered
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +87,7 @@ def _solved(r: RowReader, term: Term, token: Token) -> Term:
     if sympy.expand(left - right) == 0:
         return term
     if left in term.bound:
-        if r.ranges[left] != token.size:
+        if not E.within(right, r.ranges[left], r.bounds):
             raise Refuse("rows are added to tokens of another number than theirs", None)
         return _bind(term, left, right, [], r)
     op = E.op_of(left)
@@ -155,18 +155,6 @@ def _source_of_scatter(r: RowReader, x: Expr):
     else:
         values = r.operand(a["value"], (), here)
     return a["index"], values, k, tuple(lead)
-
-
-def distinct(r: RowReader, ids: fx.Node) -> bool:
-    """Do the ids of one token differ from each other, as those of a topk do?"""
-    while ids.op == "call_function":
-        if r.name(ids) == "getitem":
-            return r.name(ids.args[0]) in ("topk", "sort") and ids.args[1] == 1
-        if r.name(ids) in ("clone", "contiguous", "detach", "alias", "to", "view", "reshape"):
-            ids = ids.args[0]
-            continue
-        break
-    return r.shape(ids)[-1] == 1
 
 
 def vanishes(r: RowReader, e: Expr) -> bool:

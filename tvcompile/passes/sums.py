@@ -28,7 +28,7 @@ class Term:
     """bound: summed positions; guards: conditions; links: pairs of equal positions; product: (node, index) or None.
 
     known  what calls of `nth` with the row of the product stand for
-    whole  writes that replace what was there (`out[m] = y`) rather than add to it
+    whole  where `out[i] = y` replaced what was there rather than adding to it: the places, as the result reads them
     """
 
     bound: tuple[Expr, ...] = ()
@@ -36,7 +36,7 @@ class Term:
     links: tuple[tuple[Expr, Expr], ...] = ()
     factors: tuple[Expr, ...] = ()
     product: tuple[fx.Node, Index] | None = None
-    whole: bool = False
+    whole: tuple[Expr, ...] = ()
     known: tuple[tuple[Expr, Expr], ...] = ()
 
     def times(self, other: Term) -> Term:
@@ -44,12 +44,12 @@ class Term:
             raise Refuse("results of two experts are multiplied", self.product[0])
         return Term(
             self.bound + other.bound, self.guards + other.guards, self.links + other.links,
-            self.factors + other.factors, self.product or other.product, self.whole or other.whole,
+            self.factors + other.factors, self.product or other.product, self.whole + other.whole,
             self.known + other.known,
         )  # fmt: skip
 
-    def under(self, bound=(), guards=(), links=(), whole=False) -> Term:
-        return self.times(Term(tuple(b for b in bound if b != 0), tuple(guards), tuple(links), whole=whole))
+    def under(self, bound=(), guards=(), links=(), whole=()) -> Term:
+        return self.times(Term(tuple(b for b in bound if b != 0), tuple(guards), tuple(links), whole=tuple(whole)))
 
     def formulas(self) -> tuple[Expr, ...]:
         links = tuple(e for pair in self.links for e in pair)
@@ -61,6 +61,7 @@ class Term:
             guards=tuple(g for g in map(change, self.guards) if g is not E.TRUE),
             links=tuple((change(a), change(b)) for a, b in self.links),
             factors=tuple(map(change, self.factors)),
+            whole=tuple(map(change, self.whole)),
             known=tuple((a, change(b)) for a, b in self.known),
             product=self.product and (self.product[0], tuple(map(change, self.product[1]))),
         )
@@ -78,6 +79,8 @@ class Sums:
     def of(self, node: fx.Node, idx: Index, at: int) -> list[Term]:
         """The terms of node[idx] as the operation at position `at` sees it."""
         r = self.r
+        if node.op == "call_function" and r.name(node) in EMPTY:
+            return []  # nobody may ask what is in memory that was never written
         if node not in self.cone:
             return terms_of(r, lazily(r, node, idx, at))
         if r.changed(node, at):
@@ -259,11 +262,22 @@ def _index_add(s: Sums, a, n, idx):
     d = axis(a["dim"], len(idx))
     if a.get("alpha", 1) != 1 or d != 0:
         raise Refuse("index_add has a factor, or another dim than that of the tokens", n)
-    rows = a["source"]
-    row = r.fresh(r.shape(rows)[0], "r")
-    link = (r.read(a["index"], (row,), here), idx[0])
-    added = [t.under([row], links=[link]) for t in s.of(rows, (row, *idx[1:]), here)]
-    return s.of(a["self"], idx, here) + added
+    found = s.of(a["self"], idx, here)
+    for rows, index in _pieces(r, a["source"], a["index"]):
+        row = r.fresh(r.shape(rows)[0], "r")
+        link = (r.read(index, (row,), here), idx[0])
+        found += [t.under([row], links=[link]) for t in s.of(rows, (row, *idx[1:]), here)]
+    return found
+
+
+def _pieces(r: RowReader, rows: fx.Node, index: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
+    """Rows that were put together from the experts' rows, beside their tokens' numbers."""
+    if not (r.name(rows) == r.name(index) == "cat"):
+        return [(rows, index)]
+    a, b = r.arguments(rows), r.arguments(index)
+    pairs = list(zip(a["tensors"], b["tensors"]))
+    fit = len(a["tensors"]) == len(b["tensors"]) and all(r.shape(x)[0] == r.shape(y)[0] for x, y in pairs)
+    return pairs if fit and axis(a.get("dim", 0), len(r.shape(rows))) == 0 else [(rows, index)]
 
 
 def _scatter_add(s: Sums, a, n, idx):
@@ -282,32 +296,85 @@ def _scatter_add(s: Sums, a, n, idx):
 def _index_put(s: Sums, a, n, idx):
     """out[m] += y, out[m] = y, index_put(accumulate=True)"""
     r, here = s.r, s.r.position[n]
-    base, indices, values = a["self"], a["indices"], a["values"]
-    if len(indices) != 1:
-        raise Refuse("results of experts are put at positions of several dims", n)
-    (index,) = indices
-    row, whole = r.fresh(r.shape(values)[0], "r"), not a.get("accumulate")
-    if (mask := mask_of(n)) is not None:
-        if mask.meta["val"].dim() != 1:
-            raise Refuse("results of experts are put where a mask of several dims holds", n)
-        at = masked_index(r, n, mask, (row, *idx[1:]))[0]
-    else:
-        at = r.read(index, (row,), here)
-    link = (at, idx[0])
-    if whole and r.name(values) == "add":
-        sides = [values.args[0], values.args[1]]
-        old = [x for x in sides if isinstance(x, fx.Node) and r.name(x) == "index" and x.args[0] is base and list(x.args[1]) == list(indices)]
-        if len(old) == 1 and len(values.args) == 2 and not values.kwargs:
-            if E.op_of(at) != "nth" or r.nodes[E.operands(at)[0].name].meta["val"].dim() != 1:
-                raise Refuse("out[i] += y adds only one of the rows that meet at one token", n)
-            (new,) = [x for x in sides if x is not old[0]]
-            added = s.of(new, (row, *idx[1:]), here)
-            return s.of(base, idx, here) + [t.under([row], links=[link]) for t in added]
+    base, indices, values, adds = a["self"], a["indices"], a["values"], a.get("accumulate")
+    row = r.fresh(r.shape(values)[0], "r")
+    at = _places(r, n, indices, row)
+    rest = idx[len(at) :]
+    links, places = list(zip(at, idx)), () if adds else idx[: len(at)]
+    if not adds and (new := _added_in_place(r, base, indices, values)) is not None:
+        if not once(r, at):
+            raise Refuse("out[i] += y adds only one of the rows that meet at one token", n)
+        values, places = new, ()
     before = s.of(base, idx, here)
-    added = [t.under([row], links=[link], whole=whole) for t in s.of(values, (row, *idx[1:]), here)]
-    if whole and any(not t.product for t in before):
+    if places and any(not t.product for t in before):
         raise Refuse("results of experts replace what is not zero", n)
-    return before + added
+    return before + [t.under([row], links=links, whole=places) for t in s.of(values, (row, *rest), here)]
+
+
+def _places(r: RowReader, n: fx.Node, indices: list, row: Expr) -> Index:
+    """Where row `row` is put."""
+    if (mask := mask_of(n)) is not None:
+        if indices[0] is not mask:
+            raise Refuse("results of experts are put along another dim than that of the tokens", n)
+        return tuple(r.nth(mask, c, row) for c in range(mask.meta["val"].dim()))
+    if any(i is None or i.meta["val"].dim() != 1 for i in indices):
+        raise Refuse("results of experts are put at places that are no list", n)
+    return tuple(E.as_int(r.read(i, (row,), r.position[n])) for i in indices)
+
+
+def _added_in_place(r: RowReader, base: fx.Node, indices: list, values: fx.Node) -> fx.Node | None:
+    """y of `out[i] = out[i] + y`"""
+    if r.name(values) != "add" or len(values.args) != 2 or values.kwargs:
+        return None
+    old = [x for x in values.args if isinstance(x, fx.Node) and r.name(x) == "index" and x.args[0] is base]
+    if len(old) != 1 or not _same_places(r, old[0].args[1], indices):
+        return None
+    return next(x for x in values.args if x is not old[0])
+
+
+def _same_places(r: RowReader, a: list, b: list) -> bool:
+    if len(a) != len(b):
+        return False
+    return all(x is y or (x is not None and y is not None and _alike(r, x, y)) for x, y in zip(a, b))
+
+
+def _alike(r: RowReader, x: fx.Node, y: fx.Node) -> bool:
+    probe = tuple(r.fresh(n, "p") for n in r.shape(x))
+    return r.shape(x) == r.shape(y) and r.read(x, probe, r.position[x] + 1) == r.read(y, probe, r.position[y] + 1)
+
+
+def once(r: RowReader, at: Index) -> bool:
+    """Does every place occur once: all coordinates of a mask's places, or of one that compares distinct ids?"""
+    if any(E.op_of(x) != "nth" for x in at):
+        return len(at) == 1 and E.op_of(at[0]) in ("perm", "inv")
+    masks = {E.operands(x)[0] for x in at}
+    if len(masks) != 1:
+        return False
+    mask = r.nodes[next(iter(masks)).name]
+    held = {int(E.operands(x)[1]) for x in at}
+    missing = set(range(mask.meta["val"].dim())) - held
+    if not missing:
+        return True
+    probe = tuple(r.fresh(n, "p") for n in r.shape(mask))
+    formula = r.truth(E.as_bool(r.read(mask, probe, r.position[mask] + 1)))
+    loads = E.loads(formula)
+    if len(missing) != 1 or len(loads) != 1 or E.op_of(formula) != "eq":
+        return False
+    name, *idx = E.operands(loads[0])
+    free = probe[missing.pop()]
+    return idx[-1] == free and distinct(r, r.nodes[name.name[1:]]) and not any(E.mentions(i, free) for i in idx[:-1])
+
+
+def distinct(r: RowReader, ids: fx.Node) -> bool:
+    """Do the ids of one token differ from each other, as those of a topk do?"""
+    while ids.op == "call_function":
+        if r.name(ids) == "getitem":
+            return r.name(ids.args[0]) in ("topk", "sort") and ids.args[1] == 1
+        if r.name(ids) in ("clone", "contiguous", "detach", "alias", "to"):
+            ids = ids.args[0]
+            continue
+        break
+    return r.shape(ids)[-1] == 1
 
 
 def _where(s: Sums, a, n, idx):
@@ -336,6 +403,7 @@ def _stack(s: Sums, a, n, idx):
     return found
 
 
+EMPTY = ("empty", "empty_like", "new_empty", "empty_strided")
 LINEAR = {
     "add": _add(1),
     "mul": _mul,
