@@ -350,7 +350,7 @@ def rebuild(e: Expr, args: tuple[Expr, ...], bounds: Callable | None = None) -> 
 
 
 # Calls that stand for elements of a tensor: only their positions are rewritten.
-OPAQUE = ("load", "dot", "softmax", "dropout", "reduce", "nth", "perm", "inv", "group", "any", "count")
+OPAQUE = ("load", "dot", "softmax", "dropout", "reduce", "nth", "perm", "inv", "any", "count", "cumsum")
 CASTS = ("float16", "bfloat16", "float32", "float64")
 
 

@@ -126,6 +126,12 @@ def floordiv(a: Expr, b: Expr, bounds: Callable | None = None) -> Expr:
     if op_of(rest) == "//" and bounds is not None:
         inner, c = operands(rest)
         return whole + floordiv(inner, c * b, bounds)
+    if bounds is not None:
+        # (2*t + k) // 14 is t // 7 where k is 0 or 1.
+        for g in sorted({abs(int(t.as_coeff_Mul()[0])) for t in sympy.Add.make_args(rest) if t.as_coeff_Mul()[0].is_Integer}):
+            larger, small = split_multiple(rest, sympy.Integer(g))
+            if g > 1 and larger != 0 and sympy.denom(b / g) == 1 and within(small, sympy.Integer(g), bounds):
+                return whole + floordiv(larger, b / g, bounds)
     return whole + IntCall("//", rest, b)
 
 

@@ -15,6 +15,7 @@ from torch import fx
 from .. import expr as E
 from ..expr import Expr
 from ..spec import Refuse, Weights
+from .capacity import placed_row
 from .movement import Index
 from .projections import Weight, leaf_of, number_of, projection
 from .rows import RowReader, settle
@@ -74,7 +75,7 @@ def read_expert(r: RowReader, node: fx.Node, idx: Index, term: Term, t: Expr, d:
         p = projection(r, unit.node, tuple(column if x is None else x for x in _with_column(r, unit)))
         ups.append(fixed(p.weight, fix, p.length, columns))
         x, at = p.x
-        sources.add(token_row(r, x, tuple(map(fix, at)), r.position[unit.node], p.over, p.length, t, fix))
+        sources.add(token_row(r, x, tuple(map(fix, at)), r.position[unit.node], p.over, p.length, t, fix, term))
     if len(sources) != 1:
         raise Refuse("the projections of an expert read different rows", node)
     (x, weighed) = sources.pop()
@@ -182,7 +183,7 @@ def biases_of(r: RowReader, units: list[Unit], layout: str, f: Expr, F: Expr, ab
     return tuple(found)
 
 
-def token_row(r: RowReader, node: fx.Node, idx: Index, at: int, over: Expr, length: Expr, t: Expr, fix: Fix):
+def token_row(r: RowReader, node: fx.Node, idx: Index, at: int, over: Expr, length: Expr, t: Expr, fix: Fix, outer: Term):
     """(x, factors) where the row is x[t] times the factors, each a formula of the token and its expert."""
     leaf, where, used = leaf_of(r, node, idx, at)
     where = tuple(map(fix, where))
@@ -191,6 +192,8 @@ def token_row(r: RowReader, node: fx.Node, idx: Index, at: int, over: Expr, leng
         r._note_use(leaf, used)
         return leaf, ()
     terms = terms_of(r, fix(r.read(leaf, where, used)))
+    if terms and all(len(x.bound) == 1 for x in terms):
+        return placed_row(r, terms, outer, leaf, over, length, t), ()
     if len(terms) != 1 or terms[0].bound or terms[0].links:
         raise Refuse("the rows of an expert are not tokens", leaf)
     holds = [x for x in terms[0].factors if E.mentions(x, over)]

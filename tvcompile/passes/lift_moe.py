@@ -28,9 +28,9 @@ from .movement import MOVEMENT, SPLITS, unravel
 from .pointwise import POINTWISE
 from .projections import Weight, in_range, number_of, places
 from .read import Unreadable
-from .routing import Chosen, Token, chosen, without_rows
+from .routing import Chosen, Token, chosen, compared, without_rows
 from .rows import GROUPED, RowReader, settle
-from .sums import THROUGH, Sums, Term
+from .sums import THROUGH, Sums, Term, chooses
 
 PRODUCTS = ("linear", "addmm", "mm", "bmm", "matmul", "einsum", "baddbmm", *GROUPED)
 CASTS = ("to", "_to_copy", "type_as", "float", "half")
@@ -43,13 +43,47 @@ def lift_moe(graph: fx.Graph) -> tuple[list[MoEMatch], list[Refusal]]:
     r = RowReader(graph, facts.grad)
     matches: list[MoEMatch] = []
     refusals: list[Refusal] = []
+    seen: set[fx.Node] = set()
     for cone, ends in cones(r, graph):
         match, refusal = lift_cone(r, facts, cone, ends)
         if match is not None:
             matches.append(match)
         elif refusal is not None:
             refusals.append(refusal)
+        seen |= set(cone)
+    for node in graph.nodes:
+        if node.op == "call_function" and r.name(node) in ADDS and node not in seen and _computed(r, node):
+            why = "no mixture of experts: the rows that are added are not two projections with formulas in between"
+            refusals.append(Refusal(str(node.target), why, where_of(node)))
+            seen |= set(_askers_of(node))
     return matches, refusals
+
+
+ADDS = ("index_add", "scatter_add", "index_put")
+
+
+def _askers_of(node: fx.Node) -> set[fx.Node]:
+    """What follows from a node: one refusal speaks for a whole loop."""
+    found, queue = set(), [node]
+    while queue and len(found) < 500:
+        for user in queue.pop().users:
+            if user not in found:
+                found.add(user)
+                queue.append(user)
+    return found
+
+
+def _computed(r: RowReader, node: fx.Node) -> bool:
+    """Are the rows that are added computed by a projection, not far away?"""
+    seen, queue = set(), list(node.all_input_nodes[1:])
+    while queue and len(seen) < 60:
+        n = queue.pop(0)
+        if n not in seen and n.op == "call_function":
+            seen.add(n)
+            if r.name(n) in PRODUCTS:
+                return True
+            queue += n.all_input_nodes
+    return False
 
 
 # Where experts may be
@@ -135,7 +169,15 @@ def routed(r: RowReader, cone: set[fx.Node], ends: set[fx.Node]) -> bool:
     signs = ("index_add", "scatter_add", "index_put", "gather", "index")
     if len(ends) > 1 or any(r.name(n) in signs for n in cone if n.op == "call_function"):
         return True
+    if any(r.name(n) == "mul" and any(_says_which(r, x) for x in n.all_input_nodes if x not in cone) for n in cone):
+        return True
     return any(r.name(n) in (*GROUPED, "bmm", "einsum", "baddbmm") or _stacked(n) for n in ends)
+
+
+def _says_which(r: RowReader, x: fx.Node) -> bool:
+    if not isinstance(x.meta.get("val"), torch.Tensor):
+        return False
+    return chooses(r, r.read(x, tuple(r.fresh(n, "p") for n in r.shape(x)), r.position[x] + 1))
 
 
 def _stacked(n: fx.Node) -> bool:
@@ -218,7 +260,9 @@ def part_of(r: RowReader, term: Term, token: Token, d: Expr) -> Part:
     if expert.weighed:
         if term.factors:
             raise Refuse("the inputs and the results of an expert are both weighed", expert.node)
-        check_keeps_zero(expert)
+        gets = any(E.op_of(x) == "load" for x in E.walk(formula)) or any(compared(g, formula) for g in term.guards)
+        if not gets:
+            check_keeps_zero(expert)
         term = without_rows(r, dataclasses.replace(term, factors=expert.weighed), token, r.position[expert.node])
     found = chosen(r, term, formula, token)
     whole = term.put({formula: found.ids}).whole if formula in term.bound else term.whole
@@ -266,24 +310,26 @@ def add_biases(r: RowReader, parts: list[Part], plain: list[Term], token: Token,
         if len(held) == 1 and E.op_of(held[0]) == "load":
             bias = bias_of(r, held[0], d, parts[0].expert.down.columns)
             rest = dataclasses.replace(settled, factors=tuple(x for x in settled.factors if x is not held[0]))
-            owner = bias and next((p for p in parts if not p.expert.down_bias and is_bias(r, p, rest, bias, token)), None)
+            free = [p for p in parts if bias and not p.expert.down_bias]
+            owner = next((p for p in free if (same := is_bias(r, p, rest, bias, token)) is not None), None)
         if owner:
-            owner.expert = dataclasses.replace(owner.expert, down_bias=bias)
+            rest = E.substitute(bias.rest, {same: owner.k}) if same != 0 else bias.rest
+            owner.expert = dataclasses.replace(owner.expert, down_bias=dataclasses.replace(bias, rest=rest))
         else:
             left.append(settled)
     return left
 
 
-def is_bias(r: RowReader, p: Part, term: Term, bias: Weight, token: Token) -> bool:
-    """Is a term without its load chosen as the part is?"""
+def is_bias(r: RowReader, p: Part, term: Term, bias: Weight, token: Token) -> Expr | None:
+    """The term's k where it is chosen, without its load, as the part is."""
     try:
         number = expert_number(bias)
         if (number is None) != (p.number is not None):
-            return False
-        formula = number if p.number is None else sympy.Integer(p.number)
-        return canonical(r, chosen(r, term, formula, token)) == p.choice
+            return None
+        found = chosen(r, term, number if p.number is None else sympy.Integer(p.number), token)
+        return found.k if canonical(r, found) == p.choice else None
     except Refuse:
-        return False
+        return None
 
 
 def base_of_sum(r: RowReader, plain: list[Term], token: Token, d: Expr, width: Expr, anchor: fx.Node) -> fx.Node | None:

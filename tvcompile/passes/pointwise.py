@@ -330,6 +330,7 @@ def _glu(r, a, n, idx):
 ACTIVATIONS = {
     "silu": lambda x, a: E.apply("mul", x, E.apply("sigmoid", x)),
     "gelu": _gelu,
+    "square": lambda x, a: E.apply("mul", x, x),
     "softplus": _softplus,
     "mish": lambda x, a: E.apply("mul", x, E.apply("tanh", E.apply("softplus", x))),
     "log_sigmoid": lambda x, a: E.apply("neg", E.apply("softplus", E.apply("neg", x))),
@@ -341,7 +342,7 @@ ACTIVATIONS = {
 
 UNARY = (
     "neg", "abs", "exp2", "log", "log2", "log1p", "expm1", "sqrt", "rsqrt", "tanh", "sigmoid", "sin", "cos", "erf",
-    "reciprocal", "floor", "ceil", "round", "trunc", "relu", "sign", "square",
+    "reciprocal", "floor", "ceil", "round", "trunc", "relu", "sign",
 )  # fmt: skip
 
 POINTWISE = {

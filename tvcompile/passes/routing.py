@@ -37,6 +37,7 @@ def without_rows(r: RowReader, term: Term, token: Token, at: int) -> Term:
     for link in list(term.links):
         term = _solved(r, term, token)
     term = term.put({}, r.bounds)
+    term = _pinned(term, r)
     guards = []
     for g in term.guards:
         g = r.truth(g)
@@ -100,6 +101,17 @@ def _solved(r: RowReader, term: Term, token: Token) -> Term:
             k = r.fresh(sympy.cancel(r.ranges[inner] / c), "k")
             return _bind(term, inner, sympy.expand(k * c + right), [k], r)
     raise Refuse("the rows added to a token are not proven to be the token's own", None)
+
+
+def _pinned(term: Term, r: RowReader) -> Term:
+    """A summed position that a guard pins to a number is that number."""
+    for g in term.guards:
+        if E.op_of(g) == "eq":
+            number, rest = E.operands(g)[0].as_coeff_Add()
+            sign, symbol = rest.as_coeff_Mul()
+            if symbol in term.bound and abs(sign) == 1:
+                return _pinned(_bind(term, symbol, -number * sign, [], r), r)
+    return term
 
 
 def _bind(term: Term, symbol: Expr, value: Expr, new: list[Expr], r: RowReader) -> Term:
@@ -236,10 +248,22 @@ def chosen(r: RowReader, term: Term, expert: Expr, token: Token) -> Chosen:
                 break
     if ids is None:
         raise Refuse("no comparison with the ids says which tokens an expert gets: every expert gets every token", None)
+    if any(E.op_of(x) in ("perm", "inv", "nth") for e in (ids, *guards, *term.factors) for x in E.walk(e)):
+        raise Refuse("the weight of an expert is read at another row than its result", None)
     guards = [g for g in guards if not _implied(r, g, ids, expert)]
     table = {expert: ids} if expert in term.bound else {}
     bound = [b for b in term.bound if b != expert]
     counts, factors = ([E.substitute(e, table) for e in es] for es in (guards, term.factors))
+    for b in [b for b in bound if not E.mentions(ids, b)]:
+        place = next((p for g in counts if (p := solved(g, b)) is not None), None)
+        if place is not None:
+            # sum_c (c = place) f(c) is f(place) where place is one of them.
+            bound.remove(b)
+            table = {b: place}
+            inside = [E.le(sympy.Integer(0), place), E.lt(place, r.ranges[b])]
+            counts = [g for g in (r.truth(E.substitute(e, table)) for e in counts) if g is not E.TRUE]
+            counts += [g for g in map(r.truth, inside) if g is not E.TRUE and g not in counts]
+            factors = [E.substitute(e, table) for e in factors]
     k = [b for b in bound if E.mentions(ids, b)]
     if len(bound) > 1 or len(k) != len(bound):
         raise Refuse("what is added up for a token runs over more than its experts", None)
@@ -257,6 +281,18 @@ def compared(guard: Expr, expert: Expr) -> Expr | None:
     for sign in (1, -1):
         other = sympy.expand(sign * gap + expert)
         if E.op_of(other) == "load" and not (expert.free_symbols & other.free_symbols):
+            return other
+    return None
+
+
+def solved(guard: Expr, symbol: Expr) -> Expr | None:
+    """P where the guard says P == symbol."""
+    if E.op_of(guard) != "eq" or not E.mentions(guard, symbol):
+        return None
+    gap = E.operands(guard)[0]
+    for sign in (1, -1):
+        other = sympy.expand(sign * gap + symbol)
+        if not E.mentions(other, symbol):
             return other
     return None
 

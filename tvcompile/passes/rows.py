@@ -20,6 +20,7 @@ from torch import fx
 from .. import expr as E
 from ..expr import BoolCall, Expr, IntCall
 from .movement import Index, axis
+from .pointwise import POINTWISE
 from .read import Reader
 
 GROUPED = ("_grouped_mm", "transformers::grouped_mm_fallback")
@@ -190,7 +191,16 @@ def over(r: Reader, n: fx.Node, idx: Index) -> tuple[fx.Node, Index, list[Expr]]
     return source, tuple(positions[d] if d in gone else next(rest) for d in range(len(shape))), list(positions.values())
 
 
+def _cumsum(r, a, n, idx):
+    """A running sum of integers that has no closed form."""
+    if n.meta["val"].dtype.is_floating_point or not any(x.free_symbols for x in idx):
+        return None
+    closed = POINTWISE["cumsum"](r, a, n, idx)
+    return IntCall("cumsum", Str(n.name), *idx) if closed is None else closed
+
+
 ROWS = {
+    "cumsum": _cumsum,
     "linear": _linear,
     "addmm": _addmm,
     **dict.fromkeys(GROUPED, _atom),

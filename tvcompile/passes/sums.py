@@ -152,25 +152,36 @@ def terms_of(r: RowReader, e: Expr) -> list[Term]:
     if value is not None and value == 1:
         return [Term()]
     if E.kind(e) == "bool":
-        return [Term(guards=(e,))]
+        return [Term(guards=e.args if isinstance(e, sympy.And) else (e,))]
     if op == "mul":
         a, b = E.operands(e)
         return product(terms_of(r, a), terms_of(r, b))
     if op == "add":
         return [t for x in E.operands(e) for t in terms_of(r, x)]
+    if isinstance(e, (sympy.Mul, sympy.Pow)) and e.atoms(E.IntCall):
+        parts = e.args if isinstance(e, sympy.Mul) else [e.args[0]] * int(e.args[1])
+        found = [Term()]
+        for x in parts:
+            found = product(found, terms_of(r, x))
+        return found
+    if isinstance(e, sympy.Add) and e.atoms(E.IntCall) and chooses(r, e):
+        return [t for x in e.args for t in terms_of(r, x)]
     if op == "where":
         c, a, b = E.operands(e)
         if E.constant(b) == 0:
             return [t.under(guards=[c]) for t in terms_of(r, a)]
         if E.constant(a) == 0:
             return [t.under(guards=[E.not_(c)]) for t in terms_of(r, b)]
-    if op in E.CASTS and E.op_of(E.operands(e)[0]) in ("mul", "where", "reduce", "dot", *E.CASTS):
+    if op in E.CASTS and (E.kind(E.operands(e)[0]) == "int" or E.op_of(E.operands(e)[0]) in OPENED):
         return terms_of(r, E.operands(e)[0])
     if op == "reduce" and chooses(r, e):
         return _summed(r, r.nodes[E.operands(e)[0].name], E.operands(e)[1:]) or [Term(factors=(e,))]
     if op == "dot" and chooses(r, e):
         return contracted(r, r.nodes[E.operands(e)[0].name], E.operands(e)[1:], terms_of)
     return [Term(factors=(e,))]
+
+
+OPENED = ("mul", "where", "reduce", "dot", *E.CASTS)
 
 
 def _summed(r: RowReader, node: fx.Node, idx: Index) -> list[Term] | None:
