@@ -2,7 +2,7 @@
 
     python tools/check.py
 
-expr bounds options <- spec arch report <- passes and kernels, tuning <- select <- backend: a module
+expr bounds options <- spec arch report <- passes and kernels, tuning <- select <- backend and integrations: a module
 imports from its own layer and from those before it. Passes see torch.fx, never triton; kernels and
 tuning see triton, never torch.fx; neither sees the other. Only options.py reads the environment.
 """
@@ -25,6 +25,7 @@ LAYERS = {
     "derive": 0,
     "bounds": 0,
     "options": 0,
+    "breaks": 1,
     "spec": 1,
     "arch": 1,
     "report": 1,
@@ -33,6 +34,7 @@ LAYERS = {
     "tuning": 2,
     "select": 3,
     "backend": 4,
+    "integrations": 4,
     "__init__": 5,
 }
 NEVER = {

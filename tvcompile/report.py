@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import fx
 
+from .breaks import Mark, hints_since
 from .spec import Match, MoEMatch, Refusal, Site, where_of
 
 
@@ -56,6 +57,7 @@ class Report:
 
     records: list[GraphRecord] = dataclasses.field(default_factory=list)
     breaks: dict[str, int] = dataclasses.field(default_factory=dict)
+    hints: list[str] = dataclasses.field(default_factory=list)
 
     @property
     def graphs(self) -> int:
@@ -112,6 +114,8 @@ def _sections(report: Report) -> Iterator[Any]:
         yield Text(f"higher-order operator left whole: {name} ({count}x)")
     for reason, count in report.breaks.items():
         yield Text(f"graph break ({count}x): {reason}")
+    for hint in report.hints:
+        yield Text(hint)
     for record in report.records:
         if record.failed:
             yield Text(f"left to Inductor after an internal error: {record.failed}")
@@ -126,12 +130,13 @@ def collect() -> Iterator[Report]:
     from torch._dynamo.utils import counters
 
     report = Report()
-    before = dict(counters["graph_break"])
+    before, mark = dict(counters["graph_break"]), Mark.now()
     _open.append(report)
     try:
         yield report
     finally:
         _open.remove(report)
+        report.hints = hints_since(mark)
         for reason, count in counters["graph_break"].items():
             if count > before.get(reason, 0):
                 report.breaks[reason] = count - before.get(reason, 0)

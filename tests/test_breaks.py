@@ -1,0 +1,99 @@
+"""Loops over experts that break the graph: the report names the line and what to write instead."""
+
+import pytest
+import torch
+
+import tvcompile
+
+OPTIONS = {"tv.codegen": "none"}
+
+
+def over_hit_experts(x, ids, w, up, down):
+    out = torch.zeros_like(x)
+    mask = torch.nn.functional.one_hot(ids, 4).permute(2, 1, 0)
+    for e in mask.sum((-1, -2)).nonzero():
+        e = e[0]
+        k, t = torch.where(mask[e])
+        out.index_add_(0, t, (x[t] @ up[e]).relu() @ down[e] * w[t, k, None])
+    return out
+
+
+def if_any(x, ids, w, up, down):
+    out = torch.zeros_like(x)
+    for expert in range(4):
+        mask = (ids == expert).any(-1)
+        if mask.any():
+            out[mask] += (x[mask] @ up[expert]).relu() @ down[expert] * w[mask].sum(-1, keepdim=True)
+    return out
+
+
+def if_numel(x, ids, w, up, down):
+    out = torch.zeros_like(x)
+    for e in range(4):
+        t, k = torch.where(ids == e)
+        if t.numel() == 0:
+            continue
+        out.index_add_(0, t, (x[t] @ up[e]).relu() @ down[e] * w[t, k, None])
+    return out
+
+
+def by_sizes(x, ids, w, up, down):
+    order = ids.flatten().argsort()
+    sizes = (ids.flatten()[:, None] == torch.arange(4)).sum(0).tolist()
+    rows = x[order // 2].split(sizes)
+    y = torch.cat([(r @ up[e]).relu() @ down[e] for e, r in enumerate(rows)])
+    return torch.zeros_like(x).index_add_(0, order // 2, y * w.flatten()[order, None])
+
+
+def no_experts(x, ids, w, up, down):
+    for row in x.nonzero():
+        x = x + row.sum()
+    return x
+
+
+def tensors():
+    torch.manual_seed(0)
+    up, down = torch.randn(4, 8, 16), torch.randn(4, 16, 8)
+    return torch.randn(6, 8), torch.randint(0, 4, (6, 2)), torch.rand(6, 2), up, down
+
+
+def report_of(program, *inputs):
+    with tvcompile.collect() as report:
+        torch.compile(program, backend="tv", options=OPTIONS)(*inputs)
+    return report
+
+
+@pytest.mark.parametrize(
+    "program, code, rewrite",
+    [
+        (over_hit_experts, "for e in mask.sum((-1, -2)).nonzero():", "for e in range(E)"),
+        (if_any, "if mask.any():", "leave the test out"),
+        (if_numel, "if t.numel() == 0:", "leave the test out"),
+        (by_sizes, ".sum(0).tolist()", "torch._grouped_mm with offsets"),
+    ],
+)
+def test_a_loop_over_experts_is_named_with_its_rewrite(program, code, rewrite):
+    report = report_of(program, *tensors())
+    assert len(report.hints) == 1, report.hints
+    assert "test_breaks.py:" in report.hints[0] and code in report.hints[0] and rewrite in report.hints[0]
+    assert report.hints[0] in str(report).replace("\n", " ") or code in str(report)
+
+
+def test_other_breaks_get_no_such_hint():
+    assert not report_of(no_experts, *tensors()).hints
+
+
+def test_a_second_report_does_not_repeat_the_first():
+    report_of(over_hit_experts, *tensors())
+    assert not report_of(torch.sin, torch.ones(3)).hints
+
+
+def test_a_model_of_transformers_is_told_its_switch():
+    pytest.importorskip("transformers")
+    from tests.moe_zoo import BY_NAME
+
+    model = BY_NAME["mixtral"].model("eager").eval()
+    with torch.no_grad():
+        report = report_of(model, BY_NAME["mixtral"].inputs()["input_ids"])
+    assert report.hints and all("set_experts_implementation('grouped_mm')" in hint for hint in report.hints)
+    assert "modeling_mixtral.py" in report.hints[0] and "for expert_idx in expert_hit:" in report.hints[0]
