@@ -27,7 +27,8 @@ class Switch(nn.Module):
         weight, chosen = self.router(x).softmax(-1).max(-1)
         expert = F.one_hot(chosen, self.experts)
         place = (expert.cumsum(0) * expert).sum(-1) - 1
-        slot = F.one_hot(place.clamp(max=capacity), capacity + 1)[:, :capacity]
+        expert = expert * (place < capacity)[:, None]
+        slot = F.one_hot(place.clamp(max=capacity - 1), capacity)
         dispatch = (expert[:, :, None] * slot[:, None, :]).to(x.dtype)
 
         rows = torch.einsum("tec,th->ech", dispatch, x)

@@ -21,7 +21,7 @@ from torch import nn
 
 import tvcompile
 
-LENGTH, BATCH, STEPS, WIDTH, HEADS, LAYERS = size(256, 32), size(8, 2), size(300, 4), size(128, 32), 4, size(2, 1)
+LENGTH, BATCH, STEPS, WIDTH, HEADS, LAYERS = size(128, 32), size(4, 2), size(200, 4), size(128, 32), 4, size(2, 1)
 EXPERTS, TOP, INNER, BALANCE = size(8, 4), 2, size(256, 32), 0.02
 
 

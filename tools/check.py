@@ -26,6 +26,7 @@ LAYERS = {
     "bounds": 0,
     "options": 0,
     "breaks": 1,
+    "moe_spec": 1,
     "spec": 1,
     "arch": 1,
     "report": 1,
