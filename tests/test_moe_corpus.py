@@ -7,6 +7,7 @@ import re
 
 import pytest
 import torch
+import torch.utils.checkpoint
 
 import tvcompile
 from tests import harness
@@ -71,6 +72,31 @@ def test_dropout_in_experts_is_refused(train):
 def test_spelling_with_dynamic_shapes(name):
     spelling = CORPUS[name]
     report = harness.run(spelling.build(torch.float32), spelling.make_inputs(torch.float32), True, dynamic=True)
+    assert len(moe_sites(report)) == 1, [str(r) for r in report.refusals]
+
+
+@pytest.mark.parametrize("names", [("loops.WhereIndexAdd", "dense.MaskedSum"), ("grouped.SortHistcInverse",) * 2])
+def test_two_layers_are_two_sites(names):
+    blocks = [CORPUS[name].build(torch.float32) for name in names]
+    program = torch.nn.Sequential(blocks[0], torch.nn.Tanh(), blocks[1])
+    report = harness.run(program, CORPUS[names[0]].make_inputs(torch.float32), True)
+    assert len(moe_sites(report)) == 2, [str(r) for r in report.refusals]
+
+
+class Checkpointed(torch.nn.Module):
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def forward(self, x):
+        return torch.utils.checkpoint.checkpoint(self.block, x, use_reentrant=False)
+
+
+@pytest.mark.parametrize("name", ["grouped.SortHistcInverse", "dense.MaskedSum", "batched.Einsums"])
+def test_in_an_activation_checkpoint(name):
+    spelling = CORPUS[name]
+    program = Checkpointed(spelling.build(torch.float32))
+    report = harness.run(program, spelling.make_inputs(torch.float32), True)
     assert len(moe_sites(report)) == 1, [str(r) for r in report.refusals]
 
 
