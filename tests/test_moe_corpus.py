@@ -23,6 +23,11 @@ def moe_sites(report):
     return [site for site in report.sites if site.spec.startswith("act =")]
 
 
+def moe_refusals(report):
+    """Without what the attention pass says of the router's softmax."""
+    return [refusal for refusal in report.refusals if "softmax" not in refusal.anchor]
+
+
 @pytest.mark.parametrize("spelling, mode", CASES)
 def test_spelling(spelling, mode):
     train, dtype = (True, spelling.dtype) if mode == "train" else (False, torch.bfloat16)
@@ -53,9 +58,9 @@ def test_impostor(name):
     assert not moe_sites(report), [site.spec for site in report.sites]
     if not impostor.reason:
         return
-    reasons = [refusal.reason for refusal in report.refusals]
-    assert any(re.search(impostor.reason, reason) for reason in reasons), reasons
-    assert all(re.search(r"\.py:\d+", refusal.where) for refusal in report.refusals)
+    refusals = moe_refusals(report)
+    assert any(re.search(impostor.reason, refusal.reason) for refusal in refusals), refusals
+    assert all(re.search(r"tests/moe_\w+/\w+\.py:\d+", refusal.where) for refusal in refusals)
 
 
 @pytest.mark.parametrize("train", [True, False])
@@ -65,7 +70,7 @@ def test_dropout_in_experts_is_refused(train):
     with tvcompile.collect() as report, torch.set_grad_enabled(train):
         call = torch.compile(block, backend="tv", options=harness.STRICT, fullgraph=True)
         call(torch.randn(3, 7, 24))
-    assert not moe_sites(report) and report.refusals
+    assert not moe_sites(report) and moe_refusals(report)
 
 
 @pytest.mark.parametrize("name", ["grouped.SortHistcInverse", "loops.WhereIndexAdd", "dense.MaskedSum"])
