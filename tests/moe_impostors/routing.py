@@ -182,6 +182,29 @@ class SigmoidOfTheFill(Llama4):
 
 
 @impostor(ANY)
+class ActivationOfZero(Llama4):
+    """Weighed by input, where the activation of zeros is not zero: experts that were not chosen count."""
+
+    def forward(self, x):
+        rows = x.reshape(-1, x.shape[-1])
+        logits = self.gate(rows)
+        best, ids = torch.topk(logits, self.top, dim=1)
+        scores = torch.zeros_like(logits).scatter_(1, ids, best.sigmoid()).transpose(0, 1)
+        routed = (rows.repeat(self.count, 1) * scores.reshape(-1, 1)).view(self.count, -1, x.shape[-1])
+        g, u = torch.bmm(routed, self.w_up).chunk(2, -1)
+        return torch.bmm(g.sigmoid() * (u + 1), self.w_down).sum(0).view(x.shape)
+
+
+@impostor(ANY)
+class SoftmaxOfZeros(Masked):
+    """The chosen logits among zeros instead of -inf: no expert's weight is zero."""
+
+    def experts(self, x, ids, w):
+        routing = x.new_zeros(x.shape[0], self.count).scatter(-1, ids, w).softmax(-1)
+        return sum(routing[:, e, None] * self.expert(x, e) for e in range(self.count))
+
+
+@impostor(ANY)
 class WeighedInputAndBias(Llama4):
     """Weighed by input, an expert that was not chosen still gives its bias."""
 

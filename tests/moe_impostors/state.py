@@ -132,3 +132,50 @@ class WeightsOfOneExpertTwice(Masked):
 class DownOfAnotherExpert(Masked):
     def one(self, x, e):
         return self.linear(self.activate(self.linear(x, "up", e)), "down", (e + 1) % self.count)
+
+
+@impostor(None)
+class UnderAutocast(Loop):
+    """Products in bfloat16 of weights in float32, index_add_ in float32."""
+
+    def experts(self, x, ids, w):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = torch.zeros_like(x)
+            for e in range(self.count):
+                token, k = torch.where(ids == e)
+                y = self.expert(x[token], e) * w[token, k, None]
+                out.index_add_(0, token, y.to(out.dtype))
+        return out
+
+
+@impostor(None)
+class SumUnderAutocast(Masked):
+    def experts(self, x, ids, w):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return super().experts(x, ids, w)
+
+
+@impostor(None)
+class WithoutGradients(Loop):
+    """All of it without gradients, in a program that has some."""
+
+    def experts(self, x, ids, w):
+        with torch.no_grad():
+            y = super().experts(x, ids, w)
+        return x + y
+
+
+@impostor(None)
+class NarrowedInBetween(Masked):
+    """The hidden units are rounded to bfloat16 in a float32 program."""
+
+    def one(self, x, e):
+        return self.linear(self.activate(self.linear(x, "up", e)).bfloat16().to(x.dtype), "down", e)
+
+
+@impostor(None)
+class SummedInHalf(Masked):
+    """The sum is kept in bfloat16 in a float32 program."""
+
+    def combine(self, out, c, y):
+        return (out + (c * y)).bfloat16().to(y.dtype)

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from tests.moe_spellings.base import Block, T, moe
+from tests.moe_spellings.base import B, Block, S, T, moe
 
 
 class Capacity(Block):
@@ -89,3 +89,32 @@ class Buffer(Capacity):
         y = torch.cat([y, y.new_zeros(1, x.shape[-1])])[slot]
         weights = (w.T.reshape(-1) * kept).unsqueeze(-1)
         return (y * weights).view(self.top, -1, x.shape[-1]).sum(0)
+
+
+@moe(router="top1", kind="relu", three=True)
+@moe(router="top1", kind="gelu", three=True, bias=True, capacity=2)
+class SwitchPerSequence(Capacity):
+    """Places are counted in every sequence by itself: [B,S,E,C]."""
+
+    top, capacity = 1, 3
+
+    def coefficients(self, x):
+        w, ids = self.route(x.view(B, S, -1))
+        kept = torch.cat([self.kept(of_sequence) for of_sequence in ids])
+        return torch.zeros(x.shape[0], self.count, dtype=w.dtype).scatter_add(
+            1, ids.flatten(0, 1), w.flatten(0, 1) * kept
+        )
+
+    def experts(self, x, ids, w):
+        mask = F.one_hot(ids.squeeze(-1), self.count)
+        place = (torch.cumsum(mask, dim=1) * mask).sum(dim=-1) - 1
+        mask = mask * (place < self.capacity).unsqueeze(-1)
+        where = F.one_hot(place.clamp(max=self.capacity - 1), self.capacity)
+        dispatch = torch.einsum("bse,bsc->bsec", mask, where).to(x.dtype)
+        rows = torch.einsum("bsec,bsh->ebch", dispatch, x)
+
+        def product(x, weight, bias):
+            y = torch.einsum("ebci,eio->ebco", x, weight)
+            return y if bias is None else y + bias[:, None, None]
+
+        return torch.einsum("bsec,ebch->bsh", dispatch * w.unsqueeze(-1), self.mlp(rows, product))

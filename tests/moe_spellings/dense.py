@@ -154,3 +154,19 @@ class ThreeDims(Block):
         for e in range(self.count):
             out = out + self.expert(x, e) * (w * (ids == e).to(w.dtype)).sum(-1, keepdim=True)
         return out
+
+
+@moe()
+@moe(own=True, kind="relu", bias=True)
+class SoftmaxOfScattered(Block):
+    """The chosen logits among -inf, then a softmax over all experts: zero where nothing was chosen."""
+
+    router = "topk_softmax"
+
+    def forward(self, x):
+        flat = x.view(-1, x.shape[-1])
+        logits = self.gate(flat)
+        best, ids = logits.topk(self.top, dim=-1)
+        routing = torch.full_like(logits, float("-inf")).scatter(-1, ids, best).softmax(dim=-1)
+        ys = torch.stack([self.expert(flat, e) for e in range(self.count)], dim=1)
+        return torch.einsum("te,teh->th", routing, ys).view(x.shape)

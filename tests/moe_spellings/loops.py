@@ -189,3 +189,24 @@ class ThreeDimsBoolean(Block):
             weight = torch.where(ids == e, w, torch.zeros_like(w)).sum(-1).view(-1, 1)
             flat_out[mask] = flat_out[mask] + weight[mask] * self.expert(flat[mask], e)
         return out
+
+
+@moe()
+@moe(own=True, kind="relu", bias=True)
+class MakeMoe(Block):
+    """A tutorial's: softmax over scattered logits, masks [B,S], flat masks for the rows."""
+
+    router, three = "topk_softmax", True
+
+    def forward(self, x):
+        logits = self.gate(x)
+        best, ids = logits.topk(self.top, dim=-1)
+        gating = torch.full_like(logits, float("-inf")).scatter(-1, ids, best).softmax(dim=-1)
+        out = torch.zeros_like(x)
+        flat, flat_gating = x.view(-1, x.size(-1)), gating.view(-1, gating.size(-1))
+        for e in range(self.count):
+            mask = (ids == e).any(dim=-1)
+            rows = mask.view(-1)
+            scores = flat_gating[rows, e].unsqueeze(1)
+            out[mask] += (self.expert(flat[rows], e) * scores).squeeze(1)
+        return out
