@@ -19,7 +19,8 @@ from .capacity import placed_row
 from .movement import Index
 from .projections import Weight, leaf_of, number_of, projection
 from .rows import RowReader, settle
-from .sums import Term, terms_of
+from .contraction import CONTRACTIONS
+from .sums import CASTS, Term, lazily, terms_of
 
 Fix = Callable[[Expr], Expr]
 
@@ -183,30 +184,32 @@ def biases_of(r: RowReader, units: list[Unit], layout: str, f: Expr, F: Expr, ab
     return tuple(found)
 
 
-def token_row(
-    r: RowReader, node: fx.Node, idx: Index, at: int, over: Expr, length: Expr, t: Expr, fix: Fix, outer: Term
-):
+def token_row(r: RowReader, node: fx.Node, idx: Index, at: int, over: Expr, length: Expr, t: Expr, fix: Fix, outer: Term):
     """(x, factors) where the row is x[t] times the factors, each a formula of the token and its expert."""
     leaf, where, used = leaf_of(r, node, idx, at)
     where = tuple(map(fix, where))
-    want = sympy.expand(t * length + over)
-    if sympy.expand(number_of(r, leaf, where) - want) == 0:
+    if sympy.expand(number_of(r, leaf, where) - (t * length + over)) == 0:
         r._note_use(leaf, used)
         return leaf, ()
-    terms = terms_of(r, fix(r.read(leaf, where, used)))
-    if terms and all(len(x.bound) == 1 for x in terms):
-        return placed_row(r, terms, outer, leaf, over, length, t), ()
-    if len(terms) != 1 or terms[0].bound or terms[0].links:
-        raise Refuse("the rows of an expert are not tokens", leaf)
-    holds = [x for x in terms[0].factors if E.mentions(x, over)]
-    if len(holds) != 1 or E.op_of(holds[0]) != "load":
-        raise Refuse("the rows of an expert are computed from more than their token", leaf)
-    name, *at_load = E.operands(holds[0])
-    source = r.nodes[name.name[1:]]
-    if sympy.expand(number_of(r, source, tuple(map(fix, at_load))) - want) != 0:
-        raise Refuse("the rows of an expert are not its tokens", leaf)
-    rest = tuple(x for x in terms[0].factors if x is not holds[0])
-    return source, (*rest, *(E.where(g, E.number(1.0), E.number(0.0)) for g in terms[0].guards))
+    name, a, here = (r.name(leaf), r.arguments(leaf), r.position[leaf]) if leaf.op == "call_function" else ("", {}, 0)
+    if name in CASTS and leaf.meta["val"].dtype == node.meta["val"].dtype:
+        return token_row(r, a["self"], where, here, over, length, t, fix, outer)
+    if name == "mul" and isinstance(a["other"], fx.Node):
+        sides = [(x, r.broadcast(x, where)) for x in (a["self"], a["other"])]
+        sides.sort(key=lambda side: E.mentions(sympy.Tuple(*side[1]), over))
+        (factor, at_factor), (rows, at_rows) = sides
+        if not E.mentions(sympy.Tuple(*at_factor), over):
+            terms = terms_of(r, fix(lazily(r, factor, at_factor, here)))
+            if len(terms) != 1 or terms[0].bound or terms[0].links:
+                raise Refuse("the weight of an expert's input is no product", leaf)
+            x, rest = token_row(r, rows, at_rows, here, over, length, t, fix, outer)
+            conditions = tuple(E.where(g, E.number(1.0), E.number(0.0)) for g in terms[0].guards)
+            return x, (*terms[0].factors, *conditions, *rest)
+    if name in CONTRACTIONS:
+        terms = terms_of(r, fix(r.read(leaf, where, used)))
+        if terms and all(len(x.bound) == 1 for x in terms):
+            return placed_row(r, terms, outer, leaf, over, length, t), ()
+    raise Refuse("the rows of an expert are not its tokens", leaf)
 
 
 def bias_of(r: RowReader, load: Expr, d: Expr, columns: int) -> Weight | None:

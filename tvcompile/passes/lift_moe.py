@@ -30,10 +30,9 @@ from .projections import Weight, in_range, number_of, places
 from .read import Unreadable
 from .routing import Chosen, Token, chosen, compared, without_rows
 from .rows import GROUPED, RowReader, settle
-from .sums import THROUGH, Sums, Term, chooses
+from .sums import CASTS, THROUGH, Sums, Term, chooses
 
 PRODUCTS = ("linear", "addmm", "mm", "bmm", "matmul", "einsum", "baddbmm", *GROUPED)
-CASTS = ("to", "_to_copy", "type_as", "float", "half")
 MOVES = frozenset(MOVEMENT) | frozenset(SPLITS)
 
 
@@ -65,7 +64,7 @@ ADDS = ("index_add", "scatter_add", "index_put")
 def _looks_routed(r: RowReader, node: fx.Node) -> bool:
     """Are rows added up by a tensor's numbers, or multiplied by a column that compares ids?"""
     if r.name(node) != "mul":
-        return r.name(node) in ADDS
+        return r.name(node) in ADDS and node.meta["val"].dtype.is_floating_point
     columns = [
         x for x in node.all_input_nodes if isinstance(x.meta.get("val"), torch.Tensor) and x.meta["val"].dim() > 1
     ]
@@ -144,7 +143,8 @@ def _activated(r: RowReader, last: fx.Node, inner: set[fx.Node]) -> bool:
         seen.add(n)
         if n in inner:
             return True
-        if (r.name(n) in POINTWISE or r.name(n) in MOVES) and len(seen) < 200:
+        joins = r.name(n) in ("add", "sub") and sum(_wide(x, n) and not _is_weight(r, x) for x in n.all_input_nodes) > 1
+        if (r.name(n) in POINTWISE or r.name(n) in MOVES) and not joins and len(seen) < 200:
             queue += n.all_input_nodes
     return False
 
@@ -226,6 +226,7 @@ def lift_at(r: RowReader, facts: Facts, sums: Sums, anchor: fx.Node) -> MoEMatch
     token = Token(r.fresh(size, "t"), size)
     d, at = r.fresh(width, "d"), r.position[anchor]
     idx = (*unravel(token.t, lead, r.bounds), d)
+    sums.d = d
     terms = sums.of(anchor, idx, at + 1)
     parts = [part_of(r, without_rows(r, t, token, at), token, d) for t in terms if t.product]
     if not parts:

@@ -75,6 +75,7 @@ class Sums:
 
     def __init__(self, r: RowReader, cone: set[fx.Node], ends: set[fx.Node]):
         self.r, self.cone, self.ends = r, cone, ends
+        self.d: Expr = sympy.Integer(0)
 
     def of(self, node: fx.Node, idx: Index, at: int) -> list[Term]:
         """The terms of node[idx] as the operation at position `at` sees it."""
@@ -82,7 +83,7 @@ class Sums:
         if node.op == "call_function" and r.name(node) in EMPTY:
             return []  # nobody may ask what is in memory that was never written
         if node not in self.cone:
-            return terms_of(r, lazily(r, node, idx, at))
+            return terms_of(r, lazily(r, node, idx, at, self.d))
         if r.changed(node, at):
             raise Refuse("what the experts gave is written to before it is added up", node)
         if node in self.ends:
@@ -110,11 +111,13 @@ def product(left: list[Term], right: list[Term]) -> list[Term]:
 # Formulas as sums
 
 
-def lazily(r: RowReader, node: fx.Node, idx: Index, at: int) -> Expr:
-    """The formula of node[idx]; what holds no choice of experts stays the tensor that the program computes."""
+def lazily(r: RowReader, node: fx.Node, idx: Index, at: int, d: Expr = sympy.Integer(0)) -> Expr:
+    """The formula of node[idx]; what holds no choice of experts, or feature d, stays the tensor that the program has."""
     while not r.changed(node, at) and (moved := r.step(node, idx)) is not None:
         at = r.position[node]
         node, idx = moved
+    if d != 0 and E.mentions(sympy.Tuple(*idx), d):
+        return r.leaf(node, idx, at)
     opened = r.read(node, idx, at)
     if opened in (E.TRUE, E.FALSE) or E.constant(opened) is not None or chooses(r, opened):
         return opened
@@ -420,13 +423,14 @@ def _stack(s: Sums, a, n, idx):
     return found
 
 
+CASTS = ("to", "_to_copy", "type_as", "float", "half")
 EMPTY = ("empty", "empty_like", "new_empty", "empty_strided")
 LINEAR = {
     "add": _add(1),
     "mul": _mul,
     "multiply": _mul,
     "div": _div,
-    **dict.fromkeys(("to", "_to_copy", "type_as", "float", "half"), _cast),
+    **dict.fromkeys(CASTS, _cast),
     "dropout": _dropout,
     "sum": _sum,
     **dict.fromkeys(("matmul", "bmm", "mm", "einsum"), _contract),
