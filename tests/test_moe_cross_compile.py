@@ -1,4 +1,4 @@
-"""The kernels of tv.moe compiled for GPUs that are not here: what their machine code may hold, and what graphs launch."""
+"""The kernels of tv.moe compiled for GPUs that are not here: what machine code holds, what graphs launch."""
 
 from __future__ import annotations
 

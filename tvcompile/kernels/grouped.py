@@ -6,8 +6,8 @@
 
     x [T,H]   order [T*K]   act [T*K,F]   hidden [T*K,P*F]   y [T*K,H_out]   out [T,H_out]      r rows, p pairs
 
-One program makes BLOCK_M rows of one expert times BLOCK_N columns; routing.py says which rows. BLOCK_N counts the columns
-of g and u together: both come from one pass over x, as two sums, or in layout "interleave" as one that is split.
+One program makes BLOCK_M rows of one expert times BLOCK_N columns; routing.py says which rows. BLOCK_N counts the
+columns of g and u together: both come from one pass over x, as one sum that is split, or else as two.
 The rows are gathered while they are loaded, so no sorted copy of x is made. Rows beyond an expert's last repeat it and
 are not stored. Weights are read at one moving pointer plus fixed 32-bit offsets, or by descriptors; in which order
 their memory lies is told by strides. Not here: float64.
@@ -218,7 +218,8 @@ def experts_up(
         other = tl.zeros([BLOCK_M, TILE], tl.float32) if PAIR and not FOLDED else None
         acc, other = rows_times(
             acc, other, x_ptr, a_at, w_ptr, v_ptr, up_strides, first_row, first, columns_at,
-            None if N % COLUMNS == 0 else n < N, H, N, TILE, BLOCK_K, PRECISION, DESCRIPTORS, WIDE, False, LAYOUT == "chunk" and not WIDE,
+            None if N % COLUMNS == 0 else n < N, H, N, TILE, BLOCK_K, PRECISION, DESCRIPTORS, WIDE, False,
+            LAYOUT == "chunk" and not WIDE,
         )  # fmt: skip
         if FOLDED:
             acc, other = sides(acc) if WIDE or DESCRIPTORS else halves(acc)
@@ -253,9 +254,9 @@ def experts_rows(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
     DESCRIPTORS: tl.constexpr, WIDE: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
-    """out[p] = weights[p] (sum_s A[r, s*K:(s+1)*K] ws[s][e] + bias[e]) for p = order[r]; A [T*K,len(ws)*K], out [T*K,N].
+    """out[p] = weights[p] (sum_s A[r, s*K:(s+1)*K] ws[s][e] + bias[e]), p = order[r]; A [T*K,len(ws)*K], out [T*K,N].
 
-    dots [T*K,blocks of columns], where x is given: what each block adds to <out[p] / weights[p], x[p // K]>.
+    dots [T*K,blocks of columns], where there are any: what each block adds to <out[p] / weights[p], x[p // TOP]>.
     """
     BLOCKS: tl.constexpr = tl.cdiv(N, BLOCK_N)
     SETS: tl.constexpr = len(ws)

@@ -1,6 +1,6 @@
 """A mixture of experts on a GPU, backward; shapes and names in grouped.py.
 
-    dact[r]    = w[r] (g[t] down[e]^T)                      t = order[r] // K, g the gradient of out     experts_dact
+    dact[r]    = w[r] (g[t] down[e]^T)                      t = order[r] // K, g is d out           experts_dact
     dpre[r]    = dact[r] act'(pre[r])                       by g and by u
     dw[p]      = <g[t] down[e]^T, act[r]> + <g[t], down_bias[e]>; weigh=input: <dpre[r] up[e]^T, x[t]>   experts_dweights
     dx[t]      = sum_k (dpre up^T)[t*K + k]                 experts_rows and experts_combine of grouped.py
@@ -66,7 +66,10 @@ def experts_dact(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
     DESCRIPTORS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """down_strides: of its transpose. Writes dpre [T*K,P*F] and w act [T*K,F] by row; dots [T*K,blocks of columns] by pair: parts of <g down^T, act>."""
+    """Writes dpre [T*K,P*F] and w act [T*K,F] by row, and parts of <g down^T, act> [T*K,blocks of columns] by pair.
+
+    down_strides: of its transpose, whose rows are the columns of down
+    """
     BLOCKS: tl.constexpr = tl.cdiv(F, BLOCK_N)
     row_block, block = place(n_blocks, BLOCKS)
     e, first_row = tl.load(table_ptr + row_block), tl.load(table_ptr + n_blocks + row_block)

@@ -39,7 +39,7 @@ class Config:
 
 @dataclasses.dataclass(frozen=True)
 class Ask:
-    """arch: sm90, ...; pass_: one of PASSES; size: bytes of an element; rows: of an expert on average, 0 if not known."""
+    """arch: sm90, ...   pass_: one of PASSES   size: bytes of an element   rows: of an expert, 0 if unknown"""
 
     arch: str
     pass_: str
@@ -54,7 +54,7 @@ def choose(ask: Ask) -> Config | None:
 
 
 def formula(arch: str, pass_: str, size: int, rows: int) -> Config:
-    described = arch in ("sm90", "sm100")
+    described = size == 2 and arch in ("sm90", "sm100")
     if size == 4:
         M, N, K, warps = min(row_block(rows), 64), 64, 32, 4
     elif (M := 128 if pass_ == "dw" else row_block(rows)) == 128:
