@@ -1,6 +1,6 @@
 """A mixture of experts on a GPU, backward; shapes and names in grouped.py.
 
-    dact[r]    = w[r] (g[t] down[e]^T)                      t = order[r] // K, g is d out           experts_dact
+    dact[r]    = w[r] (g[t] down[e]^T)                      t = order[r] // K, g is d out          experts_dact
     dpre[r]    = dact[r] act'(pre[r])                       by g and by u
     dw[p]      = <g[t] down[e]^T, act[r]> + <g[t], down_bias[e]>; weigh=input: <dpre[r] up[e]^T, x[t]>   experts_dweights
     dx[t]      = sum_k (dpre up^T)[t*K + k]                 experts_rows and experts_combine of grouped.py
