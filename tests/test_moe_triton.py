@@ -32,7 +32,7 @@ def small(pass_: str) -> Config:
 
 
 def described(pass_: str) -> Config:
-    return Config(32 if pass_ == "dw" else 16, 32, 32, 4, 2, descriptors=True)
+    return Config(32 if pass_ == "dw" else 16, 32, 32, 4, 2, descriptors=True, specialize=pass_ != "dx")
 
 
 def arguments(spec, T=12, K=2, E=4, H=40, F=24, H_out=56, stacked=True, biases=True, transposed=False, ids=None):

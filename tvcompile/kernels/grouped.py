@@ -110,23 +110,36 @@ def weight_tile(
 
 
 @triton.jit
+def gathered(ptr, rows, stride, S, K: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr):
+    """How rows_times reads these rows of the [S,K] tensor at ptr."""
+    if ROWS == "gather":
+        at = tl.make_tensor_descriptor(ptr, [S, K], [stride, 1], [1, BLOCK_K])
+    else:
+        at = rows.to(tl.int64)[:, None] * stride
+    return at
+
+
+@triton.jit
 def rows_times(
-    acc, other, a_ptr, a_at, w_ptr, v_ptr, strides, first_row, first, columns_at, there,
+    acc, other, a_ptr, a_at, row_at, w_ptr, v_ptr, strides, first, columns_at, there,
     K: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, WIDE: tl.constexpr, DESCRIBED: tl.constexpr, TWO: tl.constexpr = False,
+    DESCRIPTORS: tl.constexpr, WIDE: tl.constexpr, TWO: tl.constexpr, ROWS: tl.constexpr, SPECIALIZE: tl.constexpr,
 ):  # fmt: skip
     """(acc + A W, other + A V) for rows of A [.,K] and columns from `first` on; V only if there is `other`.
 
     columns_at: offsets of the columns [BLOCK_N]; there: which of them are, None for all
-    a_at: offsets of the rows from a_ptr, or, DESCRIBED, the descriptor of A.
+    ROWS   where they are: "offsets" a_at from a_ptr; in a descriptor a_at from row_at on, "block"; its rows row_at, "gather"
+    SPECIALIZE   whether loads and products run in warps of their own
     """
     w_at = weights_at(w_ptr, strides, columns_at, K, N, BLOCK_K, BLOCK_N, DESCRIPTORS, WIDE, TWO)
     if other is not None:
         v_at = weights_at(v_ptr, strides, columns_at, K, N, BLOCK_K, BLOCK_N, DESCRIPTORS, WIDE, TWO)
     columns = tl.arange(0, BLOCK_K)[None, :]
-    for k in tl.range(0, K, BLOCK_K):
-        if DESCRIBED:
-            a = a_at.load([first_row, k])
+    for k in tl.range(0, K, BLOCK_K, warp_specialize=SPECIALIZE):
+        if ROWS == "block":
+            a = a_at.load([row_at, k])
+        elif ROWS == "gather":
+            a = a_at.gather(row_at, k)
         elif K % BLOCK_K == 0:
             a = tl.load(a_ptr + (a_at + columns))
         else:
@@ -176,10 +189,10 @@ def store_tile(ptr, rows, stride, columns, value, inside, N: tl.constexpr):
 @triton.jit
 def experts_up(
     x_ptr, order_ptr, offsets_ptr, table_ptr, weights_ptr, ups, biases, act_ptr, hidden_ptr,
-    x_stride, up_strides, bias_strides, n_blocks,
+    x_stride, up_strides, bias_strides, T, n_blocks,
     ACT: tl.constexpr, LAYOUT: tl.constexpr, TOP: tl.constexpr, E: tl.constexpr, H: tl.constexpr, F: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, WIDE: tl.constexpr, ALIGNED: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, SPECIALIZE: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     PAIR: tl.constexpr = LAYOUT == "chunk" or LAYOUT == "separate"
     BRAIDED: tl.constexpr = LAYOUT == "interleave"
@@ -198,7 +211,8 @@ def experts_up(
         r = first_row + tl.arange(0, BLOCK_M)
         inside = r < end
         pairs = tl.load(order_ptr + tl.minimum(r, end - 1))
-        a_at = (pairs // TOP).to(tl.int64)[:, None] * x_stride
+        tokens = pairs // TOP
+        a_at = gathered(x_ptr, tokens, x_stride, T, H, BLOCK_K, ROWS)
         first = block * COLUMNS
         w_ptr = expert(ups[0], e, up_strides)
         v_ptr = expert(ups[len(ups) - 1], e, up_strides) + AT * up_strides[2]
@@ -217,9 +231,9 @@ def experts_up(
         acc = tl.zeros([BLOCK_M, TILE], tl.float32)
         other = tl.zeros([BLOCK_M, TILE], tl.float32) if PAIR and not FOLDED else None
         acc, other = rows_times(
-            acc, other, x_ptr, a_at, w_ptr, v_ptr, up_strides, first_row, first, columns_at,
-            None if N % COLUMNS == 0 else n < N, H, N, TILE, BLOCK_K, PRECISION, DESCRIPTORS, WIDE, False,
-            LAYOUT == "chunk" and not WIDE,
+            acc, other, x_ptr, a_at, tokens, w_ptr, v_ptr, up_strides, first, columns_at,
+            None if N % COLUMNS == 0 else n < N, H, N, TILE, BLOCK_K, PRECISION, DESCRIPTORS, WIDE,
+            LAYOUT == "chunk" and not WIDE, ROWS, SPECIALIZE,
         )  # fmt: skip
         if FOLDED:
             acc, other = sides(acc) if WIDE or DESCRIPTORS else halves(acc)
@@ -252,7 +266,7 @@ def experts_rows(
     w_strides, bias_strides, x_stride, n_rows, n_blocks,
     TOP: tl.constexpr, E: tl.constexpr, K: tl.constexpr, N: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, WIDE: tl.constexpr, DESCRIBED: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, SPECIALIZE: tl.constexpr,
 ):  # fmt: skip
     """out[p] = weights[p] (sum_s A[r, s*K:(s+1)*K] ws[s][e] + bias[e]), p = order[r]; A [T*K,len(ws)*K], out [T*K,N].
 
@@ -272,14 +286,14 @@ def experts_rows(
         there = None if N % BLOCK_N == 0 else columns < N
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for s in tl.static_range(SETS):
-            if DESCRIBED:
+            if ROWS == "block":
                 a_at = tl.make_tensor_descriptor(a_ptr + s * K, [n_rows, K], [SETS * K, 1], [BLOCK_M, BLOCK_K])
             else:
                 a_at = last.to(tl.int64)[:, None] * (SETS * K) + s * K
             w_ptr = expert(ws[s], e, w_strides)
             acc, _ = rows_times(
-                acc, None, a_ptr, a_at, w_ptr, w_ptr, w_strides, first_row, first, columns * w_strides[2], there,
-                K, N, BLOCK_N, BLOCK_K, PRECISION, DESCRIPTORS, WIDE, DESCRIBED,
+                acc, None, a_ptr, a_at, first_row, w_ptr, w_ptr, w_strides, first, columns * w_strides[2], there,
+                K, N, BLOCK_N, BLOCK_K, PRECISION, DESCRIPTORS, WIDE, False, ROWS, SPECIALIZE,
             )  # fmt: skip
         pairs = tl.load(order_ptr + last)
         if biases is not None:

@@ -132,12 +132,19 @@ def rows_next(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def reading(c: Config, tensors: Sequence[Tensor], transposed: bool = False, offset: int = 0) -> dict[str, bool]:
-    """How weights are read: whether columns lie next to each other, and whether by descriptors."""
+def reading(
+    c: Config, tensors: Sequence[Tensor], rows: str, a: Tensor, transposed: bool = False, offset: int = 0
+) -> dict[str, Any]:
+    """How weights and the rows of A that they multiply are read; offset: where a second part of either begins."""
     t = tensors[0]
-    n = -2 if transposed else -1
-    wide = t.stride(n) == 1
-    return {"WIDE": wide, "DESCRIPTORS": c.descriptors and aligned(tensors, offset) and 1 in t.stride()[-2:]}
+    described = c.descriptors and aligned(tensors, offset) and 1 in t.stride()[-2:]
+    by_descriptor = c.descriptors and aligned([a], offset) and (rows == "block" or c.specialize)
+    return {
+        "WIDE": t.stride(-2 if transposed else -1) == 1,
+        "DESCRIPTORS": described,
+        "ROWS": rows if by_descriptor else "offsets",
+        "SPECIALIZE": c.specialize and described and by_descriptor,
+    }
 
 
 def aligned(tensors: Sequence[Tensor], *offsets: int) -> bool:
@@ -176,13 +183,13 @@ def up(run: Run, act: Tensor | None, hidden: Tensor | None) -> None:
     x, ups, biases = rows_next(p.x), alike(p.up), alike(p.up_bias)
     pair = p.spec.layout in ("chunk", "separate")
     u_at = F * ups[0].stride(-1) if p.spec.layout == "chunk" else 0
-    how = reading(c, ups, offset=u_at)
+    how = reading(c, ups, "gather", x, offset=u_at)
     columns = cdiv(F, c.BLOCK_N // p.spec.parts) if pair else cdiv(p.spec.parts * F, c.BLOCK_N)
     run.launch_rows(
         experts_up, c, columns,
         lambda order, offsets, table, programs: (
             x, order, offsets, table, run.weight_if("input"), sets(p, ups), sets(p, biases), act, hidden,
-            x.stride(0), strides(p, ups), strides(p, biases), programs,
+            x.stride(0), strides(p, ups), strides(p, biases), x.shape[0], programs,
         ),
         {"ACT": mint_unit(p.spec.act), "LAYOUT": p.spec.layout, "H": H, "F": F, **how, "ALIGNED": aligned(ups)},
     )  # fmt: skip
@@ -196,14 +203,13 @@ def rows(
     p, c = run.p, run.config(pass_)
     x = rows_next(p.x)
     e, k, n = strides(p, ws)
-    described = c.descriptors and K * a.element_size() % 16 == 0
     run.launch_rows(
         experts_rows, c, cdiv(N, c.BLOCK_N),
         lambda order, offsets, table, programs: (
             a, order, offsets, table, weights, sets(p, ws), sets(p, biases), out, x if dots is not None else None, dots,
             (e, n, k) if transposed else (e, k, n), strides(p, biases), x.stride(0), a.shape[0], programs,
         ),
-        {"K": K, "N": N, "DESCRIBED": described, **reading(c, ws, transposed)},
+        {"K": K, "N": N, **reading(c, ws, "block", a, transposed, K)},
     )  # fmt: skip
 
 
@@ -299,11 +305,11 @@ def dact(run: Run, g: Tensor, hidden: Tensor, dpre: Tensor | None, act: Tensor |
         experts_dact, c, cdiv(F, c.BLOCK_N),
         lambda order, offsets, table, programs: (
             g, order, offsets, table, run.weight_if("output"), sets(p, downs), hidden, dpre, act, dots,
-            g.stride(0), (e, n, k), programs,
+            g.stride(0), (e, n, k), g.shape[0], programs,
         ),
         {
             "ACT": mint_unit(p.spec.act), "SLOPE_G": slope_g, "SLOPE_U": slope_u, "LAYOUT": p.spec.layout,
-            "F": F, "H_out": H_out, **reading(c, downs, transposed=True),
+            "F": F, "H_out": H_out, **reading(c, downs, "gather", g, transposed=True),
         },
     )  # fmt: skip
 
