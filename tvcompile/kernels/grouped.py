@@ -128,7 +128,7 @@ def rows_times(
     """(acc + A W, other + A V) for rows of A [.,K] and columns from `first` on; V only if there is `other`.
 
     columns_at: offsets of the columns [BLOCK_N]; there: which of them are, None for all
-    ROWS   where they are: "offsets" a_at from a_ptr; in a descriptor a_at from row_at on, "block"; its rows row_at, "gather"
+    ROWS   where they are: "offsets" a_at from a_ptr; of a descriptor, "block": from row_at on, "gather": rows row_at
     SPECIALIZE   whether loads and products run in warps of their own
     """
     w_at = weights_at(w_ptr, strides, columns_at, K, N, BLOCK_K, BLOCK_N, DESCRIPTORS, WIDE, TWO)
@@ -187,6 +187,39 @@ def store_tile(ptr, rows, stride, columns, value, inside, N: tl.constexpr):
 
 
 @triton.jit
+def _activate(
+    acc, other, w, r, inside, first, e, biases, bias_strides, act_ptr, hidden_ptr,
+    ACT: tl.constexpr, LAYOUT: tl.constexpr, F: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Writes act and hidden for sums in columns from `first` on: of g, `other` of u; of u; or of both by turns."""
+    N: tl.constexpr = 2 * F if LAYOUT == "interleave" else F
+    WIDTH: tl.constexpr = F if LAYOUT == "plain" else 2 * F
+    columns, rows = first + tl.arange(0, COLUMNS), r.to(tl.int64)
+    if w is not None:
+        acc *= w
+    if biases is not None:
+        acc += bias_row(expert(biases[0], e, bias_strides), bias_strides[1], columns, N)
+    if hidden_ptr is not None:
+        store_tile(hidden_ptr, rows, WIDTH, columns, acc, inside, N)
+    if other is not None:
+        if w is not None:
+            other *= w
+        if biases is not None:
+            b_ptr = expert(biases[len(biases) - 1], e, bias_strides)
+            if LAYOUT == "chunk":
+                b_ptr += F * bias_strides[1]
+            other += bias_row(b_ptr, bias_strides[1], columns, N)
+        if hidden_ptr is not None:
+            store_tile(hidden_ptr + F, rows, WIDTH, columns, other, inside, N)
+    if act_ptr is not None:
+        if LAYOUT == "interleave":
+            g, u = halves(acc)
+            store_tile(act_ptr, rows, F, first // 2 + tl.arange(0, COLUMNS // 2), ACT(g, u), inside, F)
+        else:
+            store_tile(act_ptr, rows, F, columns, ACT(acc, acc if other is None else other), inside, F)
+
+
+@triton.jit
 def experts_up(
     x_ptr, order_ptr, offsets_ptr, table_ptr, weights_ptr, ups, biases, act_ptr, hidden_ptr,
     x_stride, up_strides, bias_strides, T, n_blocks,
@@ -203,7 +236,6 @@ def experts_up(
     TILE: tl.constexpr = BLOCK_F if PAIR and not FOLDED else BLOCK_N
     N: tl.constexpr = 2 * F if BRAIDED else F
     AT: tl.constexpr = F if LAYOUT == "chunk" else 0  # where u begins in its tensor
-    WIDTH: tl.constexpr = F if LAYOUT == "plain" else 2 * F
     row_block, block = place(n_blocks, tl.cdiv(N, COLUMNS))
     e, first_row = tl.load(table_ptr + row_block), tl.load(table_ptr + n_blocks + row_block)
     if e < E:
@@ -237,27 +269,18 @@ def experts_up(
         )  # fmt: skip
         if FOLDED:
             acc, other = sides(acc) if WIDE or DESCRIPTORS else halves(acc)
-        if weights_ptr is not None:
-            w = tl.load(weights_ptr + pairs).to(tl.float32)[:, None]
-            acc = acc * w
-            if PAIR:
-                other = other * w
-        columns = first + tl.arange(0, COLUMNS)
-        if biases is not None:
-            acc += bias_row(expert(biases[0], e, bias_strides), bias_strides[1], columns, N)
-            if PAIR:
-                b_ptr = expert(biases[len(biases) - 1], e, bias_strides) + AT * bias_strides[1]
-                other += bias_row(b_ptr, bias_strides[1], columns, N)
-        rows = r.to(tl.int64)
-        if hidden_ptr is not None:
-            store_tile(hidden_ptr, rows, WIDTH, columns, acc, inside, N)
-            if PAIR:
-                store_tile(hidden_ptr + F, rows, WIDTH, columns, other, inside, N)
-        if act_ptr is not None:
-            if BRAIDED:
-                acc, other = halves(acc)
-            act = ACT(acc, other if LAYOUT != "plain" else acc)
-            store_tile(act_ptr, rows, F, block * BLOCK_F + tl.arange(0, BLOCK_F), act, inside, F)
+        w = None if weights_ptr is None else tl.load(weights_ptr + pairs).to(tl.float32)[:, None]
+        if BRAIDED:
+            # One half after the other: each is split again, which takes registers.
+            for i in tl.static_range(2):
+                _activate(
+                    sides(acc)[i], None, w, r, inside, first + i * BLOCK_F, e, biases, bias_strides, act_ptr,
+                    hidden_ptr, ACT, LAYOUT, F, BLOCK_F,
+                )  # fmt: skip
+        else:
+            _activate(
+                acc, other, w, r, inside, first, e, biases, bias_strides, act_ptr, hidden_ptr, ACT, LAYOUT, F, BLOCK_F
+            )
 
 
 @triton.jit

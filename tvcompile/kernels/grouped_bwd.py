@@ -1,8 +1,8 @@
 """A mixture of experts on a GPU, backward; shapes and names in grouped.py.
 
-    dact[r]    = w[r] (g[t] down[e]^T)                      t = order[r] // K, g: d out          experts_dact
+    dact[r]    = w[r] (g[t] down[e]^T)                      t = order[r] // K, g: d out           experts_dact
     dpre[r]    = dact[r] act'(pre[r])                       by g and by u
-    dw[p]      = <g[t] down[e]^T, act[r]> + <g[t], down_bias[e]>; weigh=input: <dpre[r] up[e]^T, x[t]>   experts_dweights
+    dw[p]      = <g[t] down[e]^T, act[r]> + <g[t], down_bias[e]>; weigh=input: <dpre[r] up[e]^T, x[t]>  experts_dweights
     dx[t]      = sum_k (dpre up^T)[t*K + k]                 experts_rows and experts_combine of grouped.py
     dup[e]     = sum_r x[t]^T dpre[r]      ddown[e] = sum_r (w act)[r]^T g[t]                            experts_outer
     dbias[e]   = sum_r dpre[r], or sum_r w g[t]                                                          experts_sum
