@@ -148,9 +148,10 @@ def reading(
 
 
 def aligned(tensors: Sequence[Tensor], *offsets: int) -> bool:
-    """Whether every row or column of the tensors, and each offset, begins at a multiple of 16 bytes."""
-    steps = [s for t in tensors for s in (t.storage_offset(), *t.stride()) if not isinstance(s, int) or s != 1]
-    return all(isinstance(s, int) and s * tensors[0].element_size() % 16 == 0 for s in (*steps, *offsets))
+    """Whether every row or column of the tensors, and each offset, begins at a multiple of 16 bytes of its own."""
+    strides = [s for t in tensors for s in t.stride() if not isinstance(s, int) or s != 1]
+    steps = *strides, *offsets, *(t.storage_offset() for t in tensors)
+    return 0 not in strides and all(isinstance(s, int) and s * tensors[0].element_size() % 16 == 0 for s in steps)
 
 
 def none(n: Any) -> bool:
