@@ -1,7 +1,7 @@
 """What tv.moe launches on GPUs that are not here, as JSON for tests/test_moe_cross_compile.py.
 
-    python -m tests.gpu_moe sm90 ...      the machine code of its kernels, for prefill and decode, one row each
-    python -m tests.gpu_moe graphs        what the graphs of AOTAutograd hold, by program
+python -m tests.gpu_moe sm90 ...      the machine code of its kernels, for prefill and decode, one row each
+python -m tests.gpu_moe graphs        what the graphs of AOTAutograd hold, by program
 """
 
 from __future__ import annotations

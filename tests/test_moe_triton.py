@@ -1,8 +1,6 @@
-"""The Triton kernels of tv::moe against the formula in float64: in Triton's interpreter, or on the GPU where there is one."""
+"""The Triton kernels of tv::moe against the formula in float64, in Triton's interpreter or on a GPU."""
 
 from __future__ import annotations
-
-import itertools
 
 import pytest
 import torch
@@ -30,14 +28,14 @@ NAMES = ("x", "weights", "up", "down", "up_bias", "down_bias")
 
 
 def small(pass_: str) -> Config:
-    return Config(16, 32, 16, 4, 2)
+    return Config(32 if pass_ == "dw" else 16, 32, 32, 4, 2)
 
 
 def described(pass_: str) -> Config:
-    return Config(16, 32, 16, 4, 2, descriptors=True)
+    return Config(32 if pass_ == "dw" else 16, 32, 32, 4, 2, descriptors=True, specialize=pass_ != "dx")
 
 
-def arguments(spec, T=13, K=2, E=5, H=40, F=24, H_out=56, stacked=True, biases=True, transposed=False, ids=None):
+def arguments(spec, T=12, K=2, E=4, H=40, F=24, H_out=56, stacked=True, biases=True, transposed=False, ids=None):
     """(the float tensors of a call by name, ids), in float64 but of values that float16 has."""
     gen = torch.Generator().manual_seed(5)
     p = MoESpec.parse(spec)
@@ -112,42 +110,43 @@ def compare(spec, dtype=torch.float32, config=small, save=True, **sizes):
     assert not wrong, wrong
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("weigh", ["output", "input"])
+@pytest.mark.parametrize(
+    "weigh, dtype", [("output", torch.float32), ("output", torch.float16), ("input", torch.float16)]
+)
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 def test_forward_and_backward(spec, weigh, dtype):
     compare(f"{spec}; weigh={weigh}", dtype)
 
 
-@pytest.mark.parametrize("stacked, transposed", list(itertools.product([True, False], repeat=2)))
+@pytest.mark.parametrize("stacked, transposed", [(True, True), (False, False)])
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
-def test_weights_of_any_layout_in_memory_and_experts_of_their_own(spec, stacked, transposed):
-    compare(spec, stacked=stacked, transposed=transposed, biases=transposed)
+def test_weights_that_lie_transposed_and_experts_of_their_own(spec, stacked, transposed):
+    compare(spec, stacked=stacked, transposed=transposed, biases=not transposed)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 def test_descriptors(spec, transposed):
-    compare(spec, config=described, transposed=transposed, T=20)
+    compare(spec, config=described, transposed=transposed)
 
 
 @pytest.mark.parametrize("K, H, F, H_out", [(1, 33, 17, 19), (4, 64, 32, 32), (2, 7, 5, 3)])
 def test_sizes(K, H, F, H_out):
-    compare(SPECS["chunk"], K=K, H=H, F=F, H_out=H_out)
+    compare(SPECS["chunk"], K=K, H=H, F=F, H_out=H_out, T=9)
     compare(SPECS["interleave"], K=K, H=H, F=F, H_out=H_out, T=1)
 
 
 @pytest.mark.parametrize("weigh", ["output", "input"])
 def test_dropped_pairs_and_experts_without_tokens(weigh):
-    ids = torch.full((13, 2), -1)
+    ids = torch.full((12, 2), -1)
     ids[::2, 0], ids[1::3, 1] = 3, 1
     compare(f"{SPECS['chunk']}; weigh={weigh}", ids=ids)
-    compare(f"{SPECS['chunk']}; weigh={weigh}", ids=torch.full((13, 2), -1))
+    compare(f"{SPECS['chunk']}; weigh={weigh}", T=3, ids=torch.full((3, 2), -1))
 
 
 def test_one_expert_takes_all():
-    compare(SPECS["chunk"], T=50, K=1, ids=torch.full((50, 1), 4))
-    compare(SPECS["interleave"], T=50, K=2, ids=torch.tensor([[4, 0]]).expand(50, 2))
+    compare(SPECS["chunk"], T=40, K=1, ids=torch.full((40, 1), 3))
+    compare(SPECS["interleave"], T=20, K=2, ids=torch.tensor([[2, 0]]).expand(20, 2))
 
 
 def test_hidden_is_computed_again_where_it_was_not_saved():

@@ -1,4 +1,4 @@
-"""Compiles the launches of tv.attention and tv.moe for a GPU that is not here: what would run, not an imitation of it."""
+"""Compiles the launches of tv.attention and tv.moe for GPUs that are not here: what would run, no imitation of it."""
 
 from __future__ import annotations
 

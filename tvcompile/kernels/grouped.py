@@ -6,8 +6,8 @@
 
     x [T,H]   order [T*K]   act [T*K,F]   hidden [T*K,P*F]   y [T*K,H_out]   out [T,H_out]      r rows, p pairs
 
-One program makes BLOCK_M rows of one expert times BLOCK_N columns; routing.py says which rows. BLOCK_N counts the columns
-of g and u together: both come from one pass over x, as two sums, or in layout "interleave" as one that is split.
+One program makes BLOCK_M rows of one expert times BLOCK_N columns; routing.py says which rows. BLOCK_N counts the
+columns of g and u together: both come from one pass over x, as one sum that is split, or else as two.
 The rows are gathered while they are loaded, so no sorted copy of x is made. Rows beyond an expert's last repeat it and
 are not stored. Weights are read at one moving pointer plus fixed 32-bit offsets, or by descriptors; in which order
 their memory lies is told by strides. Not here: float64.
@@ -110,23 +110,36 @@ def weight_tile(
 
 
 @triton.jit
+def gathered(ptr, rows, stride, S, K: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr):
+    """How rows_times reads these rows of the [S,K] tensor at ptr."""
+    if ROWS == "gather":
+        at = tl.make_tensor_descriptor(ptr, [S, K], [stride, 1], [1, BLOCK_K])
+    else:
+        at = rows.to(tl.int64)[:, None] * stride
+    return at
+
+
+@triton.jit
 def rows_times(
-    acc, other, a_ptr, a_at, w_ptr, v_ptr, strides, first_row, first, columns_at, there,
+    acc, other, a_ptr, a_at, row_at, w_ptr, v_ptr, strides, first, columns_at, there,
     K: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, WIDE: tl.constexpr, DESCRIBED: tl.constexpr, TWO: tl.constexpr = False,
+    DESCRIPTORS: tl.constexpr, WIDE: tl.constexpr, TWO: tl.constexpr, ROWS: tl.constexpr, SPECIALIZE: tl.constexpr,
 ):  # fmt: skip
     """(acc + A W, other + A V) for rows of A [.,K] and columns from `first` on; V only if there is `other`.
 
     columns_at: offsets of the columns [BLOCK_N]; there: which of them are, None for all
-    a_at: offsets of the rows from a_ptr, or, DESCRIBED, the descriptor of A.
+    ROWS   where they are: "offsets" a_at from a_ptr; of a descriptor, "block": from row_at on, "gather": rows row_at
+    SPECIALIZE   whether loads and products run in warps of their own
     """
     w_at = weights_at(w_ptr, strides, columns_at, K, N, BLOCK_K, BLOCK_N, DESCRIPTORS, WIDE, TWO)
     if other is not None:
         v_at = weights_at(v_ptr, strides, columns_at, K, N, BLOCK_K, BLOCK_N, DESCRIPTORS, WIDE, TWO)
     columns = tl.arange(0, BLOCK_K)[None, :]
-    for k in tl.range(0, K, BLOCK_K):
-        if DESCRIBED:
-            a = a_at.load([first_row, k])
+    for k in tl.range(0, K, BLOCK_K, warp_specialize=SPECIALIZE):
+        if ROWS == "block":
+            a = a_at.load([row_at, k])
+        elif ROWS == "gather":
+            a = a_at.gather(row_at, k)
         elif K % BLOCK_K == 0:
             a = tl.load(a_ptr + (a_at + columns))
         else:
@@ -174,12 +187,45 @@ def store_tile(ptr, rows, stride, columns, value, inside, N: tl.constexpr):
 
 
 @triton.jit
+def _activate(
+    acc, other, w, r, inside, first, e, biases, bias_strides, act_ptr, hidden_ptr,
+    ACT: tl.constexpr, LAYOUT: tl.constexpr, F: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Writes act and hidden for sums in columns from `first` on: of g, `other` of u; of u; or of both by turns."""
+    N: tl.constexpr = 2 * F if LAYOUT == "interleave" else F
+    WIDTH: tl.constexpr = F if LAYOUT == "plain" else 2 * F
+    columns, rows = first + tl.arange(0, COLUMNS), r.to(tl.int64)
+    if w is not None:
+        acc *= w
+    if biases is not None:
+        acc += bias_row(expert(biases[0], e, bias_strides), bias_strides[1], columns, N)
+    if hidden_ptr is not None:
+        store_tile(hidden_ptr, rows, WIDTH, columns, acc, inside, N)
+    if other is not None:
+        if w is not None:
+            other *= w
+        if biases is not None:
+            b_ptr = expert(biases[len(biases) - 1], e, bias_strides)
+            if LAYOUT == "chunk":
+                b_ptr += F * bias_strides[1]
+            other += bias_row(b_ptr, bias_strides[1], columns, N)
+        if hidden_ptr is not None:
+            store_tile(hidden_ptr + F, rows, WIDTH, columns, other, inside, N)
+    if act_ptr is not None:
+        if LAYOUT == "interleave":
+            g, u = halves(acc)
+            store_tile(act_ptr, rows, F, first // 2 + tl.arange(0, COLUMNS // 2), ACT(g, u), inside, F)
+        else:
+            store_tile(act_ptr, rows, F, columns, ACT(acc, acc if other is None else other), inside, F)
+
+
+@triton.jit
 def experts_up(
     x_ptr, order_ptr, offsets_ptr, table_ptr, weights_ptr, ups, biases, act_ptr, hidden_ptr,
-    x_stride, up_strides, bias_strides, n_blocks,
+    x_stride, up_strides, bias_strides, T, n_blocks,
     ACT: tl.constexpr, LAYOUT: tl.constexpr, TOP: tl.constexpr, E: tl.constexpr, H: tl.constexpr, F: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, WIDE: tl.constexpr, ALIGNED: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, SPECIALIZE: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     PAIR: tl.constexpr = LAYOUT == "chunk" or LAYOUT == "separate"
     BRAIDED: tl.constexpr = LAYOUT == "interleave"
@@ -190,7 +236,6 @@ def experts_up(
     TILE: tl.constexpr = BLOCK_F if PAIR and not FOLDED else BLOCK_N
     N: tl.constexpr = 2 * F if BRAIDED else F
     AT: tl.constexpr = F if LAYOUT == "chunk" else 0  # where u begins in its tensor
-    WIDTH: tl.constexpr = F if LAYOUT == "plain" else 2 * F
     row_block, block = place(n_blocks, tl.cdiv(N, COLUMNS))
     e, first_row = tl.load(table_ptr + row_block), tl.load(table_ptr + n_blocks + row_block)
     if e < E:
@@ -198,7 +243,8 @@ def experts_up(
         r = first_row + tl.arange(0, BLOCK_M)
         inside = r < end
         pairs = tl.load(order_ptr + tl.minimum(r, end - 1))
-        a_at = (pairs // TOP).to(tl.int64)[:, None] * x_stride
+        tokens = pairs // TOP
+        a_at = gathered(x_ptr, tokens, x_stride, T, H, BLOCK_K, ROWS)
         first = block * COLUMNS
         w_ptr = expert(ups[0], e, up_strides)
         v_ptr = expert(ups[len(ups) - 1], e, up_strides) + AT * up_strides[2]
@@ -217,32 +263,24 @@ def experts_up(
         acc = tl.zeros([BLOCK_M, TILE], tl.float32)
         other = tl.zeros([BLOCK_M, TILE], tl.float32) if PAIR and not FOLDED else None
         acc, other = rows_times(
-            acc, other, x_ptr, a_at, w_ptr, v_ptr, up_strides, first_row, first, columns_at,
-            None if N % COLUMNS == 0 else n < N, H, N, TILE, BLOCK_K, PRECISION, DESCRIPTORS, WIDE, False, LAYOUT == "chunk" and not WIDE,
+            acc, other, x_ptr, a_at, tokens, w_ptr, v_ptr, up_strides, first, columns_at,
+            None if N % COLUMNS == 0 else n < N, H, N, TILE, BLOCK_K, PRECISION, DESCRIPTORS, WIDE,
+            LAYOUT == "chunk" and not WIDE, ROWS, SPECIALIZE,
         )  # fmt: skip
         if FOLDED:
             acc, other = sides(acc) if WIDE or DESCRIPTORS else halves(acc)
-        if weights_ptr is not None:
-            w = tl.load(weights_ptr + pairs).to(tl.float32)[:, None]
-            acc = acc * w
-            if PAIR:
-                other = other * w
-        columns = first + tl.arange(0, COLUMNS)
-        if biases is not None:
-            acc += bias_row(expert(biases[0], e, bias_strides), bias_strides[1], columns, N)
-            if PAIR:
-                b_ptr = expert(biases[len(biases) - 1], e, bias_strides) + AT * bias_strides[1]
-                other += bias_row(b_ptr, bias_strides[1], columns, N)
-        rows = r.to(tl.int64)
-        if hidden_ptr is not None:
-            store_tile(hidden_ptr, rows, WIDTH, columns, acc, inside, N)
-            if PAIR:
-                store_tile(hidden_ptr + F, rows, WIDTH, columns, other, inside, N)
-        if act_ptr is not None:
-            if BRAIDED:
-                acc, other = halves(acc)
-            act = ACT(acc, other if LAYOUT != "plain" else acc)
-            store_tile(act_ptr, rows, F, block * BLOCK_F + tl.arange(0, BLOCK_F), act, inside, F)
+        w = None if weights_ptr is None else tl.load(weights_ptr + pairs).to(tl.float32)[:, None]
+        if BRAIDED:
+            # One half after the other: each is split again, which takes registers.
+            for i in tl.static_range(2):
+                _activate(
+                    sides(acc)[i], None, w, r, inside, first + i * BLOCK_F, e, biases, bias_strides, act_ptr,
+                    hidden_ptr, ACT, LAYOUT, F, BLOCK_F,
+                )  # fmt: skip
+        else:
+            _activate(
+                acc, other, w, r, inside, first, e, biases, bias_strides, act_ptr, hidden_ptr, ACT, LAYOUT, F, BLOCK_F
+            )
 
 
 @triton.jit
@@ -251,11 +289,11 @@ def experts_rows(
     w_strides, bias_strides, x_stride, n_rows, n_blocks,
     TOP: tl.constexpr, E: tl.constexpr, K: tl.constexpr, N: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, WIDE: tl.constexpr, DESCRIBED: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, SPECIALIZE: tl.constexpr,
 ):  # fmt: skip
-    """out[p] = weights[p] (sum_s A[r, s*K:(s+1)*K] ws[s][e] + bias[e]) for p = order[r]; A [T*K,len(ws)*K], out [T*K,N].
+    """out[p] = weights[p] (sum_s A[r, s*K:(s+1)*K] ws[s][e] + bias[e]), p = order[r]; A [T*K,len(ws)*K], out [T*K,N].
 
-    dots [T*K,blocks of columns], where x is given: what each block adds to <out[p] / weights[p], x[p // K]>.
+    dots [T*K,blocks of columns], where there are any: what each block adds to <out[p] / weights[p], x[p // TOP]>.
     """
     BLOCKS: tl.constexpr = tl.cdiv(N, BLOCK_N)
     SETS: tl.constexpr = len(ws)
@@ -271,14 +309,14 @@ def experts_rows(
         there = None if N % BLOCK_N == 0 else columns < N
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for s in tl.static_range(SETS):
-            if DESCRIBED:
+            if ROWS == "block":
                 a_at = tl.make_tensor_descriptor(a_ptr + s * K, [n_rows, K], [SETS * K, 1], [BLOCK_M, BLOCK_K])
             else:
                 a_at = last.to(tl.int64)[:, None] * (SETS * K) + s * K
             w_ptr = expert(ws[s], e, w_strides)
             acc, _ = rows_times(
-                acc, None, a_ptr, a_at, w_ptr, w_ptr, w_strides, first_row, first, columns * w_strides[2], there,
-                K, N, BLOCK_N, BLOCK_K, PRECISION, DESCRIPTORS, WIDE, DESCRIBED,
+                acc, None, a_ptr, a_at, first_row, w_ptr, w_ptr, w_strides, first, columns * w_strides[2], there,
+                K, N, BLOCK_N, BLOCK_K, PRECISION, DESCRIPTORS, WIDE, False, ROWS, SPECIALIZE,
             )  # fmt: skip
         pairs = tl.load(order_ptr + last)
         if biases is not None:

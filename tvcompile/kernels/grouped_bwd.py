@@ -1,8 +1,8 @@
 """A mixture of experts on a GPU, backward; shapes and names in grouped.py.
 
-    dact[r]    = w[r] (g[t] down[e]^T)                      t = order[r] // K, g the gradient of out     experts_dact
+    dact[r]    = w[r] (g[t] down[e]^T)                      t = order[r] // K, g: d out           experts_dact
     dpre[r]    = dact[r] act'(pre[r])                       by g and by u
-    dw[p]      = <g[t] down[e]^T, act[r]> + <g[t], down_bias[e]>; weigh=input: <dpre[r] up[e]^T, x[t]>   experts_dweights
+    dw[p]      = <g[t] down[e]^T, act[r]> + <g[t], down_bias[e]>; weigh=input: <dpre[r] up[e]^T, x[t]>  experts_dweights
     dx[t]      = sum_k (dpre up^T)[t*K + k]                 experts_rows and experts_combine of grouped.py
     dup[e]     = sum_r x[t]^T dpre[r]      ddown[e] = sum_r (w act)[r]^T g[t]                            experts_outer
     dbias[e]   = sum_r dpre[r], or sum_r w g[t]                                                          experts_sum
@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .grouped import braid, expert, halves, place, rows_times, sides, store_tile
+from .grouped import braid, expert, gathered, halves, place, rows_times, sides, store_tile
 
 
 @triton.jit
@@ -60,13 +60,16 @@ def _through_act(
 @triton.jit
 def experts_dact(
     g_ptr, order_ptr, offsets_ptr, table_ptr, weights_ptr, downs, hidden_ptr, dpre_ptr, act_ptr, dots_ptr,
-    g_stride, down_strides, n_blocks,
+    g_stride, down_strides, T, n_blocks,
     ACT: tl.constexpr, SLOPE_G: tl.constexpr, SLOPE_U: tl.constexpr, LAYOUT: tl.constexpr, TOP: tl.constexpr,
     E: tl.constexpr, F: tl.constexpr, H_out: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, WIDE: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, SPECIALIZE: tl.constexpr,
 ):  # fmt: skip
-    """down_strides: of its transpose. Writes dpre [T*K,P*F] and w act [T*K,F] by row; dots [T*K,blocks of columns] by pair: parts of <g down^T, act>."""
+    """Writes dpre [T*K,P*F] and w act [T*K,F] by row, and parts of <g down^T, act> [T*K,blocks of columns] by pair.
+
+    down_strides: of its transpose, whose rows are the columns of down
+    """
     BLOCKS: tl.constexpr = tl.cdiv(F, BLOCK_N)
     row_block, block = place(n_blocks, BLOCKS)
     e, first_row = tl.load(table_ptr + row_block), tl.load(table_ptr + n_blocks + row_block)
@@ -76,15 +79,16 @@ def experts_dact(
         inside = r < end
         last = tl.minimum(r, end - 1)
         pairs = tl.load(order_ptr + last)
-        g_at = (pairs // TOP).to(tl.int64)[:, None] * g_stride
+        tokens = pairs // TOP
+        g_at = gathered(g_ptr, tokens, g_stride, T, H_out, BLOCK_K, ROWS)
         w_ptr = expert(downs[0], e, down_strides)
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         first = block * BLOCK_N
         columns = first + tl.arange(0, BLOCK_N)
         acc, _ = rows_times(
-            acc, None, g_ptr, g_at, w_ptr, w_ptr, down_strides, first_row, first, columns * down_strides[2],
+            acc, None, g_ptr, g_at, tokens, w_ptr, w_ptr, down_strides, first, columns * down_strides[2],
             None if F % BLOCK_N == 0 else columns < F,
-            H_out, F, BLOCK_N, BLOCK_K, PRECISION, DESCRIPTORS, WIDE, False,
+            H_out, F, BLOCK_N, BLOCK_K, PRECISION, DESCRIPTORS, WIDE, False, ROWS, SPECIALIZE,
         )  # fmt: skip
         # A quarter at a time: of whole tiles of g, u, the slopes and the results there would be more than registers.
         pairs = tl.load(order_ptr + last)

@@ -108,12 +108,9 @@ def cdiv(n: Any, d: int) -> Any:
 
 
 def sets(p: Experts, tensors: Sequence[Tensor]) -> tuple | None:
-    """((all experts of gate), (of up)) as pointers and their strides (of an expert, of rows, of columns); None, () if none."""
-    if not tensors:
-        return None
-    if p.stacked:
-        return tuple((t,) for t in tensors)
-    return tuple(tuple(tensors[i : i + p.count]) for i in range(0, len(tensors), p.count))
+    """(all experts of gate, all of up), or what there is, each a tuple of the tensors that hold them; None for none."""
+    n = 1 if p.stacked else p.count
+    return tuple(tuple(tensors[i : i + n]) for i in range(0, len(tensors), n)) or None
 
 
 def strides(p: Experts, tensors: Sequence[Tensor]) -> tuple:
@@ -135,18 +132,26 @@ def rows_next(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def reading(c: Config, tensors: Sequence[Tensor], transposed: bool = False, offset: int = 0) -> dict[str, bool]:
-    """How weights are read: whether columns lie next to each other, and whether by descriptors."""
+def reading(
+    c: Config, tensors: Sequence[Tensor], rows: str, a: Tensor, transposed: bool = False, offset: int = 0
+) -> dict[str, Any]:
+    """How weights and the rows of A that they multiply are read; offset: where a second part of either begins."""
     t = tensors[0]
-    n = -2 if transposed else -1
-    wide = t.stride(n) == 1
-    return {"WIDE": wide, "DESCRIPTORS": c.descriptors and aligned(tensors, offset) and 1 in t.stride()[-2:]}
+    described = c.descriptors and aligned(tensors, offset) and 1 in t.stride()[-2:]
+    by_descriptor = c.descriptors and aligned([a], offset) and (rows == "block" or c.specialize)
+    return {
+        "WIDE": t.stride(-2 if transposed else -1) == 1,
+        "DESCRIPTORS": described,
+        "ROWS": rows if by_descriptor else "offsets",
+        "SPECIALIZE": c.specialize and described and by_descriptor,
+    }
 
 
 def aligned(tensors: Sequence[Tensor], *offsets: int) -> bool:
-    """Whether every row or column of the tensors, and each offset, begins at a multiple of 16 bytes."""
-    steps = [s for t in tensors for s in (t.storage_offset(), *t.stride()) if not isinstance(s, int) or s != 1]
-    return all(isinstance(s, int) and s * tensors[0].element_size() % 16 == 0 for s in (*steps, *offsets))
+    """Whether every row or column of the tensors, and each offset, begins at a multiple of 16 bytes of its own."""
+    strides = [s for t in tensors for s in t.stride() if not isinstance(s, int) or s != 1]
+    steps = *strides, *offsets, *(t.storage_offset() for t in tensors)
+    return 0 not in strides and all(isinstance(s, int) and s * tensors[0].element_size() % 16 == 0 for s in steps)
 
 
 def none(n: Any) -> bool:
@@ -179,13 +184,13 @@ def up(run: Run, act: Tensor | None, hidden: Tensor | None) -> None:
     x, ups, biases = rows_next(p.x), alike(p.up), alike(p.up_bias)
     pair = p.spec.layout in ("chunk", "separate")
     u_at = F * ups[0].stride(-1) if p.spec.layout == "chunk" else 0
-    how = reading(c, ups, offset=u_at)
+    how = reading(c, ups, "gather", x, offset=u_at)
     columns = cdiv(F, c.BLOCK_N // p.spec.parts) if pair else cdiv(p.spec.parts * F, c.BLOCK_N)
     run.launch_rows(
         experts_up, c, columns,
         lambda order, offsets, table, programs: (
             x, order, offsets, table, run.weight_if("input"), sets(p, ups), sets(p, biases), act, hidden,
-            x.stride(0), strides(p, ups), strides(p, biases), programs,
+            x.stride(0), strides(p, ups), strides(p, biases), x.shape[0], programs,
         ),
         {"ACT": mint_unit(p.spec.act), "LAYOUT": p.spec.layout, "H": H, "F": F, **how, "ALIGNED": aligned(ups)},
     )  # fmt: skip
@@ -199,14 +204,13 @@ def rows(
     p, c = run.p, run.config(pass_)
     x = rows_next(p.x)
     e, k, n = strides(p, ws)
-    described = c.descriptors and K * a.element_size() % 16 == 0
     run.launch_rows(
         experts_rows, c, cdiv(N, c.BLOCK_N),
         lambda order, offsets, table, programs: (
             a, order, offsets, table, weights, sets(p, ws), sets(p, biases), out, x if dots is not None else None, dots,
             (e, n, k) if transposed else (e, k, n), strides(p, biases), x.stride(0), a.shape[0], programs,
         ),
-        {"K": K, "N": N, "DESCRIBED": described, **reading(c, ws, transposed)},
+        {"K": K, "N": N, **reading(c, ws, "block", a, transposed, K)},
     )  # fmt: skip
 
 
@@ -229,45 +233,62 @@ def backward(
 ) -> ExpertGradients:
     """Gradients of experts that `supports` admits; `hidden` of one dim: it is computed again."""
     T, K = p.ids.shape
-    H, F, _ = p.features
-    lists = [[torch.empty_like(t) if want else t.new_empty(0) for t in ts] for ts, want in (
-        (p.up, wanted.projections), (p.down, wanted.projections), (p.up_bias, wanted.biases), (p.down_bias, wanted.biases),
-    )]  # fmt: skip
+    grads = empty(p, wanted)
     if none(T) or none(K):
-        dx, dw = (t.new_zeros(t.shape if want else 0) for t, want in ((p.x, wanted.x), (p.weights, wanted.weights)))
-        return ExpertGradients(dx, dw, *[[t.zero_() for t in ts] for ts in lists])
+        lists = grads.up, grads.down, grads.up_bias, grads.down_bias
+        return ExpertGradients(grads.x.zero_(), grads.weights.zero_(), *([t.zero_() for t in ts] for ts in lists))
     run = Run(p, config or chosen(p))
     # Products take both sides in one dtype.
     g = rows_next(grad_out.to(p.x.dtype))
     if hidden.dim() == 1:
-        hidden = p.x.new_empty((T * K, p.spec.parts * F))
+        hidden = p.x.new_empty((T * K, p.spec.parts * p.features[1]))
         up(run, None, hidden)
     by_input = p.spec.weigh == "input"
     through = wanted.x or wanted.projections or wanted.biases and bool(p.up_bias) or wanted.weights and by_input
     dpre = torch.empty_like(hidden) if through else None
-    act = p.x.new_empty((T * K, F)) if wanted.projections else None
-    dots = parts(run, "dact", F) if wanted.weights and not by_input else None
-    if through or dots is not None:
-        dact(run, g, hidden, dpre, act, dots)
-    dx = p.x.new_empty(0)
+    act = p.x.new_empty((T * K, p.features[1])) if wanted.projections else None
+    dots = parts(run, "dx" if by_input else "dact", p.features[0 if by_input else 1]) if wanted.weights else None
+    if through or wanted.weights:
+        dact(run, g, hidden, dpre, act, None if by_input else dots)
+    dx = grads.x
     if wanted.x or wanted.weights and by_input:
-        found = parts(run, "dx", H) if wanted.weights and by_input else None
-        y = p.x.new_empty((T * K, H)) if wanted.x else None
-        width = F if p.spec.layout == "separate" else p.spec.parts * F
-        rows(run, "dx", dpre, alike(p.up), True, width, H, y, run.weight_if("input"), dots=found)
-        dx = combine(run, y, p.x.dtype) if y is not None else dx
-        dots = dots if found is None else found
-    dw = dweights(run, dots, g) if dots is not None else p.weights.new_empty(0)
+        dx = input_gradient(run, dpre, wanted.x, dots if by_input else None)
+    if dots is not None:
+        dweights(run, dots, g, grads.weights)
     if wanted.projections or wanted.biases:
         tokens, w = run.routing.order // run.top, run.weights[run.routing.order]
+        over_input, over_output = (w, None) if by_input else (None, w)
     if wanted.projections:
-        outer(run, rows_next(p.x), dpre, lists[0], (tokens, None), w if by_input else None)
-        outer(run, act, g, lists[1], (None, tokens), None)
+        outer(run, rows_next(p.x), dpre, grads.up, (tokens, None), over_input)
+        outer(run, act, g, grads.down, (None, tokens), None)
     if wanted.biases and p.up_bias:
-        total(run, dpre, lists[2], None, None)
+        total(run, dpre, grads.up_bias, None, None)
     if wanted.biases and p.down_bias:
-        total(run, g, lists[3], tokens, None if by_input else w)
-    return ExpertGradients(dx, dw, *lists)
+        total(run, g, grads.down_bias, tokens, over_output)
+    return dataclasses.replace(grads, x=dx)
+
+
+def empty(p: Experts, wanted: Wanted) -> ExpertGradients:
+    """Gradients to be written, in memory as what they belong to; of size 0 where not wanted."""
+
+    def like(t: Tensor, want: bool) -> Tensor:
+        return torch.empty_like(t) if want else t.new_empty(0)
+
+    dense = p.weights.contiguous() if wanted.weights else p.weights
+    ups, downs = ([like(t, wanted.projections) for t in ts] for ts in (p.up, p.down))
+    up_bias, down_bias = ([like(t, wanted.biases) for t in ts] for ts in (p.up_bias, p.down_bias))
+    return ExpertGradients(like(p.x, wanted.x), like(dense, wanted.weights), ups, downs, up_bias, down_bias)
+
+
+def input_gradient(run: Run, dpre: Tensor | None, wanted: bool, dots: Tensor | None) -> Tensor:
+    """dx [T,H] if wanted; in weigh=input its rows, before they are weighed, also give the weights' gradient."""
+    p = run.p
+    H, F, _ = p.features
+    assert dpre is not None
+    y = p.x.new_empty((run.pairs, H)) if wanted else None
+    width = F if p.spec.layout == "separate" else p.spec.parts * F
+    rows(run, "dx", dpre, alike(p.up), True, width, H, y, run.weight_if("input"), dots=dots)
+    return combine(run, y, p.x.dtype) if y is not None else p.x.new_empty(0)
 
 
 def parts(run: Run, pass_: str, N: int) -> Tensor:
@@ -285,18 +306,18 @@ def dact(run: Run, g: Tensor, hidden: Tensor, dpre: Tensor | None, act: Tensor |
         experts_dact, c, cdiv(F, c.BLOCK_N),
         lambda order, offsets, table, programs: (
             g, order, offsets, table, run.weight_if("output"), sets(p, downs), hidden, dpre, act, dots,
-            g.stride(0), (e, n, k), programs,
+            g.stride(0), (e, n, k), g.shape[0], programs,
         ),
         {
             "ACT": mint_unit(p.spec.act), "SLOPE_G": slope_g, "SLOPE_U": slope_u, "LAYOUT": p.spec.layout,
-            "F": F, "H_out": H_out, **reading(c, downs, transposed=True),
+            "F": F, "H_out": H_out, **reading(c, downs, "gather", g, transposed=True),
         },
     )  # fmt: skip
 
 
-def dweights(run: Run, dots: Tensor, g: Tensor) -> Tensor:
+def dweights(run: Run, dots: Tensor, g: Tensor, out: Tensor) -> None:
+    """The gradient of the router's weights [T,K] from parts of it, and <g, down_bias>."""
     p = run.p
-    out = torch.empty_like(p.weights, memory_format=torch.contiguous_format)
     biases = alike(p.down_bias) if p.spec.weigh == "output" else []
     count, H_out = int(dots.shape[1]), p.features[2]
     constants = {
@@ -305,13 +326,15 @@ def dweights(run: Run, dots: Tensor, g: Tensor) -> Tensor:
     }  # fmt: skip
     args = dots, run.ids, g, sets(p, biases), out, g.stride(0), strides(p, biases)
     launch(experts_dweights, (run.pairs,), args, constants, 4, 1)
-    return out
 
 
 def outer(
-    run: Run, a: Tensor, b: Tensor, outs: Sequence[Tensor], of: tuple[Tensor | None, Tensor | None], w: Tensor | None
+    run: Run, a: Tensor, b: Tensor, outs: Sequence[Tensor], of: tuple[Tensor | None, ...], w: Tensor | None
 ) -> None:
-    """outs[e] = sum of w[r] A[r]^T B[r] over an expert's rows; `of`: their rows by token, if so; b has a part per set."""
+    """outs[e] = sum of w[r] A[r]^T B[r] over an expert's rows; b has a part per set.
+
+    of: the rows of A and of B by token, where they lie so
+    """
     p, c = run.p, run.config("dw")
     M, N = int(outs[0].shape[-2]), int(outs[0].shape[-1])
     for i, tensors in enumerate(sets(p, outs) or ()):

@@ -23,6 +23,7 @@ class Config:
     BLOCK_M, BLOCK_N, BLOCK_K   rows and columns of the result (g and u together), and of the sum that a trip adds
     num_warps, num_stages       warps of a program; tiles in flight
     descriptors                 whether what is not gathered comes through tensor descriptors (TMA)
+    specialize                  whether also what is gathered does, and loads and products run in warps of their own
     """
 
     BLOCK_M: int
@@ -31,6 +32,7 @@ class Config:
     num_warps: int
     num_stages: int
     descriptors: bool = False
+    specialize: bool = False
 
     def __post_init__(self) -> None:
         if any(n & (n - 1) or n < 16 for n in (self.BLOCK_M, self.BLOCK_N, self.BLOCK_K)):
@@ -39,7 +41,7 @@ class Config:
 
 @dataclasses.dataclass(frozen=True)
 class Ask:
-    """arch: sm90, ...; pass_: one of PASSES; size: bytes of an element; rows: of an expert on average, 0 if not known."""
+    """arch: sm90, ...   pass_: one of PASSES   size: bytes of an element   rows: of an expert, 0 if unknown"""
 
     arch: str
     pass_: str
@@ -54,7 +56,7 @@ def choose(ask: Ask) -> Config | None:
 
 
 def formula(arch: str, pass_: str, size: int, rows: int) -> Config:
-    described = arch in ("sm90", "sm100")
+    described = size == 2 and arch in ("sm90", "sm100")
     if size == 4:
         M, N, K, warps = min(row_block(rows), 64), 64, 32, 4
     elif (M := 128 if pass_ == "dw" else row_block(rows)) == 128:
@@ -63,7 +65,9 @@ def formula(arch: str, pass_: str, size: int, rows: int) -> Config:
         N, K, warps = 128, 64, 4
     else:
         N, K, warps = 128, 128, 4
-    return Config(M, N, K, warps, stages(arch, (M + N) * K * size, pass_ == "dw"), described)
+    # Blackwell's tensor cores take tiles of 128 rows from shared memory and give their sums to memory of their own.
+    apart = described and arch == "sm100" and M == 128 and pass_ != "dw"
+    return Config(M, N, K, warps, stages(arch, (M + N) * K * size, pass_ == "dw"), described, apart)
 
 
 def row_block(m: int) -> int:
