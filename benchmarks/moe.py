@@ -77,7 +77,7 @@ class Job:
 
 
 class Block(nn.Module):
-    """out = sum_k w_k down (silu(gate x) * up x), as a loop over experts; router [E,H], gate_up [E,2F,H], down [E,H,F]."""
+    """out = sum_k w_k down (silu(gate x) * up x), a loop over experts; router [E,H], gate_up [E,2F,H], down [E,H,F]."""
 
     def __init__(self, job: Job):
         super().__init__()

@@ -30,8 +30,8 @@ from . import mods
 from .cpu import product_dtype
 from .experts import ExpertGradients, ExpertKernel, Experts, Routing, Wanted, activate
 
-BATCH = 1 << 21  # activations of the experts that are taken together, unless one has more
-CHUNK = 1 << 18  # activations per thread that are computed at a time: a few such tensors stay in cache
+BATCH = 1 << 20  # activations of the experts that are taken together, unless one has more
+CHUNK = 1 << 17  # activations per thread that are computed at a time: a few such tensors stay in cache
 
 
 def supports(need) -> str | None:

@@ -96,8 +96,10 @@ def evaluate(e: Expr, scope: Any) -> Any:
     scope: a Scope, or anything else with dtype, device and value(name) for a formula that loads nothing.
     """
     values: list[Any] = []
-    for function, operands in _tape(e):
+    for function, operands, last in _tape(e):
         values.append(function(scope, *[values[i] for i in operands]))
+        for i in last:
+            values[i] = None
     return values[-1]
 
 
@@ -113,7 +115,8 @@ def tensor(e: Expr, scope: Scope) -> Tensor:
 
 
 @functools.lru_cache(maxsize=1024)
-def _tape(e: Expr) -> tuple[tuple[Callable, tuple[int, ...]], ...]:
+def _tape(e: Expr) -> tuple[tuple[Callable, tuple[int, ...], tuple[int, ...]], ...]:
+    """(function, the places of its operands, those of them that are not needed after it), ..."""
     tape: list[tuple[Callable, tuple[int, ...]]] = []
     slots: dict[Expr, int] = {}
 
@@ -126,7 +129,8 @@ def _tape(e: Expr) -> tuple[tuple[Callable, tuple[int, ...]], ...]:
         return slots[x]
 
     slot(e)
-    return tuple(tape)
+    users = {i: n for n, (_, operands) in enumerate(tape) for i in operands}
+    return tuple((f, operands, tuple(i for i in operands if users[i] == n)) for n, (f, operands) in enumerate(tape))
 
 
 def _step(x: Expr) -> tuple[Callable, tuple[Expr, ...]]:
