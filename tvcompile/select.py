@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from .arch import arch_of
-from .kernels.attention import choose
 from .kernels import moe
+from .kernels.attention import choose
 from .kernels.experts import ExpertNeed
 from .kernels.problem import Need
 from .spec import AttentionSpec, MoEMatch, Size

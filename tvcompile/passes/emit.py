@@ -15,8 +15,6 @@ import sympy
 import torch
 from torch import fx
 
-from .. import expr as E
-from ..expr import Expr
 from ..spec import Match, MoEMatch, Operand
 from .canonicalize import remove_dead_nodes, remove_idle_rows
 from .emit_moe import write_moe

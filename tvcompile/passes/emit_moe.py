@@ -6,6 +6,8 @@ for e: out.index_add_(0, tok[e], (act(x[tok[e]] @ W1[e]) @ W2[e]) * w)
 
 from __future__ import annotations
 
+import functools
+import math
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -84,13 +86,13 @@ class _Choice:
         return self._whole(ids)
 
     def weights(self, x: fx.Node) -> fx.Node:
-        result = None
-        for factor in self.c.factors:
-            value = self.write(factor)
-            result = value if result is None else self.w.call(operator.mul, result, value)
-        if not isinstance(result, fx.Node):
-            dtype, fill = x.meta["val"].dtype, 1.0 if result is None else result
-            result = self.w.call(aten.full.default, [1, 1], fill, dtype=dtype, device=self.device)
+        values = [self.write(factor) for factor in self.c.factors]
+        number = math.prod(float(v) for v in values if not isinstance(v, fx.Node))
+        result = self.w.call(aten.full.default, [1, 1], number, dtype=x.meta["val"].dtype, device=self.device)
+        nodes = [v for v in values if isinstance(v, fx.Node)]
+        if nodes:
+            result = functools.reduce(lambda a, b: self.w.call(operator.mul, a, b), nodes)
+            result = result if number == 1.0 else self.w.call(operator.mul, result, number)
         return self._whole(result)
 
     def _whole(self, node: fx.Node) -> fx.Node:

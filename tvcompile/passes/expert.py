@@ -16,10 +16,10 @@ from .. import expr as E
 from ..expr import Expr
 from ..spec import Refuse, Weights
 from .capacity import placed_row
+from .contraction import CONTRACTIONS
 from .movement import Index
 from .projections import Weight, leaf_of, number_of, projection
 from .rows import RowReader, settle
-from .contraction import CONTRACTIONS
 from .sums import CASTS, Term, lazily, terms_of
 
 Fix = Callable[[Expr], Expr]
@@ -184,7 +184,9 @@ def biases_of(r: RowReader, units: list[Unit], layout: str, f: Expr, F: Expr, ab
     return tuple(found)
 
 
-def token_row(r: RowReader, node: fx.Node, idx: Index, at: int, over: Expr, length: Expr, t: Expr, fix: Fix, outer: Term):
+def token_row(
+    r: RowReader, node: fx.Node, idx: Index, at: int, over: Expr, length: Expr, t: Expr, fix: Fix, outer: Term
+):
     """(x, factors) where the row is x[t] times the factors, each a formula of the token and its expert."""
     leaf, where, used = leaf_of(r, node, idx, at)
     where = tuple(map(fix, where))

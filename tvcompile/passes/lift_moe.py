@@ -112,7 +112,7 @@ def cones(r: RowReader, graph: fx.Graph) -> Iterator[tuple[list[fx.Node], set[fx
         for other in touched:
             cone, ends = groups.pop(other)
             groups[k] = (groups[k][0] | cone, groups[k][1] | ends)
-        owner |= {n: k for n in groups[k][0]}
+        owner |= dict.fromkeys(groups[k][0], k)
     for cone, ends in groups.values():
         if routed(r, cone, ends):
             yield sorted(cone, key=r.position.__getitem__), ends
@@ -128,6 +128,8 @@ def _has_weight(r: RowReader, n: fx.Node) -> bool:
 
 def _is_weight(r: RowReader, x: fx.Node) -> bool:
     while x.op == "call_function" and (r.name(x) in MOVES or r.name(x) in CASTS) and x.all_input_nodes:
+        if r.name(x) == "embedding":
+            return False
         x = x.all_input_nodes[0]
     val = x.meta.get("val")
     return x.op in ("placeholder", "get_attr") and isinstance(val, torch.Tensor) and val.dim() > 1
@@ -143,7 +145,9 @@ def _activated(r: RowReader, last: fx.Node, inner: set[fx.Node]) -> bool:
         seen.add(n)
         if n in inner:
             return True
-        joins = r.name(n) in ("add", "sub") and sum(_wide(x, n) and not _is_weight(r, x) for x in n.all_input_nodes) > 1
+        joins = (
+            r.name(n) in ("add", "sub") and sum(_wide(r, x, n) and not _is_weight(r, x) for x in n.all_input_nodes) > 1
+        )
         if (r.name(n) in POINTWISE or r.name(n) in MOVES) and not joins and len(seen) < 200:
             queue += n.all_input_nodes
     return False
@@ -160,15 +164,17 @@ def _reached(r: RowReader, last: fx.Node, owner: dict, lasts: set[fx.Node]) -> s
             continue
         found.add(n)
         others = [x for x in n.all_input_nodes if x not in found and x is not last and x not in owner]
-        ends_here = r.name(n) == "add" and any(_wide(x, n) for x in others if x not in lasts and r.name(x) != "index")
+        ends_here = r.name(n) == "add" and any(
+            _wide(r, x, n) for x in others if x not in lasts and r.name(x) != "index"
+        )
         if not ends_here:
             queue += n.users
     return found
 
 
-def _wide(x: fx.Node, n: fx.Node) -> bool:
-    val, out = x.meta.get("val"), n.meta["val"]
-    return isinstance(val, torch.Tensor) and val.dim() == out.dim() and val.numel() == out.numel() and not _zeros(x)
+def _wide(r: RowReader, x: fx.Node, n: fx.Node) -> bool:
+    """Is x as large as n, and no zeros?"""
+    return isinstance(x.meta.get("val"), torch.Tensor) and r.shape(x) == r.shape(n) and not _zeros(x)
 
 
 def _zeros(x: fx.Node) -> bool:
@@ -199,7 +205,11 @@ def _stacked(n: fx.Node) -> bool:
 
 
 def lift_cone(r: RowReader, facts: Facts, cone: list[fx.Node], ends: set[fx.Node]):
-    """(match, None) at the last node of the cone that is one, or (None, the reason at the place that came furthest)."""
+    """(match, None) at the last node of the cone that is one, or (None, the reason at that node).
+
+    A sum that holds something else too, as the residual, is taken only if no earlier node holds the experts alone.
+    """
+    found: MoEMatch | None = None
     sums = Sums(r, set(cone), ends)
     reason: tuple[Refuse, fx.Node] | None = None
     for anchor in reversed(cone):
@@ -208,12 +218,15 @@ def lift_cone(r: RowReader, facts: Facts, cone: list[fx.Node], ends: set[fx.Node
         if not isinstance(anchor.meta.get("val"), torch.Tensor) or not anchor.users:
             continue
         try:
-            return lift_at(r, facts, sums, anchor), None
+            match = lift_at(r, facts, sums, anchor)
+            if match.base is None:
+                return match, None
+            found = found or match
         except (Refuse, Unreadable) as error:
             if reason is None or not isinstance(error, Unreadable):
                 reason = reason or (error, anchor)
-    if reason is None:
-        return None, None
+    if found is not None or reason is None:
+        return found, None
     error, anchor = reason
     place = getattr(error, "node", None) or anchor
     return None, Refusal(str(anchor.target), f"no mixture of experts: {error}", where_of(place))
@@ -380,7 +393,8 @@ def check_whole(r: RowReader, columns: list[Column], base: fx.Node | None, ancho
             raise Refuse(f"the experts are {numbers}, not 0 to {len(numbers) - 1} once each", anchor)
         if len({p.expert.kind() for p in c.parts}) > 1:
             raise Refuse("the experts differ in width, activation or what is applied to their results", anchor)
-        router = places(r, r.nodes[E.operands(c.choice.ids)[0].name[1:]])
+        ids = c.choice.ids
+        router = places(r, r.nodes[E.operands(ids)[0].name[1:]]) if E.op_of(ids) == "load" else None
         if not c.single and router is not None and router != len(numbers):
             raise Refuse(f"the router chooses among {router} experts, of which {len(numbers)} are added up", anchor)
     if len({(p.expert.x, bool(p.expert.weighed)) for c in columns for p in c.parts}) > 1:

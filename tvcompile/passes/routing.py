@@ -18,7 +18,7 @@ from .. import expr as E
 from ..expr import Expr, IntCall
 from ..spec import Refuse
 from .movement import axis
-from .rows import RowReader, over, settle
+from .rows import RowReader, over
 from .sums import Term, distinct, scattered
 
 

@@ -20,7 +20,7 @@ from ..expr import Expr
 from ..spec import Refuse
 from .contraction import contraction, letters
 from .movement import SPLITS, Index, axis
-from .rows import RowReader, mask_of, masked_index, over, settle
+from .rows import RowReader, mask_of, over, settle
 
 
 @dataclasses.dataclass(frozen=True)
