@@ -43,7 +43,7 @@ def wrong(row: dict, train: bool) -> str:
     wide = sum("features, 256 at most" in text for text in row["refusals"])
     n = row["fusable"] - wide
     want = {"attention_fwd": n} | ({"attention_dq": n, "attention_dkdv": n} if train else {})
-    found = {k: v for k, v in row["launches"].items() if k != "attention_merge"}
+    found = {k: v for k, v in row["launches"].items() if k.startswith("attention") and k != "attention_merge"}
     if row["sites"] != n or row["left"]:
         return f"{row['case']}: {row['sites']} of {n} sites, {row['left']} left as ops; {row['refusals']}"
     if found != {k: v for k, v in want.items() if v}:
@@ -52,7 +52,8 @@ def wrong(row: dict, train: bool) -> str:
     allowed = {f"{x}: {out}{rest}" for x in parts for rest in ("", " rest_ptr")}
     allowed |= {"attention_dq: dq_ptr", "attention_dkdv: dk_ptr dv_ptr"}
     # Gradients of captures are added to zeros.
-    strange = [w for w in row["writes"] if w not in allowed and not w.startswith("attention_dq: dq_ptr data_")]
+    written = [w for w in row["writes"] if w.startswith("attention")]
+    strange = [w for w in written if w not in allowed and not w.startswith("attention_dq: dq_ptr data_")]
     return f"{row['case']}: seen to write {strange}" if strange else ""
 
 

@@ -49,7 +49,7 @@ def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], mode: str | None
 
 
 def rewrite(gm: fx.GraphModule, fakes: Sequence[Any], record: report.GraphRecord) -> fx.GraphModule:
-    """Dynamo's graph with every proven attention and mixture of experts fused, or the graph itself where there is none."""
+    """Dynamo's graph with every proven attention and mixture fused, or the graph itself where there is none."""
     bodies = {body: rewrite(body, inner, record) for body, inner in checkpoint_bodies(gm)}
     with record.timed("canonicalize"):
         program, whole = canonicalize(gm, fakes, bodies)

@@ -191,7 +191,7 @@ class Match:
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """A stacked weight or bias, or one per expert: tensors that are reshaped, permuted, and of whose columns a part is read."""
+    """A stacked weight or bias, or one per expert: tensors reshaped and permuted, of whose columns a part is read."""
 
     nodes: tuple[fx.Node, ...]
     sizes: tuple[int, ...]

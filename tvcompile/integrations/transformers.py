@@ -245,4 +245,5 @@ def _library_attention(module, tensors, dropout, scaling, kwargs, reason):
     _warn_once(f'attn_implementation="tv": {type(module).__name__} runs as sdpa: {reason}')
     if kwargs.get("s_aux") is not None:
         raise ValueError(f"sdpa has no sinks and tv does not serve this attention: {reason}")
-    return sdpa_attention_forward(module, *tensors, dropout, scaling, **kwargs)
+    query, key, value, mask = tensors
+    return sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, **kwargs)

@@ -3,7 +3,7 @@
     T tokens   K experts per token   E experts   H features of x   F of an expert   H_out of the result   P = spec.parts
 
     x [T,H]   ids [T,K], integers: an expert in [0, E), or -1 for a pair that was dropped   weights [T,K]
-    up         [E,H,P*F], or two of [E,H,F] in layout "separate"; experts of their own: E (gates, then ups: 2E) of two dims
+    up         [E,H,P*F], or two of [E,H,F] in layout "separate"; lists: E (gates, then ups: 2E) of two dims
     down       [E,F,H_out], or E of two dims
     up_bias    none, or like `up` without H;   down_bias none, or like `down` without F
     hidden     [T*K,P*F]: what the experts activate (biases added), in x's dtype, row r that of pair order[r]; g's

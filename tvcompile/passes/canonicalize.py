@@ -165,7 +165,7 @@ def remove_dead_nodes(graph: fx.Graph) -> None:
 
 
 def remove_idle_rows(graph: fx.Graph) -> None:
-    """Erase rows chosen by a mask of which only the number is still asked: that it is not negative, and small enough."""
+    """Erase rows chosen by a mask of which only the number is still asked: that it is within bounds."""
     for node in reversed(list(graph.nodes)):
         if _chooses_rows(node):
             asked = _askers(node)

@@ -2,7 +2,7 @@
 
     rows[e, c] = sum_t dispatch[t, e, c] x[t]        dispatch[t, e, c] = (ids[t] = e) (c = place(t)) (place(t) < C)
 
-Where place(t) counts the tokens of e up to t (a running sum of the ids' one-hot, less one), two tokens of e never have one
+Where place(t) counts the tokens of e up to t (a running sum of the ids' one-hot, less one), no two tokens of e have one
 place. So what a token gets back from its place was computed from the token alone, and the sum over t is x[t]. Second
 choices begin where the first ones of their expert end: place(t) + (number of first choices of e).
 """
@@ -19,7 +19,7 @@ from .movement import axis
 from .projections import number_of
 from .routing import compared, solved
 from .rows import RowReader, over as positions_of
-from .sums import Term, terms_of
+from .terms_of import Term, terms_of
 
 NOT_ALONE = "a place of an expert is not proven to hold one token at most"
 
@@ -123,11 +123,11 @@ def _counts(r: RowReader, name, ids: Expr, other: Expr) -> bool:
 def _check_apart(r: RowReader, places: list, about: fx.Node) -> None:
     """Places of later choices begin after all of the earlier ones, expert by expert."""
     expected = sympy.Integer(0)
-    for ids, running, added in sorted(places, key=lambda p: len(sympy.Add.make_args(p[2])) if p[2] != 0 else 0):
+    for ids, _, added in sorted(places, key=lambda p: len(sympy.Add.make_args(p[2])) if p[2] != 0 else 0):
         counts = [x for x in sympy.Add.make_args(added) if x != 0]
         if len(counts) != expected:
             raise Refuse(NOT_ALONE, about)
-        for count, (earlier, before, _) in zip(counts, places):
+        for count, (_, before, _) in zip(counts, places):
             if E.op_of(count) != "count" or not _total(r, count, before, ids):
                 raise Refuse(NOT_ALONE, about)
         expected = expected + 1

@@ -20,7 +20,7 @@ from .contraction import CONTRACTIONS
 from .movement import Index
 from .projections import Weight, leaf_of, number_of, projection
 from .rows import RowReader, settle
-from .sums import CASTS, Term, lazily, terms_of
+from .terms_of import CASTS, Term, lazily, terms_of
 
 Fix = Callable[[Expr], Expr]
 

@@ -53,14 +53,19 @@ def lift_attention(graph: fx.Graph) -> tuple[list[Match], list[Refusal]]:
             matches.append(match)
             explained.update(match.region)
     for node in graph.nodes:
-        routes = any(
-            r.name(user) in ("topk", "argmax", "max", "sort") for user in node.users if user.op == "call_function"
-        )
-        if node.op == "call_function" and r.name(node) in SOFTMAX and node not in explained and not routes:
+        if node.op == "call_function" and r.name(node) in SOFTMAX and node not in explained and not routes(r, node):
             why = "its result is not the weights of a sum over a dot product's positions"
             refusals.setdefault(node, Refusal(str(node.target), why, where_of(node)))
     kept = [refusal for node, refusal in refusals.items() if node not in explained]
     return matches, kept
+
+
+def routes(r: Reader, softmax: fx.Node) -> bool:
+    """Is a softmax a router's: places are chosen by it, or it is over chosen scores?"""
+    chosen = ("topk", "argmax", "max", "sort")
+    source = softmax.all_input_nodes[0]
+    taken = source.all_input_nodes[0] if source.op == "call_function" and r.name(source) == "getitem" else source
+    return any(r.name(n) in chosen for n in (*softmax.users, taken) if n.op == "call_function")
 
 
 def anchors(r: Reader, graph: fx.Graph):

@@ -19,7 +19,7 @@ from ..expr import Expr, IntCall
 from ..spec import Refuse
 from .movement import axis
 from .rows import RowReader, over
-from .sums import Term, distinct, scattered
+from .terms_of import Term, distinct, scattered
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,11 +34,11 @@ def without_rows(r: RowReader, term: Term, token: Token, at: int) -> Term:
     """The same sum over positions (t, k) instead of rows."""
     term = _unmasked(r, term, at)
     term = _unsorted(r, term)
-    for link in list(term.links):
+    for _ in term.links:
         term = _solved(r, term, token)
     term = term.put({}, r.bounds)
     term = _pinned(term, r)
-    guards = []
+    guards: list[Expr] = []
     for g in term.guards:
         g = r.truth(g)
         if g is E.FALSE:
@@ -226,7 +226,7 @@ def _decided(r: RowReader, c: Expr) -> bool | None:
 
 @dataclasses.dataclass(frozen=True)
 class Chosen:
-    """ids[t, k] as a formula, k (0 where K is 1), the conditions under which a pair counts, and its weight's factors."""
+    """ids[t, k] as a formula, k (0 where K is 1), the conditions under which a pair counts, its weight's factors."""
 
     ids: Expr
     k: Expr

@@ -6,8 +6,8 @@
     _grouped_mm(x, W, offs)[r, j]     dot; its expert is group(offs, r)
     any(x, d), sum of integers        any(n, ...), count(n, ...)
 
-`nth`, `perm`, `inv`, `group` carry the name of the node they come from. What was computed without gradients is not opened
-where the graph trains.
+`nth`, `perm`, `inv` carry the name of the node they come from. What was computed without gradients is not opened where
+the graph trains.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def mask_of(node: fx.Node) -> fx.Node | None:
     return None
 
 
-def masked_index(r: Reader, node: fx.Node, mask: fx.Node, idx: Index) -> Index:
+def masked_index(r: RowReader, node: fx.Node, mask: fx.Node, idx: Index) -> Index:
     """The position in x of element idx of `x[:, mask]`, or of what is put there."""
     first, rank = list(node.args[1]).index(mask), mask.meta["val"].dim()
     chosen = [r.nth(mask, c, idx[first]) for c in range(rank)]

@@ -8,9 +8,6 @@ Only operations that are linear in what the experts give are opened; any other r
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
-
 import sympy
 import torch
 from torch import fx
@@ -18,56 +15,9 @@ from torch import fx
 from .. import expr as E
 from ..expr import Expr
 from ..spec import Refuse
-from .contraction import contraction, letters
 from .movement import SPLITS, Index, axis
-from .rows import RowReader, mask_of, over, settle
-
-
-@dataclasses.dataclass(frozen=True)
-class Term:
-    """bound: summed positions; guards: conditions; links: pairs of equal positions; product: (node, index) or None.
-
-    known  what calls of `nth` with the row of the product stand for
-    whole  where `out[i] = y` replaced what was there rather than adding to it: the places, as the result reads them
-    """
-
-    bound: tuple[Expr, ...] = ()
-    guards: tuple[Expr, ...] = ()
-    links: tuple[tuple[Expr, Expr], ...] = ()
-    factors: tuple[Expr, ...] = ()
-    product: tuple[fx.Node, Index] | None = None
-    whole: tuple[Expr, ...] = ()
-    known: tuple[tuple[Expr, Expr], ...] = ()
-
-    def times(self, other: Term) -> Term:
-        if self.product and other.product:
-            raise Refuse("results of two experts are multiplied", self.product[0])
-        return Term(
-            self.bound + other.bound, self.guards + other.guards, self.links + other.links,
-            self.factors + other.factors, self.product or other.product, self.whole + other.whole,
-            self.known + other.known,
-        )  # fmt: skip
-
-    def under(self, bound=(), guards=(), links=(), whole=()) -> Term:
-        return self.times(Term(tuple(b for b in bound if b != 0), tuple(guards), tuple(links), whole=tuple(whole)))
-
-    def formulas(self) -> tuple[Expr, ...]:
-        links = tuple(e for pair in self.links for e in pair)
-        return (*self.guards, *links, *self.factors, *(self.product[1] if self.product else ()))
-
-    def rewritten(self, change: Callable[[Expr], Expr]) -> Term:
-        return dataclasses.replace(
-            self,
-            guards=tuple(g for g in map(change, self.guards) if g is not E.TRUE),
-            links=tuple((change(a), change(b)) for a, b in self.links),
-            factors=tuple(map(change, self.factors)),
-            whole=tuple(map(change, self.whole)),
-            known=tuple((a, change(b)) for a, b in self.known),
-            product=self.product and (self.product[0], tuple(map(change, self.product[1]))),
-        )
-
-    def put(self, table: dict, bounds=None) -> Term:
-        return self.rewritten(lambda e: settle(E.substitute(e, table, bounds), bounds))
+from .rows import RowReader, mask_of, over
+from .terms_of import CASTS, Term, contracted, lazily, once, product, terms_of
 
 
 class Sums:
@@ -75,7 +25,7 @@ class Sums:
 
     def __init__(self, r: RowReader, cone: set[fx.Node], ends: set[fx.Node]):
         self.r, self.cone, self.ends = r, cone, ends
-        self.d: Expr = sympy.Integer(0)
+        self.d: Expr | None = None  # the feature of the result that is read
 
     def of(self, node: fx.Node, idx: Index, at: int) -> list[Term]:
         """The terms of node[idx] as the operation at position `at` sees it."""
@@ -92,7 +42,7 @@ class Sums:
             return [Term(product=(node, idx)), *(Term(factors=(e,)) for e in extra)]
         moved = r.step(node, idx)
         if moved is not None:
-            return self.of(*moved, r.position[node])
+            return self.of(moved[0], moved[1], r.position[node])
         rule = LINEAR.get(r.name(node))
         if rule is None:
             raise Refuse(f"{r.name(node)} of what the experts gave is no weighted sum", node)
@@ -102,131 +52,6 @@ class Sums:
         if isinstance(value, fx.Node) and isinstance(value.meta.get("val"), torch.Tensor):
             return self.of(value, self.r.broadcast(value, idx), at)
         return terms_of(self.r, self.r.scalar(value))
-
-
-def product(left: list[Term], right: list[Term]) -> list[Term]:
-    return [a.times(b) for a in left for b in right]
-
-
-# Formulas as sums
-
-
-def lazily(r: RowReader, node: fx.Node, idx: Index, at: int, d: Expr = sympy.Integer(0)) -> Expr:
-    """The formula of node[idx]; what holds no choice of experts, or feature d, stays the tensor that the program has."""
-    while not r.changed(node, at) and (moved := r.step(node, idx)) is not None:
-        at = r.position[node]
-        node, idx = moved
-    if d != 0 and E.mentions(sympy.Tuple(*idx), d):
-        return r.leaf(node, idx, at)
-    opened = r.read(node, idx, at)
-    if opened in (E.TRUE, E.FALSE) or E.constant(opened) is not None or chooses(r, opened):
-        return opened
-    return r.leaf(node, idx, at) if isinstance(node.meta["val"], torch.Tensor) else opened
-
-
-def chooses(r: RowReader, e: Expr) -> bool:
-    """Does the formula say which expert is meant: by a comparison, or what it sums or scatters does?"""
-    for x in E.walk(e):
-        op = E.op_of(x)
-        if E.kind(x) == "bool" or op in ("where", "perm", "nth", "inv", "count"):
-            return True
-        if op in ("dot", "reduce", "softmax") and E.operands(x):
-            node = r.nodes[E.operands(x)[0].name]
-            if any(_chooses_inside(r, source) for source in node.all_input_nodes):
-                return True
-        if op == "load" and scattered(r, x):
-            return True
-    return False
-
-
-def _chooses_inside(r: RowReader, node: fx.Node) -> bool:
-    val = node.meta.get("val")
-    if not isinstance(val, torch.Tensor) or val.dtype in (torch.int64, torch.int32) or node.op != "call_function":
-        return isinstance(val, torch.Tensor) and node.op == "call_function" and r.name(node) in ("one_hot", "eq")
-    probe = tuple(r.fresh(n, "z") for n in r.shape(node))
-    return chooses(r, r.read(node, probe, r.position[node] + 1))
-
-
-def terms_of(r: RowReader, e: Expr) -> list[Term]:
-    """A formula as a sum of guarded products."""
-    value, op = E.constant(e), E.op_of(e)
-    if value is not None and not isinstance(value, bool) and value == 0:
-        return []
-    if value is not None and value == 1:
-        return [Term()]
-    if E.kind(e) == "bool":
-        return [Term(guards=e.args if isinstance(e, sympy.And) else (e,))]
-    if op == "mul":
-        a, b = E.operands(e)
-        return product(terms_of(r, a), terms_of(r, b))
-    if op == "add":
-        return [t for x in E.operands(e) for t in terms_of(r, x)]
-    if isinstance(e, (sympy.Mul, sympy.Pow)) and e.atoms(E.IntCall):
-        parts = e.args if isinstance(e, sympy.Mul) else [e.args[0]] * int(e.args[1])
-        found = [Term()]
-        for x in parts:
-            found = product(found, terms_of(r, x))
-        return found
-    if isinstance(e, sympy.Add) and e.atoms(E.IntCall) and chooses(r, e):
-        return [t for x in e.args for t in terms_of(r, x)]
-    if op == "where":
-        c, a, b = E.operands(e)
-        if E.constant(b) == 0:
-            return [t.under(guards=[c]) for t in terms_of(r, a)]
-        if E.constant(a) == 0:
-            return [t.under(guards=[E.not_(c)]) for t in terms_of(r, b)]
-    if op in E.CASTS and (E.kind(E.operands(e)[0]) == "int" or E.op_of(E.operands(e)[0]) in OPENED):
-        return terms_of(r, E.operands(e)[0])
-    if op == "reduce" and chooses(r, e):
-        return _summed(r, r.nodes[E.operands(e)[0].name], E.operands(e)[1:]) or [Term(factors=(e,))]
-    if op == "dot" and chooses(r, e):
-        return contracted(r, r.nodes[E.operands(e)[0].name], E.operands(e)[1:], terms_of)
-    return [Term(factors=(e,))]
-
-
-OPENED = ("mul", "where", "reduce", "dot", *E.CASTS)
-
-
-def _summed(r: RowReader, node: fx.Node, idx: Index) -> list[Term] | None:
-    if r.name(node) != "sum":
-        return None
-    source, at, bound = over(r, node, idx)
-    return [t.under(bound) for t in terms_of(r, r.read(source, at, r.position[node]))]
-
-
-def contracted(r: RowReader, node: fx.Node, idx: Index, terms: Callable) -> list[Term]:
-    """The terms of a sum of products of which no operand is a projection."""
-    sides, bound = operands_of(r, node, idx)
-    found = [Term()]
-    for source, at in sides:
-        if terms is terms_of:
-            found = product(found, terms_of(r, r.read(source, at, r.position[node])))
-        else:
-            found = product(found, terms(source, at, r.position[node]))
-    return [t.under(bound) for t in found]
-
-
-def operands_of(r: RowReader, node: fx.Node, idx: Index) -> tuple[list[tuple[fx.Node, Index]], list[Expr]]:
-    """([(operand, its index)], the summed positions) of a matmul or an einsum of any number of operands."""
-    if r.name(node) == "einsum":
-        a = r.arguments(node)
-        tensors, shapes = a["tensors"], [r.shape(t) for t in a["tensors"]]
-        names, out = letters(a["equation"], [len(s) for s in shapes])
-        if all(len(set(t)) == len(t) for t in (*names, out)):
-            sizes = {c: n for term, shape in zip(names, shapes) for c, n in zip(term, shape) if n != 1}
-            at = {c: r.fresh(sizes.get(c, sympy.Integer(1)), "k") for c in sizes}
-            at |= dict(zip(out, idx))
-            found = [
-                (t, r.broadcast(t, tuple(at.get(c, sympy.Integer(0)) for c in term))) for t, term in zip(tensors, names)
-            ]
-            return found, [at[c] for c in sizes if c not in out]
-    inner = contraction(r, node, idx)
-    if inner is None:
-        raise Refuse("a sum of products has a form that is not read", node)
-    return [inner.lhs, inner.rhs], [inner.over]
-
-
-# Operations that are linear in the results of the experts
 
 
 def _add(sign: float):
@@ -359,40 +184,6 @@ def _alike(r: RowReader, x: fx.Node, y: fx.Node) -> bool:
     return r.shape(x) == r.shape(y) and r.read(x, probe, r.position[x] + 1) == r.read(y, probe, r.position[y] + 1)
 
 
-def once(r: RowReader, at: Index) -> bool:
-    """Does every place occur once: all coordinates of a mask's places, or of one that compares distinct ids?"""
-    if any(E.op_of(x) != "nth" for x in at):
-        return len(at) == 1 and E.op_of(at[0]) in ("perm", "inv")
-    masks = {E.operands(x)[0] for x in at}
-    if len(masks) != 1:
-        return False
-    mask = r.nodes[next(iter(masks)).name]
-    held = {int(E.operands(x)[1]) for x in at}
-    missing = set(range(mask.meta["val"].dim())) - held
-    if not missing:
-        return True
-    probe = tuple(r.fresh(n, "p") for n in r.shape(mask))
-    formula = r.truth(E.as_bool(r.read(mask, probe, r.position[mask] + 1)))
-    loads = E.loads(formula)
-    if len(missing) != 1 or len(loads) != 1 or E.op_of(formula) != "eq":
-        return False
-    name, *idx = E.operands(loads[0])
-    free = probe[missing.pop()]
-    return idx[-1] == free and distinct(r, r.nodes[name.name[1:]]) and not any(E.mentions(i, free) for i in idx[:-1])
-
-
-def distinct(r: RowReader, ids: fx.Node) -> bool:
-    """Do the ids of one token differ from each other, as those of a topk do?"""
-    while ids.op == "call_function":
-        if r.name(ids) == "getitem":
-            return r.name(ids.args[0]) in ("topk", "sort") and ids.args[1] == 1
-        if r.name(ids) in ("clone", "contiguous", "detach", "alias", "to"):
-            ids = ids.args[0]
-            continue
-        break
-    return r.shape(ids)[-1] == 1
-
-
 def _where(s: Sums, a, n, idx):
     r, here = s.r, s.r.position[n]
     c = r.truth(E.as_bool(r.operand(a["condition"], idx, here)))
@@ -423,7 +214,6 @@ def _stack(s: Sums, a, n, idx):
     return found
 
 
-CASTS = ("to", "_to_copy", "type_as", "float", "half")
 EMPTY = ("empty", "empty_like", "new_empty", "empty_strided")
 LINEAR = {
     "add": _add(1),
@@ -443,14 +233,3 @@ LINEAR = {
 }
 # Data movement and sums that results of experts go through.
 THROUGH = frozenset(LINEAR) | frozenset(SPLITS) | {"getitem"}
-
-
-# Routing matrices made by scatter
-
-
-def scattered(r: RowReader, e: Expr) -> tuple[fx.Node, dict] | None:
-    """(node, arguments) where a load is one of a tensor in which few places per row were set."""
-    node = r.nodes.get(E.operands(e)[0].name[1:])
-    if node is None or node.op != "call_function" or r.name(node) not in ("scatter", "scatter_add"):
-        return None
-    return node, r.arguments(node)

@@ -1,0 +1,174 @@
+"""The experts of a sum: one part per term, in columns that differ in the expert's number only."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import sympy
+from torch import fx
+
+from .. import expr as E
+from ..expr import Expr
+from ..spec import Refuse
+from .expert import Expert, bias_of, expert_number, read_expert
+from .projections import Weight, number_of, places
+from .routing import Chosen, Token, chosen, compared, without_rows
+from .rows import RowReader, settle
+from .terms_of import Term
+
+
+@dataclasses.dataclass
+class Part:
+    """One term: the expert, its number where experts are written one by one, and which tokens choose it."""
+
+    choice: Chosen
+    number: int | None
+    formula: Expr | None
+    expert: Expert
+    whole: tuple[Expr, ...]
+    k: Expr
+
+
+@dataclasses.dataclass
+class Column:
+    """Parts that differ in the expert's number only."""
+
+    choice: Chosen
+    parts: list[Part]
+
+    @property
+    def single(self) -> bool:
+        return self.parts[0].number is None
+
+
+def part_of(r: RowReader, term: Term, token: Token, d: Expr) -> Part:
+    assert term.product is not None
+    node, idx = term.product
+    expert = read_expert(r, node, idx, term, token.t, d)
+    formula = expert_number(expert.down)
+    number = None
+    if formula is None:
+        number = compared_number(term, expert)
+        formula = sympy.Integer(number)
+    if expert.weighed:
+        if term.factors:
+            raise Refuse("the inputs and the results of an expert are both weighed", expert.node)
+        gets = any(E.op_of(x) == "load" for x in E.walk(formula)) or any(compared(g, formula) for g in term.guards)
+        if not gets:
+            check_keeps_zero(expert)
+        term = without_rows(r, dataclasses.replace(term, factors=expert.weighed), token, r.position[expert.node])
+    found = chosen(r, term, formula, token)
+    whole = term.put({formula: found.ids}).whole if formula in term.bound else term.whole
+    return Part(canonical(r, found), number, None if number is not None else formula, expert, whole, found.k)
+
+
+def compared_number(term: Term, expert: Expert) -> int:
+    """The number that the ids of an expert's tokens are compared with."""
+    for g in term.guards:
+        if E.op_of(g) == "eq":
+            number, rest = E.operands(g)[0].as_coeff_Add()
+            sign, load = rest.as_coeff_Mul()
+            if E.op_of(load) == "load" and abs(sign) == 1:
+                return int(-number * sign)
+    raise Refuse("no comparison with the ids says which tokens an expert gets", expert.node)
+
+
+def check_keeps_zero(e: Expert) -> None:
+    """A token that an expert does not get counts as zeros: they must give zeros."""
+    zero = E.constant(E.substitute(e.act, {E.GATE: E.number(0.0), E.UP: E.number(0.0)}))
+    if e.up_biases or e.down_bias or zero != 0:
+        raise Refuse("an expert's input is weighed, and zeros do not give zeros", e.node)
+
+
+def canonical(r: RowReader, c: Chosen) -> Chosen:
+    """The same with one name for k, so that choices can be compared."""
+    if c.k == 0:
+        return c
+    k = E.index(f"choice_{r.ranges[c.k]}")
+    r.ranges[k] = r.ranges[c.k]
+
+    def put(es: tuple[Expr, ...]) -> tuple[Expr, ...]:
+        return tuple(sorted((E.substitute(e, {c.k: k}) for e in es), key=sympy.default_sort_key))
+
+    return Chosen(E.substitute(c.ids, {c.k: k}), k, put(c.counts), put(c.factors))
+
+
+def add_biases(r: RowReader, parts: list[Part], plain: list[Term], token: Token, d: Expr, at: int) -> list[Term]:
+    """Terms without a projection that belong to an expert are its last bias; the others are left."""
+    return [t for t in (without_rows(r, term, token, at) for term in plain) if not _is_added(r, parts, t, token, d)]
+
+
+def _is_added(r: RowReader, parts: list[Part], term: Term, token: Token, d: Expr) -> bool:
+    """Is a term a last bias? It is added to its expert."""
+    held = [x for x in term.factors if E.mentions(x, d)]
+    if len(held) != 1 or E.op_of(held[0]) != "load":
+        return False
+    bias = bias_of(r, held[0], d, parts[0].expert.down.columns)
+    rest = dataclasses.replace(term, factors=tuple(x for x in term.factors if x is not held[0]))
+    for part in parts:
+        if bias is None or part.expert.down_bias or (k := is_bias(r, part, rest, bias, token)) is None:
+            continue
+        number = E.substitute(bias.rest, {k: part.k}) if k != 0 else bias.rest
+        part.expert = dataclasses.replace(part.expert, down_bias=dataclasses.replace(bias, rest=number))
+        return True
+    return False
+
+
+def is_bias(r: RowReader, p: Part, term: Term, bias: Weight, token: Token) -> Expr | None:
+    """The term's k where it is chosen, without its load, as the part is."""
+    try:
+        number = expert_number(bias)
+        if (number is None) != (p.number is not None):
+            return None
+        found = chosen(r, term, number if p.number is None else sympy.Integer(p.number), token)
+        return found.k if canonical(r, found) == p.choice else None
+    except Refuse:
+        return None
+
+
+def base_of_sum(r: RowReader, plain: list[Term], token: Token, d: Expr, width: Expr, anchor: fx.Node) -> fx.Node | None:
+    """A tensor that the experts' results are added to, as it is."""
+    if not plain:
+        return None
+    (term, *others), want = plain, sympy.expand(token.t * width + d)
+    if not others and len(term.factors) == 1 and not (term.bound or term.guards or term.links):
+        (load,) = term.factors
+        if E.op_of(load) == "load":
+            name, *idx = E.operands(load)
+            node = r.nodes[name.name[1:]]
+            if sympy.expand(number_of(r, node, tuple(settle(i, r.bounds) for i in idx)) - want) == 0:
+                return node
+    raise Refuse("something else than results of experts is added", anchor)
+
+
+def in_columns(parts: list[Part]) -> list[Column]:
+    columns: list[Column] = []
+    for p in parts:
+        column = next((c for c in columns if c.choice == p.choice and not c.single and p.number is not None), None)
+        if column is None or any(q.number == p.number for q in column.parts):
+            columns.append(Column(p.choice, [p]))
+        else:
+            column.parts.append(p)
+    for c in columns:
+        c.parts.sort(key=lambda p: p.number or 0)
+    return columns
+
+
+def check_whole(r: RowReader, columns: list[Column], base: fx.Node | None, anchor: fx.Node) -> None:
+    """Experts written one by one are 0 to E-1, and alike; rows that were replaced hold one result each."""
+    for c in columns:
+        numbers = [p.number for p in c.parts]
+        if not c.single and numbers != list(range(len(numbers))):
+            raise Refuse(f"the experts are {numbers}, not 0 to {len(numbers) - 1} once each", anchor)
+        if len({p.expert.kind() for p in c.parts}) > 1:
+            raise Refuse("the experts differ in width, activation or what is applied to their results", anchor)
+        ids = c.choice.ids
+        router = places(r, r.nodes[E.operands(ids)[0].name[1:]]) if E.op_of(ids) == "load" else None
+        if not c.single and router is not None and router != len(numbers):
+            raise Refuse(f"the router chooses among {router} experts, of which {len(numbers)} are added up", anchor)
+    if len({(p.expert.x, bool(p.expert.weighed)) for c in columns for p in c.parts}) > 1:
+        raise Refuse("the experts read different tokens, or weigh them in different ways", anchor)
+    for column, part, whole in ((c, p, p.whole) for c in columns for p in c.parts):
+        seen = set().union(*(e.free_symbols for e in whole))
+        if whole and (len(columns) > 1 or base is not None or (column.choice.k != 0 and part.k not in seen)):
+            raise Refuse("results replace each other where a token has several experts", anchor)
