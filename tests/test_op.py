@@ -185,3 +185,25 @@ def test_no_tensor_of_training_grows_with_the_square_of_the_length(spec):
             kernel.backward(p, tvcompile.kernels.problem.Given(out, out, lse), ())
         found.append(seen.size)
     assert found[1] <= 2.2 * found[0]
+
+
+class PassThrough(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("spec", ["scale=0.3; sink = sink[h]", "scale=0.3; score = 5.0*tanh(s/5.0); keep = kv <= q"])
+def test_gradients_are_the_same_under_a_dispatch_mode(spec):
+    """FLOP counters and selective checkpoints are such modes."""
+    q, k, v = (torch.randn(1, 2, 16, 8, requires_grad=True) for _ in range(3))
+    captures = [torch.randn(2, requires_grad=True)] if "sink" in spec else []
+
+    def gradients():
+        out = torch.ops.tv.attention(q, k, v, captures, [], spec, None)[0]
+        return torch.autograd.grad(out.sin().sum(), [q, k, v, *captures])
+
+    expected = gradients()
+    with PassThrough():
+        found = gradients()
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b) and a.abs().sum() > 0

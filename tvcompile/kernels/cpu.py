@@ -152,7 +152,7 @@ def backward_tile(p: Problem, tile: Tile, given: Given, sums: Gradients) -> None
     k, v = (fold_keys(p, tile.keys(x)) for x in (p.k, p.v))
     # In 16 bits the weights of a row do not add up to 1, and dS not to 0: K would drift.
     s = _scores(p, tile, q, k).to(p.scope.dtype)
-    with torch.enable_grad():
+    with mods.recorded():
         x = _edited(p, tile, s if p.spec.score == E.S else s.requires_grad_())
         shown = s if x is s else x.detach().contiguous()
         # What the formula saved for its own backward stays as it is.

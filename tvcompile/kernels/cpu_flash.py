@@ -181,7 +181,7 @@ def _sink_gradient(p: Problem, tile: Tile, delta: Tensor, lse: Tensor, sums: Gra
     (_, scope), *_ = tile.scopes(p.scope)
     taps: list[mods.Tap] = []
     scope = scope.at(wanted=tuple(sums.captures), taps=taps)
-    with torch.enable_grad():
+    with mods.recorded():
         sink = mods.tensor(p.spec.sink, scope).expand(*lse.shape, 1)
     d_sink = -(sink.detach() - lse.unsqueeze(-1)).exp() * delta.unsqueeze(-1)
     cpu.pull(sink, d_sink, taps, sums)

@@ -17,10 +17,11 @@ a Tap remembers where the leaf's gradient is to be added.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import sympy
@@ -88,6 +89,17 @@ class Scope:
         if name == "s":
             return self.s
         return self.index(name) if name in AXES else self.sizes[name]
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[None]:
+    """Autograd records here, also under a TorchDispatchMode, which excludes its keys while an op runs."""
+    exclude = torch._C._dispatch_tls_local_exclude_set()
+    for key in (torch._C.DispatchKey.AutogradCPU, torch._C.DispatchKey.ADInplaceOrView):
+        exclude = exclude.remove(key)
+    guard = torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), exclude)
+    with guard, torch.enable_grad():
+        yield
 
 
 def evaluate(e: Expr, scope: Any) -> Any:
