@@ -91,8 +91,6 @@ class Buffer(Capacity):
         return (y * weights).view(self.top, -1, x.shape[-1]).sum(0)
 
 
-@moe(router="top1", kind="relu", three=True)
-@moe(router="top1", kind="gelu", three=True, bias=True, capacity=2)
 class SwitchPerSequence(Capacity):
     """Places are counted in every sequence by itself: [B,S,E,C]."""
 

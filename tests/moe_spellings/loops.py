@@ -191,8 +191,6 @@ class ThreeDimsBoolean(Block):
         return out
 
 
-@moe()
-@moe(own=True, kind="relu", bias=True)
 class MakeMoe(Block):
     """A tutorial's: softmax over scattered logits, masks [B,S], flat masks for the rows."""
 

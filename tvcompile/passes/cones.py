@@ -47,12 +47,12 @@ def _has_weight(r: RowReader, n: fx.Node) -> bool:
     val = n.meta.get("val")
     if not (isinstance(val, torch.Tensor) and val.dtype.is_floating_point and val.dim() > 1):
         return False
-    return any(_is_weight(r, x) for x in n.all_input_nodes)
+    return any(_is_weight(r, x, gathered=True) for x in n.all_input_nodes)
 
 
-def _is_weight(r: RowReader, x: fx.Node) -> bool:
+def _is_weight(r: RowReader, x: fx.Node, gathered: bool = False) -> bool:
     while x.op == "call_function" and (r.name(x) in MOVES or r.name(x) in CASTS) and x.all_input_nodes:
-        if r.name(x) == "embedding":
+        if r.name(x) == "embedding" and not gathered:
             return False
         x = x.all_input_nodes[0]
     val = x.meta.get("val")

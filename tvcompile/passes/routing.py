@@ -127,16 +127,17 @@ def _unscattered(r: RowReader, term: Term) -> Term:
     for i, e in enumerate((*term.factors, *term.guards)):
         is_guard = i >= len(term.factors)
         for load in [x for x in E.walk(e) if E.op_of(x) in ("load", "softmax")]:
+            if E.op_of(load.args[-1]) == "load":
+                continue
             source = _source_of_scatter(r, load)
             if source is None or not vanishes(r, E.where(e, E.number(1.0), E.number(0.0)) if is_guard else e):
                 continue
             ids, values, k, set_at = source
             expert = load.args[-1]
             chosen = r.read(ids, (*set_at, k), r.position[ids] + 1)
-            exact = values if E.op_of(load) == "load" else None
-            put = {load: exact} if exact is not None and not is_guard else {}
-            new = E.substitute(e, put)
-            new = E.substitute(new, {expert: chosen}) if not put and expert.free_symbols else new
+            # A softmax has no value of its own per place that was set: it is read at the id.
+            value = values if E.op_of(load) == "load" else load.func(*load.args[:-1], chosen)
+            new = E.substitute(e, {load: value})
             factors = tuple(new if f is e and not is_guard else f for f in term.factors)
             guards = tuple(g for g in term.guards if not (is_guard and g is e))
             bound = (*term.bound, k) if k != 0 else term.bound

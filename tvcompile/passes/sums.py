@@ -80,6 +80,9 @@ def _div(s: Sums, a, n, idx):
 
 
 def _cast(s: Sums, a, n, idx):
+    coarsest = max(torch.finfo(end.meta["val"].dtype).eps for end in s.ends)
+    if torch.finfo(n.meta["val"].dtype).eps > coarsest:
+        raise Refuse(f"what the experts gave is rounded to {str(n.meta['val'].dtype).removeprefix('torch.')}", n)
     return s.operand(a["self"], idx, s.r.position[n])
 
 

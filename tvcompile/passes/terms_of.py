@@ -78,7 +78,7 @@ def lazily(r: RowReader, node: fx.Node, idx: Index, at: int, d: Expr | None = No
     while not r.changed(node, at) and (moved := r.step(node, idx)) is not None:
         at = r.position[node]
         node, idx = moved
-    if d is not None and E.mentions(sympy.Tuple(*idx), d):
+    if d is not None and E.mentions(sympy.Tuple(*idx), d) and "zeros" not in str(node.target):
         return r.leaf(node, idx, at)
     opened = r.read(node, idx, at)
     if opened in (E.TRUE, E.FALSE) or E.constant(opened) is not None or chooses(r, opened):
