@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import warnings
 
@@ -10,8 +11,10 @@ import torch
 
 pytest.importorskip("triton", reason="no Triton beside this PyTorch")
 
-from tvcompile.kernels import flash, selfcheck
-from tvcompile.tuning import PASSES, Choice, Config
+from tvcompile.kernels import flash, moe_triton, selfcheck
+from tvcompile.kernels.experts import ExpertNeed
+from tvcompile.moe_spec import MoESpec
+from tvcompile.tuning import PASSES, Choice, Config, moe
 
 CPU = torch.device("cpu")
 SMALL = Config(64, 64, 4, 2)
@@ -95,3 +98,30 @@ def test_it_can_be_switched_off(machine):
     with selfcheck.only_if(False):
         assert ask() == CHOICES
     assert machine == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is used only where there is no GPU")
+@pytest.mark.parametrize("layout, listed", [("chunk", False), ("separate", True)])
+def test_right_kernels_of_experts_pass(layout, listed):
+    configs = (moe.Config(32, 32, 32, 4, 2),) * len(moe.PASSES)
+    assert selfcheck.check_experts(configs, layout, listed, torch.float32, CPU, T=40) == ""
+
+
+def test_wrong_kernels_of_experts_are_told(monkeypatch):
+    right = moe_triton.forward
+
+    def wrong(p, save, config):
+        out, hidden = right(p, save, config)
+        return out * 1.1, hidden
+
+    monkeypatch.setattr(moe_triton, "forward", wrong)
+    configs = (moe.Config(32, 32, 32, 4, 2),) * len(moe.PASSES)
+    assert "relative error" in selfcheck.check_experts(configs, "plain", False, torch.float32, CPU, T=40)
+
+
+def test_experts_take_plain_configs_where_the_best_fail(monkeypatch):
+    monkeypatch.setattr(selfcheck, "experts_right", lambda configs, *how: not configs[0].descriptors)
+    need = ExpertNeed(MoESpec(), torch.bfloat16)
+    assert not moe_triton.working("sm90", torch.bfloat16, 128, need)("up").descriptors
+    monkeypatch.setattr(selfcheck, "experts_right", lambda *how: False)
+    assert moe_triton.supports(dataclasses.replace(need, arch="sm90")) == "its check failed on this GPU"

@@ -176,9 +176,7 @@ def site_of(match: Match | MoEMatch, kernel: str) -> Site:
 
 def _moe_site(m: MoEMatch, kernel: str) -> Site:
     """Of a mixture of experts: shapes, and the arithmetic beside that of every expert on every token."""
-    top = sum(int(c.size) for c in m.choices)
-    down, up = m.down[0], m.up[0]
-    count = len(down.nodes) if not m.stacked else down.sizes[down.order[0]]
+    top, count, down, up = m.top, m.experts, m.down[0], m.up[0]
     F, H_out = (down.sizes[i] for i in down.order[-2:])
     H = up.sizes[up.order[-2]]
     dtype = str(m.x.meta["val"].dtype).removeprefix("torch.")

@@ -32,9 +32,11 @@ def select_moe(m: MoEMatch) -> tuple[str, str]:
     """The same for a mixture of experts; kernels serve every size."""
     weight = m.down[0].nodes[0].meta["val"]
     arch, names = arch_of(weight.device), []
+    tokens = int(m.tokens) if m.tokens.is_Integer else 0
     try:
         for backward in (False, True)[: 1 + m.saves]:
-            names.append(moe.choose(ExpertNeed(m.spec, weight.dtype, backward, stacked=m.stacked, arch=arch)).name)
+            need = ExpertNeed(m.spec, weight.dtype, backward, tokens, m.top, m.experts, stacked=m.stacked, arch=arch)
+            names.append(moe.choose(need).name)
     except NotImplementedError as reasons:
         return "", str(reasons)
     return " or ".join(dict.fromkeys(names)), ""

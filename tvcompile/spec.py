@@ -244,6 +244,17 @@ class MoEMatch:
     def stacked(self) -> bool:
         return self.down[0].stacked
 
+    @property
+    def top(self) -> int:
+        """K"""
+        return sum(int(c.size) for c in self.choices)
+
+    @property
+    def experts(self) -> int:
+        """E"""
+        down = self.down[0]
+        return down.sizes[down.order[0]] if down.stacked else len(down.nodes)
+
     def weights(self) -> tuple[Weights, ...]:
         return (*self.up, *self.down, *self.up_bias, *self.down_bias)
 

@@ -22,6 +22,7 @@ from .. import expr as E
 from ..arch import arch_of
 from ..derive import derivative
 from ..tuning.moe import PASSES, Ask, Config, choose
+from . import selfcheck
 from .experts import ExpertGradients, ExpertKernel, ExpertNeed, Experts, Routing, Wanted
 from .grouped import experts_combine, experts_rows, experts_up
 from .grouped_bwd import experts_dact, experts_dweights, experts_outer, experts_sum
@@ -39,13 +40,16 @@ Configs = Callable[[str], Config]
 def supports(need: ExpertNeed) -> str | None:
     if need.dtype not in DTYPES:
         return f"no {str(need.dtype)[6:]}"
-    if any(choose(Ask(need.arch, pass_, need.dtype.itemsize)) is None for pass_ in PASSES):
+    if not choose(Ask(need.arch, PASSES[0], need.dtype.itemsize)):
         return f"no configs for {need.arch}"
     if not need.stacked and need.experts > MOST_LISTED:
         return f"{need.experts} experts that are tensors of their own, {MOST_LISTED} at most"
     if need.spec.out == "float64":
         return "no float64"
-    return unprintable(need.spec.act) or (_underivable(need.spec.act) if need.backward else None)
+    reason = unprintable(need.spec.act) or (_underivable(need.spec.act) if need.backward else None)
+    if reason is None and working(need.arch, need.dtype, _rows(need.tokens, need.top, need.experts), need) is None:
+        return "its check failed on this GPU"
+    return reason
 
 
 def _underivable(act: E.Expr) -> str | None:
@@ -55,17 +59,27 @@ def _underivable(act: E.Expr) -> str | None:
         return str(error)
 
 
+def _rows(tokens: int, top: int, experts: int) -> int:
+    """Rows of an expert on average, 0 if not known."""
+    return tokens * top // max(experts, 1)
+
+
+def working(arch: str, dtype: torch.dtype, rows: int, need: ExpertNeed) -> Configs | None:
+    """The config of each pass, the best that were right on this GPU once; None if none were."""
+    asked = [choose(Ask(arch, pass_, dtype.itemsize, rows)) for pass_ in PASSES]
+    for configs in ([found[0] for found in asked], [found[-1] for found in asked]):
+        if selfcheck.experts_right(tuple(configs), need.spec.layout, not need.stacked, dtype):
+            return dict(zip(PASSES, configs)).__getitem__
+    return None
+
+
 def chosen(p: Experts) -> Configs:
-    """The config of each pass."""
-    rows = hint(p.ids.shape[0]) * hint(p.ids.shape[1]) // p.count
-    arch = arch_of(p.x.device)
-
-    def config(pass_: str) -> Config:
-        found = choose(Ask(arch, pass_, p.x.element_size(), rows))
-        assert found is not None, arch
-        return found
-
-    return config
+    """The config of each pass. Raises NotImplementedError where none was right on this GPU."""
+    rows = _rows(hint(p.ids.shape[0]), hint(p.ids.shape[1]), p.count)
+    found = working(arch_of(p.x.device), p.x.dtype, rows, ExpertNeed(p.spec, p.x.dtype, stacked=p.stacked))
+    if found is None:
+        raise NotImplementedError("tv::moe: no config of the kernels was right on this GPU")
+    return found
 
 
 # What launches have in common

@@ -14,7 +14,7 @@ import functools
 import hashlib
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..options import cache_folder
-from ..tuning import Choice, Config
+from ..tuning import Choice, Config, moe
 from .problem import Given, Problem
 
 SPEC = "scale=0.125; keep = kv <= q & q - kv < 200; empty=zero"
@@ -53,13 +53,27 @@ def working(choices: list[Choice], pass_: str, dtype: torch.dtype, widths: tuple
 @functools.lru_cache(maxsize=1024)
 def _verdict(config: Config, pass_: str, dtype: torch.dtype, widths: tuple[int, int]) -> bool:
     key = f"{pass_} {dtype} {widths} {config}"
+    return _kept(key, lambda: check(config, pass_, dtype, widths, torch.device("cuda")))
+
+
+@functools.lru_cache(maxsize=1024)
+def experts_right(configs: tuple[moe.Config, ...], layout: str, listed: bool, dtype: torch.dtype) -> bool:
+    """Do the kernels of tv::moe compute the right thing here with these configs, one for each of moe.PASSES?"""
+    if not enabled.get() or not torch.cuda.is_available():
+        return True
+    key = f"moe {layout} {'listed' if listed else 'stacked'} {dtype} {configs}"
+    return _kept(key, lambda: check_experts(configs, layout, listed, dtype, torch.device("cuda")))
+
+
+def _kept(key: str, run: Callable[[], str]) -> bool:
+    """Whether a check found nothing wrong: what the file says, or what it says from now on."""
     file = cache_folder() / f"selfcheck-{_machine()}.json"
     kept = _read(file)
     if key not in kept:
-        reason = check(config, pass_, dtype, widths, torch.device("cuda"))
+        reason = run()
         if reason:
             warnings.warn(
-                f"tvcompile: the kernel `{pass_}` with {config} failed its check on this GPU ({reason}) and is not "
+                f"tvcompile: the kernel `{key}` failed its check on this GPU ({reason}) and is not "
                 f"used. Please report it with the output of `python -m torch.utils.collect_env`; {file} keeps the "
                 "verdict, tv.selfcheck=off skips the check.",
                 stacklevel=2,
@@ -115,6 +129,46 @@ def check(config: Config, pass_: str, dtype: torch.dtype, widths: tuple[int, int
         except Exception as error:
             return f"{type(error).__name__}: {error}"[:300]
         worst = max(_error(x, y.detach()) for x, y in pairs)
+    return "" if worst <= TOLERANCE[dtype] else f"relative error {worst:.1e}, {TOLERANCE[dtype]:.0e} allowed"
+
+
+def check_experts(
+    configs: tuple[moe.Config, ...], layout: str, listed: bool, dtype: torch.dtype, device: torch.device, T: int = 300
+) -> str:
+    """ "" if forward and backward of a small mixture are right on the device, else what is wrong."""
+    from . import moe_triton
+    from .experts import Experts, Wanted, moe_ref
+
+    K, E, H, F = 2, 3, 96, 80
+    spec = "act = u*sigmoid(u)" if layout == "plain" else f"act = g*sigmoid(g)*u; layout={layout}"
+    generator = torch.Generator(device).manual_seed(0)
+
+    def make(*shape: int) -> Tensor:
+        x = torch.randn(shape, device=device, generator=generator) / shape[-1] ** 0.5
+        return x.to(dtype).double().requires_grad_()
+
+    def weights(out: int, inner: int) -> list[Tensor]:
+        return [make(out, inner) for _ in range(E)] if listed else [make(E, out, inner)]
+
+    with _disable_current_modes(), torch.inference_mode(False), torch.enable_grad():
+        x, w, sets = make(T, H), make(T, K), 2 if layout == "separate" else 1
+        wide = F if layout in ("plain", "separate") else 2 * F
+        up, down = [t for _ in range(sets) for t in weights(wide, H)], weights(H, F)
+        ids = torch.randint(-1, E, (T, K), device=device, generator=generator)
+        exact = moe_ref(x, ids, w, [t.mT for t in up], [t.mT for t in down], spec=spec)
+        direction = make(T, H).detach()
+        grads = torch.autograd.grad(exact, [x, w, *up, *down], direction)
+        with torch.no_grad():
+            low_up, low_down = ([t.to(dtype).mT for t in ts] for ts in (up, down))
+            p = Experts.of(x.to(dtype), ids, w.to(dtype), low_up, low_down, [], [], spec)
+            by_pass = dict(zip(moe.PASSES, configs)).__getitem__
+            try:
+                out, hidden = moe_triton.forward(p, True, by_pass)
+                g = moe_triton.backward(p, direction.to(dtype), hidden, Wanted(), by_pass)
+            except Exception as error:
+                return f"{type(error).__name__}: {error}"[:300]
+            found = [out, g.x, g.weights, *(t.mT for t in (*g.up, *g.down))]
+            worst = max(_error(a, b.detach()) for a, b in zip(found, [exact, *grads], strict=True))
     return "" if worst <= TOLERANCE[dtype] else f"relative error {worst:.1e}, {TOLERANCE[dtype]:.0e} allowed"
 
 

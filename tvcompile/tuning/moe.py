@@ -1,6 +1,6 @@
 """Which Config a product of tv::moe gets, by a closed formula of the architecture and the rows of an expert.
 
-    choose(Ask("sm90", "up", 2, rows=384)) -> Config(128, 256, 64, 8, 3, descriptors=True)
+    choose(Ask("sm90", "up", 2, rows=384))[0] -> Config(128, 256, 64, 8, 3, descriptors=True)
 
 BLOCK_M   follows the rows m that an expert has on average, T*K / E: it is streamed through the weights once
 BLOCK_N   with few rows, what a program reads of the weights at a time; else what fills the registers with sums
@@ -49,14 +49,18 @@ class Ask:
     rows: int = 0
 
 
-def choose(ask: Ask) -> Config | None:
-    """The config; None for an architecture without any."""
+def choose(ask: Ask) -> list[Config]:
+    """Configs, the best first, the plainest last; none for an architecture without any."""
     arch = family(ask.arch)
-    return None if arch is None else formula(arch, ask.pass_, ask.size, ask.rows or 128)
+    if arch is None:
+        return []
+    found = [formula(arch, ask.pass_, ask.size, ask.rows or 128, plain) for plain in (False, True)]
+    return list(dict.fromkeys(found))
 
 
-def formula(arch: str, pass_: str, size: int, rows: int) -> Config:
-    described = size == 2 and arch in ("sm90", "sm100")
+def formula(arch: str, pass_: str, size: int, rows: int, plain: bool = False) -> Config:
+    """plain: by pointers alone."""
+    described = size == 2 and arch in ("sm90", "sm100") and not plain
     if size == 4:
         M, N, K, warps = min(row_block(rows), 64), 64, 32, 4
     elif (M := 128 if pass_ == "dw" else row_block(rows)) == 128:
