@@ -59,12 +59,13 @@ def choose(ask: Ask) -> list[Config]:
 
 
 def formula(arch: str, pass_: str, size: int, rows: int, plain: bool = False) -> Config:
-    """plain: by pointers alone."""
-    described = size == 2 and arch in ("sm90", "sm100") and not plain
+    """plain: by pointers alone, where the best takes descriptors; 256 columns would spill then."""
+    able = size == 2 and arch in ("sm90", "sm100")
+    described = able and not plain
     if size == 4:
         M, N, K, warps = min(row_block(rows), 64), 64, 32, 4
     elif (M := 128 if pass_ == "dw" else row_block(rows)) == 128:
-        N, K, warps = 128 if pass_ == "dact" else 256, 64, 8
+        N, K, warps = 128 if pass_ == "dact" or (able and plain) else 256, 64, 8
     elif M == 64:
         N, K, warps = 128, 64, 4
     else:
