@@ -289,3 +289,12 @@ def test_operands_whose_features_are_strided(strided):
     out, *_ = torch.ops.tv.attention(*tensors, [], [], "scale=0.25", None)
     want = (tensors[0] @ tensors[1].mT / 4).softmax(-1) @ tensors[2]
     torch.testing.assert_close(out, want)
+
+
+def test_a_list_of_unknown_length_ends_the_graph_not_the_program():
+    def by_expert(x, ids):
+        parts = x[ids.argsort()].split(torch.bincount(ids, minlength=3).tolist())
+        return torch.cat([part * k for k, part in enumerate(parts)])
+
+    x, ids = torch.randn(9, 4), torch.tensor([0, 2, 1, 1, 0, 2, 2, 0, 1])
+    assert torch.equal(torch.compile(by_expert, backend="tv")(x, ids), by_expert(x, ids))
