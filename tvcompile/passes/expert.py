@@ -49,12 +49,15 @@ class Expert:
 
 @dataclasses.dataclass(frozen=True)
 class Unit:
-    """A pre-activation: its product, row, column as a formula of f, and the bias added, if any."""
+    """A pre-activation: its product, index (None for the column), the column as a formula of f, the bias if any."""
 
     node: fx.Node
-    row: Index
+    row: tuple
     column: Expr
     bias: Expr | None
+
+    def columns(self, r: RowReader) -> Expr:
+        return r.shape(self.node)[self.row.index(None)]
 
 
 def read_expert(r: RowReader, node: fx.Node, idx: Index, term: Term, t: Expr, d: Expr) -> Expert:
@@ -71,9 +74,9 @@ def read_expert(r: RowReader, node: fx.Node, idx: Index, term: Term, t: Expr, d:
     act, layout, wholes = arranged(r, act, units, last.over, last.length, node)
     ups, sources = [], set()
     for unit in wholes:
-        columns = r.shape(unit.node)[_column_dim(r, unit)]
+        columns = unit.columns(r)
         column = r.fresh(columns, "c")
-        p = projection(r, unit.node, tuple(column if x is None else x for x in _with_column(r, unit)))
+        p = projection(r, unit.node, tuple(column if x is None else x for x in unit.row))
         ups.append(fixed(p.weight, fix, p.length, columns))
         x, at = p.x
         sources.add(token_row(r, x, tuple(map(fix, at)), r.position[unit.node], p.over, p.length, t, fix, term))
@@ -81,24 +84,13 @@ def read_expert(r: RowReader, node: fx.Node, idx: Index, term: Term, t: Expr, d:
         raise Refuse("the projections of an expert read different rows", node)
     (x, weighed) = sources.pop()
     biases = biases_of(r, units, layout, last.over, last.length, node)
-    return Expert(
-        node, x, act, layout, tuple(ups), biases, down, (node, *(u.node for u in units)), weighed
-    )  # fmt: skip
+    return Expert(node, x, act, layout, tuple(ups), biases, down, (node, *(u.node for u in units)), weighed)
 
 
 def fixed(w: Weight, fix: Fix, inputs: Expr, columns: Expr) -> Weight:
     if not (inputs.is_Integer and columns.is_Integer):
         raise Refuse("the width of an expert is not a number", w.node)
     return dataclasses.replace(w, rest=fix(w.rest), inputs=int(inputs), columns=int(columns))
-
-
-def _with_column(r: RowReader, unit: Unit) -> list:
-    """The product's index with None for its column: the last position that moves with f."""
-    return list(unit.row)
-
-
-def _column_dim(r: RowReader, unit: Unit) -> int:
-    return next(i for i, x in enumerate(unit.row) if x is None)
 
 
 def activation(r: RowReader, e: Expr, f: Expr, about: fx.Node) -> tuple[Expr, list[Unit]]:
@@ -150,7 +142,7 @@ def without_casts(e: Expr, about: fx.Node) -> Expr:
 def arranged(r: RowReader, act: Expr, units: list[Unit], f: Expr, F: Expr, about: fx.Node):
     """(act, layout, the units whose products are read): one product in halves or alternating, or one per unit."""
     columns = [sympy.expand(u.column) for u in units]
-    widths = [r.shape(u.node)[_column_dim(r, u)] for u in units]
+    widths = [u.columns(r) for u in units]
     if len(units) == 1 and columns == [f] and widths == [F]:
         return act, "plain", units
     if len(units) == 2 and units[0].node is units[1].node and units[0].row == units[1].row:
@@ -176,7 +168,7 @@ def biases_of(r: RowReader, units: list[Unit], layout: str, f: Expr, F: Expr, ab
         rest = sympy.expand(number - step * unit.column)
         if rest.has(f) or not step.is_Integer:
             raise Refuse("a bias is read at other columns than its projection", about)
-        found.append(Weight(node, rest, 0, int(step), 1, int(r.shape(unit.node)[_column_dim(r, unit)])))
+        found.append(Weight(node, rest, 0, int(step), 1, int(unit.columns(r))))
     if layout in ("chunk", "interleave"):
         if found[0] != found[1]:
             raise Refuse("the halves of a projection have different biases", about)

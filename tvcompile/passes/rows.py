@@ -35,8 +35,7 @@ class RowReader(Reader):
 
     def _read(self, node: fx.Node, idx: Index) -> Expr:
         if node.op == "call_function" and isinstance(node.meta.get("val"), torch.Tensor):
-            floating = node.meta["val"].dtype.is_floating_point
-            if floating and self.trains and not self.grad[node]:
+            if self._cut(node):
                 return self.leaf(node, idx)
             rule = ROWS.get(self.name(node))
             formula = rule(self, self.arguments(node), node, idx) if rule else None
@@ -53,7 +52,15 @@ class RowReader(Reader):
         named = self.masks.setdefault((formula, shape), mask)
         return IntCall("nth", Str(named.name), sympy.Integer(coordinate), row)
 
+    def _cut(self, node: fx.Node) -> bool:
+        """Does no gradient flow through a node, though the graph trains?"""
+        val = node.meta.get("val")
+        floating = isinstance(val, torch.Tensor) and val.dtype.is_floating_point
+        return floating and self.trains and not self.grad[node]
+
     def step(self, node: fx.Node, idx: Index):
+        if self._cut(node):
+            return None
         if node.op == "call_function" and self.name(node) == "index" and (mask := mask_of(node)) is not None:
             return self.arguments(node)["self"], masked_index(self, node, mask, idx)
         return super().step(node, idx)
