@@ -54,7 +54,7 @@ def test_attention_and_experts_are_fused_in_one_graph_and_right(case, record_pro
     check(case, STRICT, record_property)
 
 
-@pytest.mark.parametrize("case", THROUGH_INDUCTOR, ids=str)
+@pytest.mark.parametrize("case", THROUGH_INDUCTOR[TURN % 2 :: 2], ids=str)
 def test_the_same_through_inductor(case, record_property):
     check(case, INDUCTOR, record_property)
 

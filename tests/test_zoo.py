@@ -66,7 +66,7 @@ def test_every_attention_is_fused_and_right(case, record_property):
     check(case, STRICT, record_property)
 
 
-@pytest.mark.parametrize("case", THROUGH_INDUCTOR, ids=str)
+@pytest.mark.parametrize("case", THROUGH_INDUCTOR[TURN % 2 :: 2], ids=str)
 def test_the_same_through_inductor(case, record_property):
     check(case, INDUCTOR, record_property)
 

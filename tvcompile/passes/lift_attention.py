@@ -61,11 +61,14 @@ def lift_attention(graph: fx.Graph) -> tuple[list[Match], list[Refusal]]:
 
 
 def routes(r: Reader, softmax: fx.Node) -> bool:
-    """Is a softmax a router's: places are chosen by it, or it is over chosen scores?"""
+    """Is a softmax a router's: places are chosen by it or its scores were, and they are no dot products?"""
     chosen = ("topk", "argmax", "max", "sort")
     source = softmax.all_input_nodes[0]
     taken = source.all_input_nodes[0] if source.op == "call_function" and r.name(source) == "getitem" else source
-    return any(r.name(n) in chosen for n in (*softmax.users, taken) if n.op == "call_function")
+    if not any(r.name(n) in chosen for n in (*softmax.users, taken) if n.op == "call_function"):
+        return False
+    scores = r.read(source, tuple(r.fresh(n, "z") for n in r.shape(source)), r.position[softmax])
+    return not any(E.op_of(x) == "dot" for x in E.walk(scores))
 
 
 def anchors(r: Reader, graph: fx.Graph):
