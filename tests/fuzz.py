@@ -21,6 +21,7 @@ import torch
 from tests import fuzz_parts as parts, harness
 from tests.spellings.base import MAKERS
 
+LEAST_FUSED = 0.6  # of the programs of one slice that are no near misses
 DTYPES = {"float32": 8, "bfloat16": 2, "float16": 1}
 
 
@@ -74,6 +75,15 @@ class Tally:
             f"{self.near_misses_fused} of {self.near_misses} near-misses fused, "
             f"{len(self.failures)} failures, {self.invalid} not valid in eager"
         )
+
+
+def assert_right(tally: Tally, at_most: int) -> None:
+    """Nothing failed, nearly all of up to `at_most` programs were valid, and most that were meant to be fused are."""
+    print(tally)
+    assert not tally.failures, "\n\n".join([str(tally), *tally.failures])
+    assert tally.invalid <= 0.1 * at_most
+    fused = (tally.fused - tally.near_misses_fused) / max(tally.programs - tally.near_misses, 1)
+    assert fused >= LEAST_FUSED or tally.programs < at_most / 2, str(tally)
 
 
 def generate(seed: int) -> Program:

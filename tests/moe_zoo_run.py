@@ -5,16 +5,14 @@ from __future__ import annotations
 import argparse
 import time
 import traceback
-import warnings
 from collections import Counter
 
 import torch
-import transformers
 
 import tvcompile
 from tests.harness import STRICT
 from tests.moe_zoo import ENTRIES, FUSABLE, MoeEntry, cases, counts, expected
-from tests.zoo_run import INDUCTOR, Case, Result, measure, run, to
+from tests.zoo_run import INDUCTOR, Case, Result, measure, run, table, to
 
 PRODUCTS = ("grouped_mm", "bmm", "index_add")
 
@@ -72,20 +70,4 @@ def attempt(case: Case, options: argparse.Namespace) -> tuple[str, str]:
 
 def main(argv: list[str], entries: tuple[MoeEntry, ...] = ENTRIES) -> int:
     """Prints the table; the exit status is 1 if anything is wrong or not fused."""
-    parser = argparse.ArgumentParser(prog="python -m tests.moe_zoo")
-    parser.add_argument("names", nargs="*")
-    for flag in ("full", "inductor", "census", "verbose"):
-        parser.add_argument(f"--{flag}", action="store_true")
-    parser.add_argument("--case", help="only cases whose id contains this")
-    options = parser.parse_args(argv)
-    warnings.simplefilter("ignore")
-    transformers.logging.set_verbosity_error()
-    chosen = [e for e in entries if not options.names or e.name in options.names]
-    todo = [c for e in chosen for c in cases(e, options.full) if (options.case or "") in str(c)]
-    tally: Counter = Counter()
-    for case in todo:
-        line, verdict = attempt(case, options)
-        tally[verdict] += 1
-        print(line, flush=True)
-    print(f"{len(todo)} cases of {len(chosen)} classes: {dict(tally)}")
-    return int(tally.keys() != {"ok"})
+    return table("tests.moe_zoo", argv, entries, cases, attempt)

@@ -7,22 +7,17 @@ import os
 
 import pytest
 
-from tests import moe_fuzz
+from tests import fuzz, moe_fuzz
 
 PROGRAMS = int(os.environ.get("TV_MOE_FUZZ_PROGRAMS", "200"))
 SLICE = 25
-LEAST_FUSED = 0.6
 
 
 @pytest.mark.parametrize("first", range(0, PROGRAMS, SLICE))
 def test_programs_are_refused_or_right(first, record_property):
     tally = moe_fuzz.run(range(first, min(first + SLICE, PROGRAMS)))
     record_property("fuzz", str(tally))
-    print(tally)
-    assert not tally.failures, "\n\n".join([str(tally), *tally.failures])
-    assert tally.invalid <= 0.1 * SLICE
-    fused = (tally.fused - tally.near_misses_fused) / max(tally.programs - tally.near_misses, 1)
-    assert fused >= LEAST_FUSED or tally.programs < SLICE / 2, str(tally)
+    fuzz.assert_right(tally, SLICE)
 
 
 def test_a_seed_gives_one_program():

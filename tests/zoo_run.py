@@ -10,6 +10,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -225,7 +226,12 @@ def cases(entry: Entry, full: bool) -> list[Case]:
 
 def main(argv: list[str], entries: tuple[Entry, ...]) -> int:
     """Prints the table; the exit status is 1 if anything is wrong or not fused."""
-    parser = argparse.ArgumentParser(prog="python -m tests.zoo")
+    return table("tests.zoo", argv, entries, cases, attempt)
+
+
+def table(module: str, argv: list[str], entries: Sequence[Any], cases: Callable, attempt: Callable) -> int:
+    """Prints a line for every case of the entries that the arguments name; 1 unless all are "ok"."""
+    parser = argparse.ArgumentParser(prog=f"python -m {module}")
     parser.add_argument("names", nargs="*")
     for flag in ("full", "inductor", "census", "verbose"):
         parser.add_argument(f"--{flag}", action="store_true")

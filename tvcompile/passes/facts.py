@@ -1,9 +1,13 @@
-"""What holds for a graph as a whole."""
+"""What holds for a graph as a whole, and which of its nodes lie between others."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import fx
+
+from .read import Reader
 
 
 class Facts:
@@ -20,3 +24,21 @@ class Facts:
     def saves(self, anchor: fx.Node) -> bool:
         """May a backward pass follow the anchor?"""
         return self.training and self.grad[anchor]
+
+
+def between(r: Reader, starts: Sequence[fx.Node], anchor: fx.Node) -> list[fx.Node]:
+    """Nodes on a way from one of `starts` to `anchor`, both included, in graph order."""
+    last = r.position[anchor]
+    forward, queue = set(starts), list(starts)
+    while queue:
+        for user in queue.pop().users:
+            if user not in forward and r.position.get(user, last + 1) <= last:
+                forward.add(user)
+                queue.append(user)
+    backward, queue = {anchor}, [anchor]
+    while queue:
+        for source in queue.pop().all_input_nodes:
+            if source in forward and source not in backward:
+                backward.add(source)
+                queue.append(source)
+    return sorted(backward, key=r.position.__getitem__)

@@ -21,7 +21,7 @@ from ..spec import Match, Refusal, Refuse, where_of
 from .atoms import ATOMS
 from .bind import Sketch, bind
 from .contraction import contraction
-from .facts import Facts
+from .facts import Facts, between
 from .masking import Masks, split_scale
 from .movement import MOVEMENT, SPLITS
 from .pointwise import POINTWISE
@@ -44,7 +44,7 @@ def lift_attention(graph: fx.Graph) -> tuple[list[Match], list[Refusal]]:
             match = lift_sdpa(r, facts, anchor) if start is None else lift_product(r, facts, anchor, start)
         except (Refuse, Unreadable) as refusal:
             place = getattr(refusal, "node", None) or anchor
-            softmax = next((n for n in between(r, start, anchor) if r.name(n) in SOFTMAX), None) if start else anchor
+            softmax = next((n for n in between(r, [start], anchor) if r.name(n) in SOFTMAX), None) if start else anchor
             if softmax is not None or isinstance(refusal, NotASoftmax):
                 about = softmax or anchor
                 refusals.setdefault(about, Refusal(str(about.target), str(refusal), where_of(place)))
@@ -107,32 +107,14 @@ def reached(r: Reader, dot: fx.Node) -> list[fx.Node]:
     return result
 
 
-def between(r: Reader, start: fx.Node, anchor: fx.Node) -> list[fx.Node]:
-    """Nodes on a way from `start` to `anchor`, both included, in graph order."""
-    last = r.position[anchor]
-    forward, queue = {start}, [start]
-    while queue:
-        for user in queue.pop().users:
-            if user not in forward and r.position.get(user, last + 1) <= last:
-                forward.add(user)
-                queue.append(user)
-    backward, queue = {anchor}, [anchor]
-    while queue:
-        for source in queue.pop().all_input_nodes:
-            if source in forward and source not in backward:
-                backward.add(source)
-                queue.append(source)
-    return sorted(backward, key=r.position.__getitem__)
-
-
 def check_region(r: Reader, facts: Facts, start: fx.Node, anchor: fx.Node) -> tuple[fx.Node, ...]:
     """The region from the dot product to the anchor, proven to serve the anchor alone."""
-    region = between(r, start, anchor)
+    region = between(r, [start], anchor)
     inside = set(region)
     for node in region[:-1]:
         for user in node.users:
             if user not in inside:
-                what = "probabilities" if any(r.name(n) in SOFTMAX for n in between(r, start, node)) else "scores"
+                what = "probabilities" if any(r.name(n) in SOFTMAX for n in between(r, [start], node)) else "scores"
                 how = "used elsewhere too, " + ("as a result" if user.op == "output" else f"at {where_of(user)}")
                 raise Refuse(f"the {what} are {how}", node)
         if facts.grad[node] != facts.grad[anchor]:

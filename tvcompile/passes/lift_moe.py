@@ -21,7 +21,7 @@ from ..moe_spec import MoESpec
 from ..spec import Choices, MoEMatch, Refusal, Refuse, Weights, where_of
 from .cones import MOVES, computed, cones, followers, looks_routed
 from .expert import stacked
-from .facts import Facts
+from .facts import Facts, between
 from .movement import unravel
 from .parts import Column, add_biases, base_of_sum, check_whole, in_columns, part_of
 from .projections import Weight, in_range
@@ -158,28 +158,16 @@ def weights_of(r: RowReader, c: Column) -> tuple[tuple[Weights, ...], ...]:
 
 def check_region(r: RowReader, facts: Facts, anchor: fx.Node, products: list[fx.Node]) -> tuple[fx.Node, ...]:
     """The nodes between the first projections and the anchor, proven to serve the anchor alone."""
-    last = r.position[anchor]
-    forward, queue = set(products), list(products)
-    while queue:
-        for user in queue.pop().users:
-            if user not in forward and r.position.get(user, last + 1) <= last:
-                forward.add(user)
-                queue.append(user)
-    backward, queue = {anchor}, [anchor]
-    while queue:
-        for source in queue.pop().all_input_nodes:
-            if source in forward and source not in backward:
-                backward.add(source)
-                queue.append(source)
-    region = tuple(sorted(backward, key=r.position.__getitem__))
+    region = between(r, products, anchor)
+    inside = set(region)
     for node in region[:-1]:
         for user in node.users:
-            if user not in backward and isinstance(node.meta.get("val"), torch.Tensor) and _observes(user):
+            if user not in inside and isinstance(node.meta.get("val"), torch.Tensor) and _observes(user):
                 where = "as a result" if user.op == "output" else f"at {where_of(user)}"
                 raise Refuse(f"what an expert computes is used elsewhere too, {where}", node)
         if facts.grad[node] != facts.grad[anchor]:
             raise Refuse("gradient mode changes between the experts and the sum of their results", node)
-    return region
+    return tuple(region)
 
 
 def _observes(user: fx.Node) -> bool:
