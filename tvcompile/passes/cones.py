@@ -14,7 +14,7 @@ from torch import fx
 from .atoms import ATOM_RULES
 from .movement import MOVEMENT, SPLITS
 from .pointwise import POINTWISE
-from .rows import GROUPED, RowReader
+from .rows import GROUPED, RowReader, is_zeros
 from .sums import THROUGH
 from .terms_of import CASTS
 
@@ -100,11 +100,7 @@ def _reached(r: RowReader, last: fx.Node, owner: dict, lasts: set[fx.Node]) -> s
 
 def _wide(r: RowReader, x: fx.Node, n: fx.Node) -> bool:
     """Is x as large as n, and no zeros?"""
-    return isinstance(x.meta.get("val"), torch.Tensor) and r.shape(x) == r.shape(n) and not _zeros(x)
-
-
-def _zeros(x: fx.Node) -> bool:
-    return "zeros" in str(x.target)
+    return isinstance(x.meta.get("val"), torch.Tensor) and r.shape(x) == r.shape(n) and not is_zeros(r, x)
 
 
 def routed(r: RowReader, cone: set[fx.Node], ends: set[fx.Node]) -> bool:

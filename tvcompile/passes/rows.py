@@ -66,6 +66,10 @@ class RowReader(Reader):
         return super().step(node, idx)
 
 
+def is_zeros(r: Reader, node: fx.Node) -> bool:
+    return node.op == "call_function" and r.name(node) in ("zeros", "zeros_like", "new_zeros")
+
+
 def mask_of(node: fx.Node) -> fx.Node | None:
     """The mask of `x[mask]`, where it is the only index."""
     indices = [i for i in node.args[1] if i is not None]

@@ -17,7 +17,7 @@ from ..expr import Expr
 from ..spec import Refuse
 from .contraction import contraction, letters
 from .movement import Index
-from .rows import RowReader, over, settle
+from .rows import RowReader, is_zeros, over, settle
 
 CASTS = ("to", "_to_copy", "type_as", "float", "half")
 
@@ -78,7 +78,7 @@ def lazily(r: RowReader, node: fx.Node, idx: Index, at: int, d: Expr | None = No
     while not r.changed(node, at) and (moved := r.step(node, idx)) is not None:
         at = r.position[node]
         node, idx = moved
-    if d is not None and E.mentions(sympy.Tuple(*idx), d) and "zeros" not in str(node.target):
+    if d is not None and E.mentions(sympy.Tuple(*idx), d) and not is_zeros(r, node):
         return r.leaf(node, idx, at)
     opened = r.read(node, idx, at)
     if opened in (E.TRUE, E.FALSE) or E.constant(opened) is not None or chooses(r, opened):
