@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 from tests.moe_impostors.base import ANY, Loop, Sorted, impostor
 from tests.moe_spellings.base import Block, H, T
-from tests.moe_spellings.capacity import Capacity
+from tests.moe_spellings.capacity import Capacity, GShard
 
 
 @impostor(None)
@@ -245,3 +245,39 @@ class RepeatedTheOtherWay(Sorted):
         ids_g, perm = torch.sort(ids.reshape(-1))
         y = self.rows(x.repeat(self.top, 1)[perm], ids_g, self.offsets(ids_g)) * w.reshape(-1)[perm][:, None]
         return self.back(y, perm).view(-1, self.top, x.shape[-1]).sum(1)
+
+
+@impostor(ANY)
+class SecondChoicesOnTopOfFirst(GShard):
+    """Second choices begin at place 0 again: a place holds two tokens, added up."""
+
+    router = "argmax_twice"
+
+    def taken(self, mask1):
+        return torch.zeros_like(mask1[:1])
+
+
+@impostor(ANY)
+class SecondChoicesAfterTheWrongOnes(GShard):
+    """What is added to the places of second choices is not how many first ones there are."""
+
+    router = "argmax_twice"
+
+    def taken(self, mask1):
+        return torch.sum(mask1.roll(1, 1), dim=0, keepdim=True)
+
+
+@impostor(None)
+class IdsOfTheFirstTokensOnly(Loop):
+    """The last tokens have no ids and get nothing."""
+
+    def hits(self, ids, e):
+        return torch.where(ids[:-3] == e)
+
+
+@impostor(ANY)
+class WeighedByRank(Loop):
+    """The weight is that of a row's rank among the expert's rows, not of its pair."""
+
+    def weight(self, w, token, k):
+        return w.flatten()[: token.shape[0]]

@@ -50,17 +50,37 @@ class SwitchEinsum(Capacity):
         return torch.einsum("tec,ech->th", dispatch * w.unsqueeze(-1), self.places(rows))
 
 
+@moe(router="top1", kind="relu")
+@moe(router="top1", kind="gelu", bias=True, capacity=3)
+class SwitchSlicedOneHot(Capacity):
+    """Pairs without a place get one beyond the last, which is cut off."""
+
+    top = 1
+
+    def experts(self, x, ids, w):
+        mask, C = F.one_hot(ids.squeeze(-1), self.count), self.capacity
+        place = (torch.cumsum(mask, dim=0) * mask).sum(dim=-1) - 1
+        where = F.one_hot(place.clamp(max=C), C + 1)[:, :C]
+        dispatch = (mask.unsqueeze(-1) * where.unsqueeze(1)).to(x.dtype)
+        rows = torch.einsum("tec,th->ech", dispatch, x)
+        return torch.einsum("tec,ech->th", dispatch * w.unsqueeze(-1), self.places(rows))
+
+
 @moe(router="argmax_twice", kind="relu")
 @moe(router="argmax_twice", order="oi", layout="separate")
 @moe(router="renormalised", capacity=4, kind="gelu", bias=True)
 class GShard(Capacity):
     """DeepSpeed's top-2 gating: locations by cumsum, second choices after all first ones."""
 
+    def taken(self, mask1):
+        """Places of every expert that first choices ask for."""
+        return torch.sum(mask1, dim=0, keepdim=True)
+
     def experts(self, x, ids, w):
         mask1, mask2 = F.one_hot(ids[:, 0], self.count), F.one_hot(ids[:, 1], self.count)
         locations1 = torch.cumsum(mask1, dim=0) - 1
         locations2 = torch.cumsum(mask2, dim=0) - 1
-        locations2 = locations2 + torch.sum(mask1, dim=0, keepdim=True)
+        locations2 = locations2 + self.taken(mask1)
         mask1 = mask1 * torch.lt(locations1, self.capacity)
         mask2 = mask2 * torch.lt(locations2, self.capacity)
         place1, place2 = torch.sum(locations1 * mask1, dim=1), torch.sum(locations2 * mask2, dim=1)

@@ -88,6 +88,8 @@ def _place(r: RowReader, alt: Term, outer: Term, about: fx.Node) -> tuple[Expr, 
             break
     else:
         raise Refuse(NOT_ALONE, about)
+    if E.op_of(place) in ("clamp_max", "min") and E.at_most(r.ranges[c], E.operands(place)[1]):
+        place = E.operands(place)[0]  # min(x, n) = c < n is x = c
     place = opened(r, E.substitute(place, {e: ids}), ids, known)
     sums = [x for x in place.atoms(IntCall) if E.op_of(x) == "cumsum"]
     for x in sums:
