@@ -16,10 +16,11 @@ from torch import Tensor
 
 from tests import fake_cuda
 from tests.gpu_program import lines
-from tools import machine_code
-from tools.cross_compile import Launch, compile_launch, expert_launches
+from tvcompile.arch import Device
 from tvcompile.kernels import moe  # noqa: F401  it registers the op
-from tvcompile.tuning.moe import Ask, choose
+from tvcompile.tuning import choose, machine_code
+from tvcompile.tuning.cross_compile import Launch, compile_launch, expert_launches
+from tvcompile.tuning.moe import Ask
 
 K, E = 6, 64
 SILU = "act = g*sigmoid(g)*u; layout="
@@ -28,9 +29,16 @@ SILU = "act = g*sigmoid(g)*u; layout="
 def cases(arch: str) -> Iterator[tuple[str, Launch]]:
     """Launches by name: a layer of 64 experts of 1408 features, 6 of them for each of 4096 tokens or of 64."""
 
+    device = Device.typical(arch)
+
     def found(T: int, backward: bool, spec: str = SILU + "chunk", nth: int = 0, **how) -> dict[str, list[Launch]]:
         return expert_launches(
-            lambda pass_: choose(Ask(arch, pass_, 2, T * K // E))[nth], torch.bfloat16, spec, backward, T=T, **how
+            lambda pass_: choose(Ask(device, pass_, "bfloat16", T * K // E))[nth].config,
+            torch.bfloat16,
+            spec,
+            backward,
+            T=T,
+            **how,
         )
 
     for T, backward, skipped in ((4096, False, ""), (4096, True, "experts_combine"), (64, False, "experts_combine")):
@@ -38,7 +46,7 @@ def cases(arch: str) -> Iterator[tuple[str, Launch]]:
             title = f"{name} T={T}" + " backward" * backward
             yield from ((title, launch) for launch in made if name != skipped)
     # What takes the place of a config that fails its check on a GPU.
-    if len(choose(Ask(arch, "up", 2, T * K // E))) > 1:
+    if len(choose(Ask(device, "up", "bfloat16", T * K // E))) > 1:
         yield "experts_up plain", found(4096, False, nth=-1)["experts_up"][0]
         yield "experts_outer plain", found(4096, True, nth=-1)["experts_outer"][0]
     # What reads the weights by other ways.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tests import fake_cuda
 from tests.gpu_zoo import launches
-from tools import machine_code
+from tvcompile.tuning import machine_code
 
 
 def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

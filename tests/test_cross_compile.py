@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("triton", reason="no Triton beside this PyTorch")
 
 from tools.kernels import cases
-from tvcompile.tuning import SHARED
+from tvcompile.arch import SHARED
 
 ROOT = Path(__file__).resolve().parent.parent
 TENSOR_CORE = {"sm90": "HGMMA", "sm100": "UTCHMMA"}

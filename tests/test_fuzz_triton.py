@@ -25,8 +25,9 @@ from tvcompile.kernels.problem import Given, Kernel, Need, Problem
 triton = pytest.importorskip("triton", reason="no Triton beside this PyTorch")
 
 from tests.test_kernels_triton import kernel  # noqa: E402
+from tvcompile.arch import Device  # noqa: E402
 from tvcompile.kernels import blocks, flash  # noqa: E402
-from tvcompile.tuning import Config, few_rows  # noqa: E402
+from tvcompile.tuning.attention import Config, few_rows  # noqa: E402
 
 SLICES, SEEDS, SERVED = 16, 50, 19  # a slice goes through its seeds until Triton has served so many
 DTYPES = (torch.float32, torch.float16)  # the interpreter's bfloat16 is wrong
@@ -82,7 +83,7 @@ def varied(seed: int, tally: Tally) -> Kernel:
     few = dataclasses.replace(fwd, packed=True, splits=splits) if packed else fwd
 
     def supports(need: Need) -> str | None:
-        reason = flash.supports(dataclasses.replace(need, arch="sm90"))
+        reason = flash.supports(dataclasses.replace(need, device=Device.typical("sm90")))
         tally.refused += [reason] * (reason is not None)
         return reason
 

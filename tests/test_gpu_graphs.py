@@ -19,7 +19,9 @@ pytest.importorskip("triton", reason="no Triton beside this PyTorch")
 
 from tests.harness import TURN
 from tests.zoo import ENTRIES
-from tvcompile.tuning import Ask, choose
+from tvcompile.arch import Device
+from tvcompile.tuning import choose
+from tvcompile.tuning.attention import Ask
 
 ROOT = Path(__file__).resolve().parent.parent
 ARCHS = ("sm80", "sm86", "sm90", "sm100", "sm120")
@@ -166,9 +168,10 @@ def test_what_inductor_writes_compiles_from_its_text_alone(shown):
 
 @pytest.mark.parametrize("arch", ["sm75", "sm70", "gfx90a"])
 def test_an_architecture_without_configs_is_refused(arch):
-    assert choose(Ask(arch, "fwd", 2, 64)) == []
+    assert choose(Ask(Device.typical(arch), "fwd", "bfloat16")) == ()
 
 
 @pytest.mark.parametrize("arch, family", [("sm103", "sm100"), ("sm121", "sm120"), ("sm87", "sm86")])
 def test_a_newer_member_of_a_family_gets_its_configs(arch, family):
-    assert choose(Ask(arch, "fwd", 2, 64)) == choose(Ask(family, "fwd", 2, 64))
+    found, known = (choose(Ask(Device.typical(a), "fwd", "bfloat16")) for a in (arch, family))
+    assert [c.config for c in found] == [c.config for c in known] and f"fallback from {family}" in found[0].source

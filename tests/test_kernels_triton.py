@@ -10,7 +10,7 @@ import torch
 from tests.harness import TURN
 from tests.kernel_cases import H_KV, SHAPES, SPECS, B, D, H, captures_of, compare, results
 from tvcompile import expr as E, syntax
-from tvcompile.arch import arch_of
+from tvcompile.arch import Device
 from tvcompile.kernels import mods
 from tvcompile.kernels.attention import attention_ref
 from tvcompile.kernels.problem import Given, Gradients, Kernel, Need, Problem
@@ -19,7 +19,9 @@ triton = pytest.importorskip("triton", reason="no Triton beside this PyTorch")
 
 from tvcompile.kernels import data as data_, flash, mint  # noqa: E402
 from tvcompile.kernels.blocks import count_runs, next_run  # noqa: E402
-from tvcompile.tuning import Ask, Config, choose  # noqa: E402
+from tvcompile.spec import AttentionSpec  # noqa: E402
+from tvcompile.tuning import choose  # noqa: E402
+from tvcompile.tuning.attention import Ask, Config, work_of  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -48,7 +50,7 @@ def kernel(*configs: Config) -> Kernel:
         )
 
     def supports(need: Need) -> None:
-        reason = flash.supports(dataclasses.replace(need, arch="sm90"))
+        reason = flash.supports(dataclasses.replace(need, device=Device.typical("sm90")))
         assert reason is None, reason
 
     return Kernel("triton", "cuda", supports, run, back)
@@ -287,11 +289,12 @@ def test_few_rows_take_the_heads_of_a_group_together_and_share_out_the_keys(spec
 def test_the_chosen_configs_are_right_on_this_gpu(spec, dtype, shape):
     few = shape[0] == 3
     passes = ("decode" if few else "fwd", "dq", "dkdv")
-    arch = arch_of(torch.device("cuda"))
+    device, work = Device.of(torch.device("cuda")), work_of(AttentionSpec.parse(spec))
     # One row stands for the few that a whole group has.
-    found = [choose(Ask(arch, x, dtype.itemsize, D, rows=shape[0] * H // H_KV, keys=777, units=8)) for x in passes]
+    rows = shape[0] * H // H_KV
+    found = [choose(Ask(device, x, str(dtype)[6:], D, D, work, rows, keys=777)) for x in passes]
     if not all(found):
-        pytest.skip(f"no configs for {arch}")
+        pytest.skip(f"no configs for {device.arch}")
     forward, *backward = (choices[0].config for choices in found)
     if "dropout" in spec:
         forward = dataclasses.replace(forward, splits=1)

@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("triton", reason="no Triton beside this PyTorch")
 
 from tests.harness import TURN
-from tvcompile.tuning import SHARED
+from tvcompile.arch import SHARED
 
 ROOT = Path(__file__).resolve().parent.parent
 # Warp instructions per MFLOP of the up projection for many tokens, as measured; the best peers: 425, 400, 256, 58, 412.

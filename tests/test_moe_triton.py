@@ -11,6 +11,7 @@ from tvcompile.moe_spec import MoESpec
 
 pytest.importorskip("triton", reason="no Triton beside this PyTorch")
 
+from tvcompile.arch import Device
 from tvcompile.kernels import moe_triton
 from tvcompile.kernels.routing import Schedule
 from tvcompile.tuning.moe import Config, formula, row_block
@@ -193,7 +194,7 @@ def test_a_schedule_gives_every_row_to_one_program():
 
 def test_what_is_not_served_is_said():
     def reason(spec="act = u", dtype=torch.bfloat16, arch="sm90", **more):
-        return moe_triton.supports(ExpertNeed(MoESpec.parse(spec), dtype, arch=arch, **more))
+        return moe_triton.supports(ExpertNeed(MoESpec.parse(spec), dtype, device=Device.typical(arch), **more))
 
     assert reason() is None and reason(SPECS["interleave"], backward=True) is None
     assert "no configs for sm75" in reason(arch="sm75")
@@ -204,4 +205,4 @@ def test_what_is_not_served_is_said():
 
 def test_configs_follow_the_rows_of_an_expert():
     assert [row_block(m) for m in (1, 6, 12, 40, 100, 5000)] == [16, 16, 32, 64, 128, 128]
-    assert formula("sm90", "up", 2, 6).BLOCK_M == 16
+    assert formula(Device.typical("sm90"), "up", 2, 6).BLOCK_M == 16

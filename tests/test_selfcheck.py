@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import warnings
 
@@ -11,10 +10,12 @@ import torch
 
 pytest.importorskip("triton", reason="no Triton beside this PyTorch")
 
+from tvcompile.arch import Device
 from tvcompile.kernels import flash, moe_triton, selfcheck
 from tvcompile.kernels.experts import ExpertNeed
 from tvcompile.moe_spec import MoESpec
-from tvcompile.tuning import PASSES, Choice, Config, moe
+from tvcompile.tuning import Choice, moe
+from tvcompile.tuning.attention import PASSES, Config
 
 CPU = torch.device("cpu")
 SMALL = Config(64, 64, 4, 2)
@@ -65,7 +66,7 @@ def machine(monkeypatch, tmp_path):
     selfcheck._verdict.cache_clear()
 
 
-CHOICES = [Choice(Config(64, 64, 4, 2), "table"), Choice(Config(32, 64, 4, 2, splits=5), "formula")]
+CHOICES = (Choice(Config(64, 64, 4, 2), "table"), Choice(Config(32, 64, 4, 2, splits=5), "formula"))
 
 
 def ask(choices=CHOICES):
@@ -91,7 +92,7 @@ def test_a_verdict_is_kept_for_the_next_process(machine):
 
 def test_nothing_is_left_where_all_fail(machine):
     with pytest.warns(UserWarning):
-        assert ask(CHOICES[:1]) == []
+        assert ask(CHOICES[:1]) == ()
 
 
 def test_it_can_be_switched_off(machine):
@@ -121,7 +122,7 @@ def test_wrong_kernels_of_experts_are_told(monkeypatch):
 
 def test_experts_take_plain_configs_where_the_best_fail(monkeypatch):
     monkeypatch.setattr(selfcheck, "experts_right", lambda configs, *how: not configs[0].descriptors)
-    need = ExpertNeed(MoESpec(), torch.bfloat16)
-    assert not moe_triton.working("sm90", torch.bfloat16, 128, need)("up").descriptors
+    need = ExpertNeed(MoESpec(), torch.bfloat16, device=Device.typical("sm90"))
+    assert not moe_triton.working(need)("up").descriptors
     monkeypatch.setattr(selfcheck, "experts_right", lambda *how: False)
-    assert moe_triton.supports(dataclasses.replace(need, arch="sm90")) == "its check failed on this GPU"
+    assert moe_triton.supports(need) == "its check failed on this GPU"

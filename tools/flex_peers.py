@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-import machine_code
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from tvcompile.tuning import machine_code
 
 B, HEADS, KV_HEADS, S, BLOCK = 2, 16, 4, 4096, 128
 SM_COUNT = {"sm80": 108, "sm86": 84, "sm89": 128, "sm90": 132, "sm100": 148, "sm120": 170}  # decides decode's splits

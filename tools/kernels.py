@@ -26,7 +26,8 @@ Case = tuple[str, str, int, int]  # arch, pass, bytes of an element, features
 
 def cases(archs: list[str] | None = None, sizes: tuple[int, ...] = (2,)) -> Iterator[Case]:
     """Everything that a config can be asked for, up to the widths that share one."""
-    from tvcompile.tuning import PASSES, SHARED, WIDTHS
+    from tvcompile.arch import SHARED
+    from tvcompile.tuning.attention import PASSES, WIDTHS
 
     for arch in archs or SHARED:
         for size in sizes:
@@ -35,10 +36,13 @@ def cases(archs: list[str] | None = None, sizes: tuple[int, ...] = (2,)) -> Iter
 
 def measure(case: Case) -> dict[str, Any]:
     """The config that is chosen for a case, and its machine code; of a decode also for the most rows that are few."""
-    from tvcompile.tuning import Ask, choose, few_rows
+    from tvcompile.arch import Device
+    from tvcompile.tuning import choose
+    from tvcompile.tuning.attention import Ask, few_rows
 
     arch, pass_, size, width = case
-    ask = Ask(arch, pass_, size, width, rows=4 if pass_ == "decode" else 4096, keys=4096, programs=8, units=100)
+    dtype, rows = "bfloat16" if size == 2 else "float32", 4 if pass_ == "decode" else 4096
+    ask = Ask(Device.typical(arch, units=100), pass_, dtype, width, width, "causal", rows, 4096, programs=8)
     row = measure_config(case, choose(ask)[0].config, choose(ask)[0].source)
     if pass_ == "decode":
         many = measure_config(case, choose(dataclasses.replace(ask, rows=few_rows(width)))[0].config)
@@ -49,8 +53,8 @@ def measure(case: Case) -> dict[str, Any]:
 def measure_config(case: Case, config: Any, source: str = "", spec: str | None = None) -> dict[str, Any]:
     import torch
 
-    from tools import machine_code
-    from tools.cross_compile import SPEC, compile_launch, launches
+    from tvcompile.tuning import machine_code
+    from tvcompile.tuning.cross_compile import SPEC, compile_launch, launches
 
     arch, pass_, size, width = case
     dtype = torch.bfloat16 if size == 2 else torch.float32

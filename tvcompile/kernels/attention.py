@@ -28,7 +28,7 @@ from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.export._trace import custom_triton_ops_decomposition_disabled
 
 from .. import expr as E
-from ..arch import arch_of
+from ..arch import Device
 from ..spec import AttentionSpec
 from . import KERNELS, mods
 from .dropout import keep_weights
@@ -88,19 +88,20 @@ def _mask(x: Tensor, keep: Tensor, kept: Tensor, empty: str) -> Tensor:
 @functools.lru_cache(maxsize=4096)
 def choose(need: Need) -> Kernel:
     """The first kernel that serves. Raises NotImplementedError with every kernel's reason if none does."""
-    reasons, device = [], "cpu" if need.arch == "cpu" else "cuda" if need.arch[:2] in ("sm", "gf") else need.arch
+    reasons, arch = [], need.device.arch
+    device = "cuda" if arch[:2] in ("sm", "gf") else arch
     for kernel in KERNELS:
         here = kernel.device == device
         reason = kernel.supports(need) if here else f"runs on {kernel.device}"
         if reason is None:
             return kernel
         reasons.append(f"{kernel.name}: {reason}")
-    raise NotImplementedError(f"no kernel for `{need.spec}` on {need.arch}: " + "; ".join(reasons))
+    raise NotImplementedError(f"no kernel for `{need.spec}` on {arch}: " + "; ".join(reasons))
 
 
 def _kernel(p: Problem, wanted: tuple[str, ...] | None) -> Kernel:
     sizes = (hint(p.scores), hint(p.k.shape[2]))
-    return choose(Need(p.spec, p.q.dtype, wanted, *sizes, p.features, arch_of(p.q.device)))
+    return choose(Need(p.spec, p.q.dtype, wanted, *sizes, p.features, Device.of(p.q.device)))
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor) -> None:

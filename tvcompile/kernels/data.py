@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .. import bounds, expr as E
 from ..derive import derivative
-from ..tuning import Config
+from ..tuning.attention import Config
 from . import blocks
 from .mint import mint, mint_gradients, mint_kinds
 from .problem import Problem

@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ..arch import Device
 from ..expr import Expr
 from ..moe_spec import MoESpec
 from . import mods
@@ -146,7 +147,7 @@ class ExpertGradients:
 
 @dataclasses.dataclass(frozen=True)
 class ExpertNeed:
-    """What a kernel is asked: spec, dtype of x and the weights, sizes (0 where not known), arch, backward or not."""
+    """What a kernel is asked: spec, dtype of x and the weights, sizes (0 where not known), device, backward or not."""
 
     spec: MoESpec
     dtype: torch.dtype
@@ -156,7 +157,7 @@ class ExpertNeed:
     experts: int = 0
     features: tuple[int, int, int] = (0, 0, 0)
     stacked: bool = True
-    arch: str = "cpu"
+    device: Device = Device("cpu")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,6 @@ made by tensor operations before the launch; layers that share a mask share them
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from typing import Any
 
@@ -20,9 +19,10 @@ import triton
 from torch import Tensor
 
 from .. import bounds, expr as E
-from ..arch import arch_of, units_of
+from ..arch import Device
 from ..derive import derivative
-from ..tuning import PASSES, Ask, Choice, Config, choose, few_rows
+from ..tuning import Choice, choose
+from ..tuning.attention import PASSES, Ask, Config, few_rows, work_of
 from . import mods
 from .data import arguments
 from .flash_bwd import attention_dkdv, attention_dq
@@ -47,9 +47,10 @@ def supports(need: Need) -> str | None:
 
 def _unconfigured(need: Need) -> str | None:
     for pass_ in PASSES:
-        found = choose(Ask(need.arch, pass_, need.dtype.itemsize, max(need.features)))
+        dtype = str(need.dtype)[6:]
+        found = choose(Ask(need.device, pass_, dtype, *need.features, work_of(need.spec)))
         if not found:
-            return f"no configs for {need.arch}"
+            return f"no configs for {need.device.arch}"
         if max(need.features) and not working(found, pass_, need.dtype, need.features):
             return f"no config of {pass_} passed its check on this GPU"
     return None
@@ -68,18 +69,17 @@ def _underivable(score: E.Expr) -> str | None:
 # Configs
 
 
-def choices(p: Problem, pass_: str) -> list[Choice]:
+def choices(p: Problem, pass_: str) -> tuple[Choice, ...]:
     """The configs of a pass (fwd, dq, dkdv), best first."""
     B, H_kv, S_kv, _ = p.k.shape
     D = max(p.features)
-    rows = hint(p.q.shape[2]) * p.group
+    rows = hint(p.q.shape[2]) * hint(p.group)
     few = pass_ == "fwd" and 0 < rows <= few_rows(D)
-    ask = Ask(arch_of(p.q.device), "decode" if few else pass_, p.q.dtype.itemsize, D, rows)
+    device, dtype, keys = Device.of(p.q.device), str(p.q.dtype)[6:], hint(S_kv)
     if few:
         # Dropped weights are drawn where whole rows are, so that one program sees each row.
         keys = 0 if p.spec.dropout else visible(p)
-        programs = hint(B * H_kv)
-        ask = dataclasses.replace(ask, keys=keys, programs=programs, units=units_of(p.q.device))
+    ask = Ask(device, "decode" if few else pass_, dtype, *p.features, work_of(p.spec), rows, keys, hint(B * H_kv))
     return working(choose(ask), ask.pass_, p.q.dtype, p.features)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 
-from ..arch import arch_of
+from ..arch import Device
 from . import MOE_KERNELS
 from .attention import LIB, opened
 from .experts import ExpertKernel, ExpertNeed, Experts, Wanted
@@ -32,19 +32,20 @@ LIB.define(
 @functools.lru_cache(maxsize=4096)
 def choose(need: ExpertNeed) -> ExpertKernel:
     """The first kernel that serves. Raises NotImplementedError with every kernel's reason if none does."""
-    reasons, device = [], "cpu" if need.arch == "cpu" else "cuda"
+    reasons, arch = [], need.device.arch
+    device = "cpu" if arch == "cpu" else "cuda"
     for kernel in MOE_KERNELS:
         reason = kernel.supports(need) if kernel.device == device else f"runs on {kernel.device}"
         if reason is None:
             return kernel
         reasons.append(f"{kernel.name}: {reason}")
-    raise NotImplementedError(f"no kernel for `{need.spec}` on {need.arch}: " + "; ".join(reasons))
+    raise NotImplementedError(f"no kernel for `{need.spec}` on {arch}: " + "; ".join(reasons))
 
 
 def _kernel(p: Experts, backward: bool) -> ExpertKernel:
     T, K = map(hint, p.ids.shape)
-    arch = arch_of(p.x.device)
-    return choose(ExpertNeed(p.spec, p.x.dtype, backward, T, K, p.count, p.features, p.stacked, arch))
+    device = Device.of(p.x.device)
+    return choose(ExpertNeed(p.spec, p.x.dtype, backward, T, K, p.count, p.features, p.stacked, device))
 
 
 def _forward(x, ids, weights, up, down, up_bias, down_bias, spec, save):

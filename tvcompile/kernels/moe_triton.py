@@ -19,9 +19,10 @@ import triton
 from torch import Tensor
 
 from .. import expr as E
-from ..arch import arch_of
+from ..arch import Device
 from ..derive import derivative
-from ..tuning.moe import PASSES, Ask, Config, choose
+from ..tuning import choose
+from ..tuning.moe import PASSES, Ask, Config
 from . import selfcheck
 from .experts import ExpertGradients, ExpertKernel, ExpertNeed, Experts, Routing, Wanted
 from .grouped import experts_combine, experts_rows, experts_up
@@ -40,14 +41,14 @@ Configs = Callable[[str], Config]
 def supports(need: ExpertNeed) -> str | None:
     if need.dtype not in DTYPES:
         return f"no {str(need.dtype)[6:]}"
-    if not choose(Ask(need.arch, PASSES[0], need.dtype.itemsize)):
-        return f"no configs for {need.arch}"
+    if not choose(asks(need)[0]):
+        return f"no configs for {need.device.arch}"
     if not need.stacked and need.experts > MOST_LISTED:
         return f"{need.experts} experts that are tensors of their own, {MOST_LISTED} at most"
     if need.spec.out == "float64":
         return "no float64"
     reason = unprintable(need.spec.act) or (_underivable(need.spec.act) if need.backward else None)
-    if reason is None and working(need.arch, need.dtype, _rows(need.tokens, need.top, need.experts), need) is None:
+    if reason is None and working(need) is None:
         return "its check failed on this GPU"
     return reason
 
@@ -59,24 +60,30 @@ def _underivable(act: E.Expr) -> str | None:
         return str(error)
 
 
-def _rows(tokens: int, top: int, experts: int) -> int:
-    """Rows of an expert on average, 0 if not known."""
-    return tokens * top // max(experts, 1)
+def asks(need: ExpertNeed) -> list[Ask]:
+    """What the config of each pass is for, in the order of PASSES."""
+    H, F, H_out = need.features
+    rows = need.tokens * need.top // max(need.experts, 1)
+    wide = F * (1 if need.spec.layout == "separate" else need.spec.parts)  # columns of one tensor of an expert
+    sizes = {"up": (wide, H), "down": (H_out, F), "dact": (F, H_out), "dx": (H, wide), "dw": (wide, H)}
+    dtype = str(need.dtype)[6:]
+    return [Ask(need.device, pass_, dtype, rows, need.experts, *sizes[pass_], need.top) for pass_ in PASSES]
 
 
-def working(arch: str, dtype: torch.dtype, rows: int, need: ExpertNeed) -> Configs | None:
+def working(need: ExpertNeed) -> Configs | None:
     """The config of each pass, the best that were right on this GPU once; None if none were."""
-    asked = [choose(Ask(arch, pass_, dtype.itemsize, rows)) for pass_ in PASSES]
-    for configs in ([found[0] for found in asked], [found[-1] for found in asked]):
-        if selfcheck.experts_right(tuple(configs), need.spec.layout, not need.stacked, dtype):
+    asked = [choose(ask) for ask in asks(need)]
+    for configs in ([found[0].config for found in asked], [found[-1].config for found in asked]):
+        if selfcheck.experts_right(tuple(configs), need.spec.layout, not need.stacked, need.dtype):
             return dict(zip(PASSES, configs)).__getitem__
     return None
 
 
 def chosen(p: Experts) -> Configs:
     """The config of each pass. Raises NotImplementedError where none was right on this GPU."""
-    rows = _rows(hint(p.ids.shape[0]), hint(p.ids.shape[1]), p.count)
-    found = working(arch_of(p.x.device), p.x.dtype, rows, ExpertNeed(p.spec, p.x.dtype, stacked=p.stacked))
+    T, K = map(hint, p.ids.shape)
+    device = Device.of(p.x.device)
+    found = working(ExpertNeed(p.spec, p.x.dtype, False, T, K, p.count, p.features, p.stacked, device))
     if found is None:
         raise NotImplementedError("tv::moe: no config of the kernels was right on this GPU")
     return found

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ..arch import Device
 from ..spec import AttentionSpec
 from .mods import Scope
 
@@ -139,7 +140,7 @@ class Need:
 
     wanted  None: forward; in backward the captures that need a gradient
     scores  about B*H*S_q*S_kv, 0 if not known; keys: S_kv
-    features  (D, D_v); arch: `cpu`, `sm90`, ...
+    features  (D, D_v); device: which GPU, or the CPU
     """
 
     spec: AttentionSpec
@@ -148,7 +149,7 @@ class Need:
     scores: int = 0
     keys: int = 0
     features: tuple[int, int] = (0, 0)
-    arch: str = "cpu"
+    device: Device = Device("cpu")
 
 
 @dataclasses.dataclass(frozen=True)

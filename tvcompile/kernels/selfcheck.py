@@ -22,7 +22,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..options import cache_folder
-from ..tuning import Choice, Config, moe
+from ..tuning import Choice, moe
+from ..tuning.attention import Config
 from .problem import Given, Problem
 
 SPEC = "scale=0.125; keep = kv <= q & q - kv < 200; empty=zero"
@@ -40,14 +41,14 @@ def only_if(wanted: bool) -> Iterator[None]:
         enabled.reset(token)
 
 
-def working(choices: list[Choice], pass_: str, dtype: torch.dtype, widths: tuple[int, int]) -> list[Choice]:
+def working(choices: tuple[Choice, ...], pass_: str, dtype: torch.dtype, widths: tuple[int, int]) -> tuple[Choice, ...]:
     """The choices that compute the right thing on the current GPU: all of them where nothing is to be checked."""
     if not enabled.get() or not torch.cuda.is_available():
         return choices
     for i, choice in enumerate(choices):
         if _verdict(dataclasses.replace(choice.config, splits=1), pass_, dtype, widths):
             return choices[i:]
-    return []
+    return ()
 
 
 @functools.lru_cache(maxsize=1024)

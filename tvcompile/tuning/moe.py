@@ -1,6 +1,6 @@
 """Which Config a product of tv::moe gets, by a closed formula of the architecture and the rows of an expert.
 
-    choose(Ask("sm90", "up", 2, rows=384))[0] -> Config(128, 256, 64, 8, 3, descriptors=True)
+    choose(Ask(Device.typical("sm90"), "up", "bfloat16", rows=384))[0] -> Config(128, 256, 64, 8, 3, descriptors=True)
 
 BLOCK_M   follows the rows m that an expert has on average, T*K / E: it is streamed through the weights once
 BLOCK_N   with few rows, what a program reads of the weights at a time; else what fills the registers with sums
@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from . import SHARED, family
+from ..arch import Device, family
+from . import ask
 
 PASSES = ("up", "down", "dact", "dx", "dw")
 
@@ -40,26 +41,36 @@ class Config:
 
 
 @dataclasses.dataclass(frozen=True)
-class Ask:
-    """arch: sm90, ...   pass_: one of PASSES   size: bytes of an element   rows: of an expert, 0 if unknown"""
+class Ask(ask.Ask):
+    """What a config is for.
 
-    arch: str
-    pass_: str
-    size: int
+    pass_    one of PASSES; rows: of an expert on average, 0 if not known
+    E, N, K  experts, columns of the result and length of the sums; top: experts per token; 0 if not known
+    """
+
+    op = "moe"
+    answer = Config
+
     rows: int = 0
+    E: int = 0
+    N: int = 0
+    K: int = 0
+    top: int = 0
+
+    @property
+    def problem(self) -> str:
+        return f"E={self.E} N={self.N} K={self.K} top={self.top} M{ask.bucket(self.rows)}"
+
+    def formula(self) -> list[Config]:
+        """The best, and the plainest, by pointers alone."""
+        if self.arch is None:
+            return []
+        return [formula(self.device, self.pass_, self.size, self.rows or 128, plain) for plain in (False, True)]
 
 
-def choose(ask: Ask) -> list[Config]:
-    """Configs, the best first, the plainest last; none for an architecture without any."""
-    arch = family(ask.arch)
-    if arch is None:
-        return []
-    found = [formula(arch, ask.pass_, ask.size, ask.rows or 128, plain) for plain in (False, True)]
-    return list(dict.fromkeys(found))
-
-
-def formula(arch: str, pass_: str, size: int, rows: int, plain: bool = False) -> Config:
+def formula(device: Device, pass_: str, size: int, rows: int, plain: bool = False) -> Config:
     """plain: by pointers alone, where the best takes descriptors; 256 columns would spill then."""
+    arch = family(device.arch)
     able = size == 2 and arch in ("sm90", "sm100")
     described = able and not plain
     if size == 4:
@@ -72,7 +83,7 @@ def formula(arch: str, pass_: str, size: int, rows: int, plain: bool = False) ->
         N, K, warps = 128, 128, 4
     # Blackwell's tensor cores take tiles of 128 rows from shared memory and give their sums to memory of their own.
     apart = described and arch == "sm100" and M == 128 and pass_ != "dw"
-    return Config(M, N, K, warps, stages(arch, (M + N) * K * size, pass_ == "dw"), described, apart)
+    return Config(M, N, K, warps, stages(device, (M + N) * K * size, pass_ == "dw"), described, apart)
 
 
 def row_block(m: int) -> int:
@@ -86,10 +97,10 @@ def _power(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def stages(arch: str, tiles: int, chained: bool) -> int:
+def stages(device: Device, tiles: int, chained: bool) -> int:
     """num_stages for tiles of so many bytes; chained: the loop also loads which rows it takes, a stage before them."""
-    if arch.startswith("gfx"):
+    if device.arch.startswith("gfx"):
         return 2
-    spare = 0 if arch in ("sm90", "sm100") else 1  # before sm90 one of the tiles lies in registers
-    held = min(4, (SHARED[arch] - 1) * 1024 // tiles + spare)
+    spare = 0 if family(device.arch) in ("sm90", "sm100") else 1  # before sm90 one of the tiles lies in registers
+    held = min(4, (device.shared - 1024) // tiles + spare)
     return max(2, 2 * held - 1 if chained else held)

@@ -10,7 +10,6 @@ from unittest import mock
 import torch
 
 SPEC = "scale=0.088; keep = kv <= q"
-SHARED = {"sm80": 163, "sm86": 99, "sm89": 99, "sm90": 227, "sm100": 227, "sm120": 99, "gfx942": 64, "gfx950": 160}
 TYPES = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
@@ -36,8 +35,8 @@ class Launch:
 
 def launches(pass_: str, config: Any, dtype: torch.dtype, D: int, D_v: int, spec: str = SPEC, **sizes) -> list[Launch]:
     """What a pass (fwd, dq, dkdv, decode) launches; sizes: B H H_kv S_q S_kv."""
-    from tvcompile.kernels import flash
-    from tvcompile.kernels.problem import Given, Problem
+    from ..kernels import flash
+    from ..kernels.problem import Given, Problem
 
     n = {"B": 2, "H": 16, "H_kv": 4, "S_q": 1 if pass_ == "decode" else 4096, "S_kv": 4096} | sizes
 
@@ -69,9 +68,9 @@ def expert_launches(
 
     sizes: T K E H F H_out.
     """
-    from tvcompile.kernels import moe_triton
-    from tvcompile.kernels.experts import Experts, Wanted
-    from tvcompile.moe_spec import MoESpec
+    from ..kernels import moe_triton
+    from ..kernels.experts import Experts, Wanted
+    from ..moe_spec import MoESpec
 
     n = {"T": 4096, "K": 6, "E": 64, "H": 2048, "F": 1408, "H_out": 2048} | sizes
 
@@ -105,8 +104,8 @@ def compile_launch(launch: Launch, arch: str) -> Any:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from tvcompile.kernels import blocks
-    from tvcompile.kernels.launch import entry_of
+    from ..kernels import blocks
+    from ..kernels.launch import entry_of
 
     constants_ = dict(launch.constants)
     if "SAME" in constants_:

@@ -1,0 +1,133 @@
+"""What the config of an attention kernel is asked for, the closed formula, and what a search may try.
+
+Ask(Device.of(q.device), "fwd", "bfloat16", 128, 128, work_of(spec), rows=4096, keys=4096)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+from .. import expr as E
+from ..spec import AttentionSpec
+from . import ask
+
+PASSES = ("fwd", "dq", "dkdv", "decode")
+WIDTHS = (64, 128, 256)  # features of a head that rows are made for
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """How an attention kernel is tiled.
+
+    BLOCK_M, BLOCK_N   rows of q and kv positions of a block
+    num_warps          warps of a program; num_stages: blocks of the moving side in flight
+    descriptors        whether K and V come through tensor descriptors (TMA)
+    specialize         whether loads, products and softmax of the loop over FULL blocks run in warps of their own
+    hoist              whether that loop may keep what does not change in registers
+    packed             whether a program takes the q heads of a group together; splits: programs that share its kv
+    """
+
+    BLOCK_M: int
+    BLOCK_N: int
+    num_warps: int
+    num_stages: int
+    descriptors: bool = False
+    specialize: bool = False
+    hoist: bool = True
+    packed: bool = False
+    splits: int = 1
+
+    def __post_init__(self) -> None:
+        if any(n & (n - 1) or n < 16 for n in (self.BLOCK_M, self.BLOCK_N)):
+            raise ValueError(f"blocks have a power of two of rows, at least 16: {self}")
+
+    @property
+    def merge(self) -> Config:
+        """How the results of splits are added up."""
+        return Config(16, 64, 4, 1)
+
+
+def few_rows(width: int) -> int:
+    """Up to so many rows of a group of heads are decoded together: their sums fit the registers of four warps."""
+    return 64 if width <= 128 else 32
+
+
+@functools.lru_cache(maxsize=1024)
+def work_of(spec: AttentionSpec) -> str:
+    """What a kernel does besides its products, as far as it may change the choice: a mask's class and what is edited.
+
+    mask    full | causal | window (each row sees a bounded range) | data (it loads captures) | mask
+    edits   +score a formula of s, +bias it loads captures, +dropout, +sink, +mean rows without keys average
+    """
+    keep = spec.keep
+    if keep == E.TRUE:
+        mask = "full"
+    elif E.loads(keep):
+        mask = "data"
+    elif keep == E.le(E.KV, E.Q):
+        mask = "causal"
+    else:
+        mask = "mask"
+    bias = "+bias" if E.loads(spec.score) else "+score" if spec.score != E.S else ""
+    edits = [bias, "+dropout" * bool(spec.dropout), "+sink" * (spec.sink is not None)]
+    return mask + "".join(edits) + "+mean" * (spec.empty in ("mean", "mean_cut"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Ask(ask.Ask):
+    """What a config is for.
+
+    pass_     one of PASSES; D, D_v: features of k and of v; work: see work_of
+    rows      of q that one program could take; keys: kv positions that a row sees at most; 0 if not known
+    programs  how many there are besides splits
+    """
+
+    op = "attention"
+    answer = Config
+
+    D: int = 64
+    D_v: int = 64
+    work: str = "causal"
+    rows: int = 0
+    keys: int = 0
+    programs: int = 1
+
+    @property
+    def width(self) -> int:
+        """The width class of its heads; 0 if they are wider than any."""
+        return next((w for w in WIDTHS if max(self.D, self.D_v) <= w), 0)
+
+    @property
+    def problem(self) -> str:
+        return f"D={self.D} D_v={self.D_v} {self.work} M{ask.bucket(self.rows)} N{ask.bucket(self.keys)}"
+
+    def fitted(self, config: Config) -> Config:
+        """For decoding no more rows than there are, and as many splits as keep the GPU busy."""
+        if self.pass_ != "decode":
+            return config
+        M = min(few_rows(self.width), max(16, 1 << (max(1, self.rows) - 1).bit_length()))
+        # More rows, fewer keys at a time: as many scores as the row of the table was made for.
+        config = dataclasses.replace(config, BLOCK_N=max(16, config.BLOCK_N * config.BLOCK_M // M))
+        # Two programs per multiprocessor, each with four blocks at least.
+        splits = min(math.ceil(2 * self.device.units / max(1, self.programs)), self.keys // (4 * config.BLOCK_N), 128)
+        return dataclasses.replace(config, BLOCK_M=M, packed=True, splits=max(1, splits))
+
+    def formula(self) -> list[Config]:
+        if self.arch is None or not self.width:
+            return []
+        return [formula(self.device.shared, self.pass_, self.size, self.width)]
+
+
+def formula(shared: int, pass_: str, size: int, width: int) -> Config:
+    """A config that fits everywhere: the block that stays takes half of a 64 KiB register file's accumulators, the
+    moving blocks a third of shared memory."""
+    if pass_ == "decode":
+        return Config(16, 64 if size * width <= 256 else 32 if size * width <= 512 else 16, 4, 2, packed=True)
+    stays = 64 if width * size <= 256 else 32 if width * size <= 512 else 16
+    moves = 64
+    while moves > 16 and (moves * width * size * 2 > shared // 3 or size == 4):
+        moves //= 2
+    M, N = (moves, stays) if pass_ == "dkdv" else (stays, moves)
+    return Config(M, N, 4, 2 if size == 2 else 1)
