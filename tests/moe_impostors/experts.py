@@ -61,6 +61,26 @@ class DropoutInExperts(Loop):
 
 
 @impostor(ANY)
+class HiddenScaledByItsToken(Masked):
+    """A factor of the token before a nonlinearity: no function of gate and up."""
+
+    def one(self, x, e):
+        g, u = self.linear(x, "up", e).chunk(2, -1)
+        return self.linear(F.silu(g * x[:, :1]) * u, "down", e)
+
+
+@impostor(ANY)
+class HalvesHaveBiasesOfTheirOwn(Masked):
+    def __init__(self):
+        super().__init__()
+        self.b_g, self.b_u = (nn.Parameter(torch.randn(self.count, FF) / 2) for _ in range(2))
+
+    def one(self, x, e):
+        g, u = self.linear(x, "up", e).chunk(2, -1)
+        return self.linear(F.silu(g + self.b_g[e]) * (u + self.b_u[e]), "down", e)
+
+
+@impostor(ANY)
 class NormAcrossTokensInside(Loop):
     def one(self, rows, e):
         pre = self.linear(rows, "up", e)

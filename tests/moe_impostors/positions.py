@@ -65,6 +65,27 @@ class HistcWithOneBinTooMany(Sorted):
         return counts.cumsum(0, dtype=torch.int32)
 
 
+@impostor(ANY)
+class HistcFromMinusOne(Sorted):
+    """Every id is counted, one bin later; the last two share theirs."""
+
+    def offsets(self, ids_g):
+        counts = torch.histc(ids_g.float(), bins=self.count, min=-1, max=self.count - 1)
+        return counts.cumsum(0, dtype=torch.int32)
+
+
+@impostor(ANY)
+class OffsetsOfOtherIds(Sorted):
+    """Rows are sorted by the router's ids, the offsets count those of another ranking."""
+
+    def experts(self, x, ids, w):
+        self.others = x[:, : self.count].topk(self.top).indices
+        return super().experts(x, ids, w)
+
+    def offsets(self, ids_g):
+        return super().offsets(self.others.reshape(-1).sort().values)
+
+
 @impostor(None)
 class PermutationNotInverted(Sorted):
     def back(self, y, perm):

@@ -33,10 +33,9 @@ def placed_row(
     sources, places = set(), []
     for alt in alternatives:
         (other,) = alt.bound
-        rows = [x for x in alt.factors if E.mentions(x, h)]
-        if len(rows) != 1 or E.op_of(rows[0]) != "load" or alt.links:
+        if len(alt.factors) != 1 or E.op_of(alt.factors[0]) != "load" or alt.links:
             raise Refuse("the rows of an expert are no dispatched tokens", about)
-        name, *idx = E.operands(rows[0])
+        name, *idx = E.operands(alt.factors[0])
         node = r.nodes[name.name[1:]]
         if sympy.expand(number_of(r, node, tuple(idx)) - (other * length + h)) != 0 or r.ranges[other] != r.ranges.get(
             t, 1

@@ -1,0 +1,73 @@
+"""Places of experts that hold another token, none, or more than one."""
+
+import torch
+import torch.nn.functional as F
+
+from tests.moe_impostors.base import ANY, impostor
+from tests.moe_spellings.capacity import Capacity
+
+
+class Switch(Capacity):
+    """Dispatch and combine tensors [T,E,C], in parts."""
+
+    top, router, kind = 1, "top1", "relu"
+
+    def experts(self, x, ids, w):
+        mask = F.one_hot(ids.squeeze(-1), self.count)
+        place = (torch.cumsum(self.counted(mask), dim=0) * mask).sum(dim=-1) - 1
+        mask = mask * (place < self.capacity).unsqueeze(-1)
+        where = F.one_hot(place.clamp(min=0, max=self.capacity - 1), self.capacity)
+        combine = (mask.unsqueeze(-1) * where.unsqueeze(1)).to(x.dtype)
+        rows = torch.einsum("tec,th->ech", self.sent(combine, x, w), x)
+        return torch.einsum("tec,ech->th", self.returned(combine) * w.unsqueeze(-1), self.places(rows))
+
+    def counted(self, mask):
+        return mask
+
+    def sent(self, combine, x, w):
+        return combine
+
+    def returned(self, combine):
+        return combine
+
+
+@impostor(ANY)
+class PlacesByOtherTokens(Switch):
+    """The running sum counts each token under its neighbour's expert: two may have one place."""
+
+    def counted(self, mask):
+        return mask.roll(1, 0)
+
+
+@impostor(ANY)
+class PlacesByHalfTheTokens(Switch):
+    def counted(self, mask):
+        return mask * (torch.arange(mask.shape[0]) % 2)[:, None]
+
+
+@impostor(ANY)
+class LightTokensAreNotSent(Switch):
+    """They read a place that holds zeros."""
+
+    def sent(self, combine, x, w):
+        return combine * (w > 0.4).unsqueeze(-1)
+
+
+@impostor(ANY)
+class TokensAreScaledAsTheyAreSent(Switch):
+    kind = "gelu"
+
+    def sent(self, combine, x, w):
+        return combine * x[:, :1].unsqueeze(-1)
+
+
+@impostor(ANY)
+class ReadsTheNextPlace(Switch):
+    def returned(self, combine):
+        return combine.roll(1, 2)
+
+
+@impostor(ANY)
+class SentWhereAnotherFactorIsNotZero(Switch):
+    def sent(self, combine, x, w):
+        return ((combine * torch.relu(x[:, :1, None])) != 0).to(x.dtype)
