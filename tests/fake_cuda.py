@@ -37,9 +37,10 @@ from torch.fx.experimental import proxy_tensor
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree, _triton
 
-from tvcompile.backend import hand_off, placeholders_of, rewrite, tracing_context
+from tvcompile.backend import hand_off, placeholders_of, rewrite
 from tvcompile.kernels import selfcheck
 from tvcompile.report import GraphRecord
+from tvcompile.tracing import tracing_context
 
 DEVICES = {  # name, multiprocessors, KiB of shared memory a block can have, threads per multiprocessor
     "sm80": ("NVIDIA A100-SXM4-80GB", 108, 163, 2048),

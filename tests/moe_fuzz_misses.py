@@ -5,7 +5,24 @@ from __future__ import annotations
 import random
 import re
 
+ANY_VALUE = r"(?m)^( +)((x|w|h|y|g|u|r|rows|ys|c|dense|dispatch|combine|slots|where|kept|out) = .*)$"
 NEAR_MISSES: dict[str, tuple[str, str]] = {
+    "a value scaled": (ANY_VALUE, r"\1\2\n\1\3 = \3 * 1.25"),
+    "a value shifted": (ANY_VALUE, r"\1\2\n\1\3 = \3 + 0.25"),
+    "a value rolled": (ANY_VALUE, r"\1\2\n\1\3 = \3.roll(1, 0)"),
+    "a value flipped": (ANY_VALUE, r"\1\2\n\1\3 = \3.flip(-1)"),
+    "a value scaled by its rows": (
+        ANY_VALUE,
+        r"\1\2\n\1\3 = \3 * torch.linspace(0.5, 1.5, \3.shape[0], dtype=\3.dtype).view(-1, *[1] * (\3.dim() - 1))",
+    ),
+    "a value scaled by its columns": (
+        ANY_VALUE,
+        r"\1\2\n\1\3 = \3 * torch.linspace(0.5, 1.5, \3.shape[-1], dtype=\3.dtype)",
+    ),
+    "a value without its first row": (
+        ANY_VALUE,
+        r"\1\2\n\1\3 = \3 * (torch.arange(\3.shape[0]) > 0).view(-1, *[1] * (\3.dim() - 1))",
+    ),
     "skip an expert": (r"(?<!a)range\(E\)", "range(E - 1)"),
     "an expert twice": (r"(?<!a)range\(E\)", "[*range(E), 0]"),
     "weights of another expert": (r"(w_\w+)\[e\]", r"\1[(e + 1) % E]"),

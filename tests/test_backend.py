@@ -298,3 +298,31 @@ def test_a_list_of_unknown_length_ends_the_graph_not_the_program():
 
     x, ids = torch.randn(9, 4), torch.tensor([0, 2, 1, 1, 0, 2, 2, 0, 1])
     assert torch.equal(torch.compile(by_expert, backend="tv")(x, ids), by_expert(x, ids))
+
+
+def test_a_size_that_only_data_tells_breaks_the_graph_not_the_program():
+    def by_expert(x, ids):
+        out = torch.zeros_like(x)
+        for e in range(3):
+            (token,) = torch.where(ids == e)
+            rows = torch.cat(list((x[token] * e).split(2))) if len(token) else x[token]
+            out = out.index_add(0, token, rows)
+        return out
+
+    x, ids = torch.randn(9, 4), torch.tensor([0, 2, 1, 1, 0, 2, 2, 0, 1])
+    assert torch.equal(torch.compile(by_expert, backend="tv")(x, ids), by_expert(x, ids))
+
+
+def test_a_size_without_a_formula_hides_nothing_else():
+    def program(q, ids):
+        (token,) = torch.where(ids == 1)
+        h = q[0, 0, token]
+        h = F.pad(h, (0, 0, 0, 3 - h.shape[0] % 3)).view(-1, 3, 16).sum(1).repeat_interleave(3, 0)[: h.shape[0]]
+        weights = (q @ q.mT * 0.25).softmax(-1)
+        return weights @ q, q[0, 0].index_add(0, token, h @ h.new_ones(16, 16) * ids[token, None])
+
+    q, ids = torch.randn(1, 2, 9, 16), torch.tensor([0, 1, 1, 1, 0, 2, 1, 0, 1])
+    with tvcompile.collect() as report:
+        found = torch.compile(program, backend="tv", options={"tv.strict": True})(q, ids)
+    torch.testing.assert_close(found, program(q, ids))
+    assert len(report.sites) == 1

@@ -34,6 +34,7 @@ LAYERS = {
     "kernels": 2,
     "tuning": 2,
     "select": 3,
+    "tracing": 3,
     "backend": 4,
     "integrations": 4,
     "__init__": 5,

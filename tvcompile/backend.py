@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import fx
-from torch._dynamo.exc import unimplemented
-from torch._dynamo.repro.after_dynamo import WrapBackendDebug
-from torch._dynamo.variables import TensorVariable
 from torch._functorch.compile_utils import fx_graph_cse
 from torch._inductor.custom_graph_pass import CustomGraphPass
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from . import report
 from .kernels import selfcheck
@@ -26,6 +20,7 @@ from .passes.emit import compute_dtype, emit
 from .passes.verify import verify
 from .select import select, select_moe
 from .spec import Match, MoEMatch, Refusal, where_of
+from .tracing import tracing_context
 
 
 def tv(gm: fx.GraphModule, example_inputs: Sequence[Any], mode: str | None = None, options: dict | None = None):
@@ -129,40 +124,4 @@ def fallback_message(error: Exception) -> str:
     )
 
 
-@contextlib.contextmanager
-def tracing_context() -> Iterator[None]:
-    """Data-dependent shapes stay in one graph while Dynamo traces for this backend."""
-    config = torch._dynamo.config
-    before, config.capture_dynamic_output_shape_ops = config.capture_dynamic_output_shape_ops, True
-    TensorVariable.call_method = _call_method
-    try:
-        yield
-    finally:
-        config.capture_dynamic_output_shape_ops = before
-        TensorVariable.call_method = _traced_call
-
-
-_traced_call = TensorVariable.call_method
-
-
-def _call_method(self: Any, tx: Any, name: str, args: Any, kwargs: Any) -> Any:
-    """A list of unknown length ends the graph, as it does without data-dependent shapes, instead of the program."""
-    held = self.as_proxy().node.meta.get("example_value") if name == "tolist" else None
-    if isinstance(held, torch.Tensor) and any(free_unbacked_symbols(n) for n in held.shape):
-        unimplemented(
-            gb_type="tolist() of a tensor whose length depends on data",
-            context=f"call_method {self} tolist",
-            explanation="A list needs a length that is known while the program is traced.",
-            hints=["Keep the numbers in a tensor."],
-        )
-    return _traced_call(self, tx, name, args, kwargs)
-
-
-def _context_of(wrapper: Any) -> Callable:
-    """The context of the innermost backend; Dynamo itself looks only at the outermost wrapper."""
-    inner = wrapper._torchdynamo_orig_backend
-    return getattr(getattr(inner, "compiler_fn", inner), "backend_ctx_ctor", contextlib.nullcontext)
-
-
 tv.backend_ctx_ctor = tracing_context  # type: ignore[attr-defined]
-WrapBackendDebug.backend_ctx_ctor = property(_context_of)  # type: ignore[attr-defined]

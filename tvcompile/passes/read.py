@@ -301,4 +301,5 @@ def from_shape_env(e: sympy.Expr) -> Expr:
         return E.mod(*args)
     if isinstance(e, (sympy.Add, sympy.Mul, sympy.Pow)):
         return sympy.expand(e.func(*args))
-    raise Unreadable(f"the size {e} has no formula")
+    # Of a maximum, say, nothing is known but that it is the same number everywhere.
+    return sympy.Symbol(f"size[{e}]", integer=True, nonnegative=True)
