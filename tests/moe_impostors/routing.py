@@ -221,3 +221,40 @@ class WeighedInputAndBias(Llama4):
             return torch.bmm(x, weight) + bias.unsqueeze(1)
 
         return self.mlp(routed.view(self.count, -1, x.shape[-1]), product).sum(0).view(x.shape)
+
+
+@impostor(ANY)
+class ReplacedByTheLastExpert(Loop):
+    """Results are put, not added: of a token's experts the last one counts."""
+
+    def experts(self, x, ids, w):
+        out = torch.zeros_like(x)
+        for e in range(self.count):
+            token, k = torch.where(ids == e)
+            out[token] = self.expert(x[token], e) * w[token, k, None]
+        return out
+
+
+@impostor(None)
+class ReplacedByTheSecondChoice(Loop):
+    def experts(self, x, ids, w):
+        out = torch.zeros_like(x)
+        for k in range(self.top):
+            for e in range(self.count):
+                mask = ids[:, k] == e
+                out[mask] = self.expert(x[mask], e) * w[mask, k, None]
+        return out
+
+
+@impostor(ANY)
+class AddedToWhatIsReplaced(Loop):
+    """The residual is there before, and gone where a token has an expert."""
+
+    top, router = 1, "top1"
+
+    def experts(self, x, ids, w):
+        out = x.clone()
+        for e in range(self.count):
+            mask = ids[:, 0] == e
+            out[mask] = self.expert(x[mask], e) * w[mask]
+        return out
