@@ -15,7 +15,7 @@ from . import report
 from .kernels import selfcheck
 from .options import Options
 from .passes import LIFTS
-from .passes.canonicalize import canonicalize, checkpoint_bodies, placeholders_of
+from .passes.canonicalize import canonicalize, checkpoint_bodies, placeholders_of, transform_of
 from .passes.emit import compute_dtype, emit
 from .passes.verify import verify
 from .select import select, select_moe
@@ -43,11 +43,22 @@ def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], mode: str | None
     report.publish(record, ours.log)
     if ours.codegen == "none":
         return program.forward
-    return hand_off(program, example_inputs, mode, inductor)
+    try:
+        return hand_off(program, example_inputs, mode, inductor)
+    except Exception as error:
+        if ours.strict or program is gm:
+            raise
+        compiled = hand_off(gm, example_inputs, mode, inductor)  # raises too where the fault is not ours
+        warnings.warn(fallback_message(error), stacklevel=2)
+        return compiled
 
 
 def rewrite(gm: fx.GraphModule, fakes: Sequence[Any], record: report.GraphRecord) -> fx.GraphModule:
     """Dynamo's graph with every proven attention and mixture fused, or the graph itself where there is none."""
+    if (transform := transform_of(gm)) is not None:
+        why = "a graph with a function transform (vmap, grad) is left whole"
+        record.refusals.append(Refusal(transform.name, why, where_of(transform)))
+        return gm
     bodies = {body: rewrite(body, inner, record) for body, inner in checkpoint_bodies(gm)}
     with record.timed("canonicalize"):
         program, whole = canonicalize(gm, fakes, bodies)

@@ -193,7 +193,14 @@ def as_bool(e: Expr) -> Expr:
     if op_of(e) == "where":
         c, a, b = operands(e)
         return or_(and_(c, as_bool(a)), and_(not_(c), as_bool(b)))
+    if isinstance(e, sympy.Mul) and all(map(_is_digit, e.args)):
+        return and_(*map(as_bool, e.args))
     return not_(eq(e, number(0.0) if kind(e) == "float" else sympy.Integer(0)))
+
+
+def _is_digit(e: Expr) -> bool:
+    """Is an integer formula 0 or 1 everywhere, a condition as a number?"""
+    return op_of(e) == "where" and set(operands(e)[1:]) <= {sympy.Integer(0), sympy.Integer(1)}
 
 
 def as_float(e: Expr, dtype: str = "float32") -> Expr:

@@ -274,7 +274,7 @@ def where_of(node: fx.Node | None) -> str:
     """`model.py:12 in forward: p = softmax(s)`: the user's own line of a node."""
     trace = (node.meta.get("stack_trace") if node is not None else None) or ""
     lines = [line.strip() for line in trace.strip().splitlines()]
-    frames = [i for i, line in enumerate(lines) if line.startswith('File "')]
+    frames = [i for i, line in enumerate(lines) if line.startswith('File "') and "/torch/_functorch/" not in line]
     if not frames:
         return "a line that Dynamo did not record"
     i = frames[-1]

@@ -22,6 +22,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental import proxy_tensor
 from torch.utils import _pytree as pytree
 
+from .writes import functionalize_temporaries
+
 CHECKPOINTS = ("tag_activation_checkpoint",)
 
 
@@ -109,6 +111,14 @@ def _example(value):
     return value.meta["example_value"] if "example_value" in value.meta else value.meta["val"]
 
 
+def transform_of(gm: fx.GraphModule) -> fx.Node | None:
+    """Where a function transform begins: inside, a tensor is not what its shape says, and tracing would lose it."""
+    for n in gm.graph.nodes:
+        if n.op == "call_function" and getattr(n.target, "__module__", "").startswith("torch._functorch"):
+            return n
+    return None
+
+
 def checkpoint_bodies(gm: fx.GraphModule) -> list[tuple[fx.GraphModule, list]]:
     """The body of every activation checkpoint in Dynamo's graph, with its fake inputs."""
     found = []
@@ -136,9 +146,40 @@ def canonicalize(gm: fx.GraphModule, fakes: Sequence, bodies: dict) -> tuple[fx.
         values = [n.meta["val"] for n in traced.graph.find_nodes(op="placeholder")]
         _UnderAutocast(traced, fake_mode_of(values)).run(*values)
     functionalize_temporaries(traced.graph)
+    split_contractions(traced.graph)
     remove_dead_nodes(traced.graph)
     traced.recompile()
     return traced, [name for name in retrace.kept if name not in CHECKPOINTS]
+
+
+def split_contractions(graph: fx.Graph) -> None:
+    """einsum("bsef,ehf,bse->bsh", a, b, c) -> einsum("bseh,bse->bsh", einsum("bsef,ehf->bseh", a, b), c)
+
+    Two operands at a time, in the order in which ATen takes them itself.
+    """
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.einsum.default):
+        equation, tensors = node.args
+        equation = equation.replace(" ", "")
+        alike = {t.meta["val"].dtype for t in tensors} == {node.meta["val"].dtype}
+        if len(tensors) < 3 or "->" not in equation or "." in equation or not alike:
+            continue
+        left, _, out = equation.partition("->")
+        held, path = list(zip(left.split(","), tensors)), list(node.kwargs.get("path") or [])
+        with graph.inserting_before(node):
+            while len(held) > 1:
+                taken = path[:2] or [0, 1]
+                pair, rest = [held[i] for i in taken], [x for i, x in enumerate(held) if i not in taken]
+                asked = set(out).union(*(term for term, _ in rest))
+                letters = [c for c in dict.fromkeys("".join(term for term, _ in pair)) if c in asked]
+                term = "".join(letters) if rest else out
+                new = graph.call_function(
+                    node.target, (",".join(t for t, _ in pair) + f"->{term}", [x for _, x in pair])
+                )
+                new.meta = dict(node.meta)
+                new.meta["val"] = node.target(new.args[0], [x.meta["val"] for _, x in pair])
+                held, path = [*rest, (term, new)] if path else [(term, new), *rest], path[2:]
+        node.replace_all_uses_with(new)
+        graph.erase_node(node)
 
 
 def _keep_dynamo_facts(old: fx.GraphModule, new: fx.GraphModule) -> None:
@@ -202,134 +243,3 @@ def _askers(node: fx.Node) -> list[fx.Node] | None:
             found.add(user)
             queue += user.users
     return [n for n in node.graph.nodes if n in found]
-
-
-# Which nodes write, and to which memory
-
-
-def storage_of(node: fx.Node) -> int | None:
-    """Identity of the memory behind a node's tensor, or None."""
-    val = node.meta.get("val")
-    if isinstance(val, torch.Tensor) and not val.is_sparse:
-        return val.untyped_storage()._cdata
-    return None
-
-
-def written_arguments(node: fx.Node) -> list[fx.Node]:
-    """The arguments that an ATen or custom operator mutates."""
-    if node.op != "call_function" or not isinstance(node.target, OpOverload):
-        return []
-    if not node.target._schema.is_mutable:
-        return []
-    written: list[fx.Node] = []
-    for i, argument in enumerate(node.target._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            value = node.kwargs.get(argument.name, node.args[i] if i < len(node.args) else None)
-            written += [x for x in pytree.tree_leaves(value) if isinstance(x, fx.Node)]
-    return written
-
-
-def functional_form(target: OpOverload) -> OpOverload | None:
-    """aten.add_.Tensor -> aten.add.Tensor, aten.__iand__ -> aten.__and__, or None."""
-    name = target._schema.name.split("::")[1]
-    if name.startswith("__i") and name.endswith("__"):
-        plain = "__" + name[3:]
-    elif name.endswith("_") and not name.endswith("__"):
-        plain = name[:-1]
-    else:
-        return None
-    if plain == "copy":
-        return torch.ops.aten.expand_as.default  # copy itself has no derivative
-    packet = getattr(torch.ops.aten, plain, None)
-    return getattr(packet, target._overloadname, None) if packet is not None else None
-
-
-def functionalize_temporaries(graph: fx.Graph) -> None:
-    """`y = x.op_(...)` becomes `y = x.op(...)` where nobody else can see x's memory.
-
-    A write to a slice of a temporary, `x[:, :5] = True`, becomes x = slice_scatter(x, ...).
-    """
-    position = {n: i for i, n in enumerate(graph.nodes)}
-    aliases: dict[int, list[fx.Node]] = {}
-    for n in graph.nodes:
-        if (key := storage_of(n)) is not None:
-            aliases.setdefault(key, []).append(n)
-    for node in list(graph.nodes):
-        written = written_arguments(node)
-        if len(written) != 1 or written[0] is not node.args[0] or node.target.namespace != "aten":
-            continue
-        plain, x = functional_form(node.target), written[0]
-        memory = storage_of(x)
-        if plain is None or memory is None or memory != storage_of(node):
-            continue
-        group, now = aliases[memory], position[node]
-        if any(a.op in ("placeholder", "get_attr") for a in group):
-            continue
-        chain = _slices_down_to_base(x)
-        earlier = [a for a in group if a not in chain and position[a] < now]
-        if any(position[user] > now for a in earlier for user in a.users):
-            continue
-        if len(chain) > 1 and any(position[u] > now for a in chain[:-1] for u in a.users):
-            continue
-        new = _replace_in_place(graph, node, plain, x, position)
-        group.append(new)
-        if len(chain) > 1:
-            group.append(_scatter_back(graph, new, chain, position, now))
-
-
-SCATTER = {"aten::slice": torch.ops.aten.slice_scatter.default, "aten::select": torch.ops.aten.select_scatter.default}
-
-
-def _slices_down_to_base(x: fx.Node) -> list[fx.Node]:
-    """[x, what x is a slice of, ...]; [x] alone where it is no slice of a temporary."""
-    chain = [x]
-    while getattr(getattr(chain[-1].target, "_schema", None), "name", "") in SCATTER:
-        chain.append(chain[-1].args[0])
-    return chain
-
-
-def _scatter_back(graph, new: fx.Node, chain: list[fx.Node], position: dict, now: int) -> fx.Node:
-    """The base with the written slice in it; it takes the base's place from here on."""
-    base, after = chain[-1], new.next
-    for view in chain[:-1]:
-        whole = view.args[0]
-        with graph.inserting_before(after):
-            scattered = graph.call_function(SCATTER[view.target._schema.name], (whole, new, *view.args[1:]))
-        scattered.meta = dict(whole.meta)
-        position[scattered], new = now, scattered
-    for user in [u for u in base.users if position.get(u, now) > now]:
-        user.replace_input_with(base, new)
-    return new
-
-
-def _replace_in_place(graph, node: fx.Node, plain: OpOverload, x: fx.Node, position: dict) -> fx.Node:
-    val, now = node.meta["val"], position[node]
-    args = (node.args[1], x) if plain is torch.ops.aten.expand_as.default else node.args
-    with graph.inserting_before(node):
-        new = graph.call_function(plain, args, {} if args is not node.args else node.kwargs)
-        new.meta = dict(node.meta)
-        if args is not node.args and args[0].meta["val"].dtype != val.dtype:
-            new.args = (graph.call_function(torch.ops.aten.to.dtype, (args[0], val.dtype)), x)
-            new.args[0].meta = {**args[0].meta, "val": args[0].meta["val"].to(val.dtype)}
-            new.prepend(new.args[0])
-            position[new.args[0]] = now
-        computed = torch.result_type(*_promoted(node)) if plain._schema.name in _PROMOTING else val.dtype
-        if computed != val.dtype:
-            new.meta["val"] = val.to(computed)
-            cast = graph.call_function(torch.ops.aten.to.dtype, (new, val.dtype))
-            cast.meta = dict(node.meta)
-            position[new], new = now, cast
-    position[new] = now
-    node.replace_all_uses_with(new)
-    for user in [u for u in x.users if position.get(u, now) > now]:
-        user.replace_input_with(x, new)
-    graph.erase_node(node)
-    return new
-
-
-_PROMOTING = {"aten::add", "aten::sub", "aten::mul", "aten::div"}
-
-
-def _promoted(node: fx.Node) -> tuple:
-    values = (a.meta["val"] if isinstance(a, fx.Node) else a for a in node.args[:2])
-    return tuple(1.0 if isinstance(v, torch.SymFloat) else 1 if isinstance(v, torch.SymInt) else v for v in values)

@@ -144,14 +144,55 @@ def base_of_sum(r: RowReader, plain: list[Term], token: Token, d: Expr, width: E
 def in_columns(parts: list[Part]) -> list[Column]:
     columns: list[Column] = []
     for p in parts:
-        column = next((c for c in columns if c.choice == p.choice and not c.single and p.number is not None), None)
-        if column is None or any(q.number == p.number for q in column.parts):
-            columns.append(Column(p.choice, [p]))
+        for c in columns:
+            numbered = p.number is not None and not c.single and all(q.number != p.number for q in c.parts)
+            if numbered and (choice := _in_common(c, p)) is not None:
+                c.choice = choice
+                c.parts.append(p)
+                break
         else:
-            column.parts.append(p)
+            columns.append(Column(p.choice, [p]))
     for c in columns:
         c.parts.sort(key=lambda p: p.number or 0)
+        c.choice = _at_its_id(c.choice)
     return columns
+
+
+OWN = E.index("own_number")  # what stands for an expert's number in what its column has in common
+
+
+def _in_common(c: Column, p: Part) -> Chosen | None:
+    """The choice of a column and one more part, where both have the same but for their expert's own number."""
+    a, b = c.choice, p.choice
+    if (a.ids, a.k) != (b.ids, b.k) or len(a.counts) != len(b.counts) or len(a.factors) != len(b.factors):
+        return None
+    first = c.parts[0].number if len(c.parts) == 1 else None
+    try:
+        counts, factors = (
+            tuple(_generalised(x, y, first, p.number) for x, y in zip(xs, ys))
+            for xs, ys in ((a.counts, b.counts), (a.factors, b.factors))
+        )
+    except ValueError:
+        return None
+    return Chosen(a.ids, a.k, counts, factors)
+
+
+def _generalised(x: Expr, y: Expr, first: int | None, number: int | None) -> Expr:
+    """The formula that is x for expert `first` (None: x holds OWN already) and y for expert `number`."""
+    own = x == OWN if first is None else x.is_Integer and x == first
+    if own and y.is_Integer and y == number and number is not None:
+        return OWN
+    if x == y:
+        return x
+    if x.func is not y.func or len(x.args) != len(y.args) or not x.args:
+        raise ValueError("formulas of two shapes")
+    return x.func(*(_generalised(a, b, first, number) for a, b in zip(x.args, y.args)))
+
+
+def _at_its_id(c: Chosen) -> Chosen:
+    """An expert's own number is the id of the token that chose it."""
+    counts, factors = (tuple(E.substitute(e, {OWN: c.ids}) for e in es) for es in (c.counts, c.factors))
+    return Chosen(c.ids, c.k, counts, factors)
 
 
 def check_whole(r: RowReader, columns: list[Column], base: fx.Node | None, anchor: fx.Node) -> None:

@@ -21,9 +21,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from .. import expr as E
 from ..expr import Expr
-from .canonicalize import storage_of, written_arguments
 from .movement import MOVEMENT, Index
 from .pointwise import POINTWISE
+from .writes import storage_of, written_arguments
 
 
 class Unreadable(Exception):

@@ -33,6 +33,7 @@ class Token:
 def without_rows(r: RowReader, term: Term, token: Token, at: int) -> Term:
     """The same sum over positions (t, k) instead of rows."""
     term = _unmasked(r, term, at)
+    term = _joined(r, term)
     term = _unsorted(r, term)
     for _ in term.links:
         term = _solved(r, term, token)
@@ -65,6 +66,16 @@ def _unmasked(r: RowReader, term: Term, at: int) -> Term:
         term = dataclasses.replace(term.put(table, r.bounds), known=(*term.known, *table.items()))
         bound = tuple(b for b in term.bound if b != row) + tuple(x for x in places if x != 0)
         term = dataclasses.replace(term, bound=bound, guards=(*term.guards, holds))
+    return term
+
+
+def _joined(r: RowReader, term: Term) -> Term:
+    """Two summed positions that a link makes one."""
+    for link in term.links:
+        left, right = link
+        if left in term.bound and right in term.bound and r.ranges[left] == r.ranges[right]:
+            rest = tuple(x for x in term.links if x is not link)
+            return _joined(r, _bind(dataclasses.replace(term, links=rest), left, right, [], r))
     return term
 
 

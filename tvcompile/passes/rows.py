@@ -19,7 +19,7 @@ from torch import fx
 
 from .. import expr as E
 from ..expr import BoolCall, Expr, IntCall
-from .movement import Index, axis
+from .movement import Index, axis, unravel
 from .pointwise import POINTWISE
 from .read import Reader
 
@@ -44,13 +44,21 @@ class RowReader(Reader):
         return super()._read(node, idx)
 
     def nth(self, mask: fx.Node, coordinate: int, row: Expr) -> Expr:
-        """A coordinate of a place where a mask holds; masks of one formula are one mask."""
+        """A coordinate of a place where a mask holds; masks of one formula are one mask, whatever their shapes."""
         shape = self.shape(mask)
-        probe = tuple(E.index(f"place{d}_{n}") if n != 1 else sympy.Integer(0) for d, n in enumerate(shape))
-        self.ranges.update({x: n for x, n in zip(probe, shape) if n != 1})
-        formula = E.as_bool(self.read(mask, probe, self.position[mask] + 1))
-        named = self.masks.setdefault((formula, shape), mask)
-        return IntCall("nth", Str(named.name), sympy.Integer(coordinate), row)
+        size = sympy.expand(sympy.Mul(*shape))
+        place = E.index(f"place_{size}")
+        self.ranges[place] = size
+        formula = E.as_bool(self.read(mask, tuple(unravel(place, shape, self.bounds)), self.position[mask] + 1))
+        named = self.masks.setdefault((formula, size), mask)
+        known = self.shape(named)
+        if known == shape:
+            return IntCall("nth", Str(named.name), sympy.Integer(coordinate), row)
+        number = sympy.Integer(0)
+        for c, n in enumerate(known):
+            at = IntCall("nth", Str(named.name), sympy.Integer(c), row) if n != 1 else sympy.Integer(0)
+            number = number * n + at
+        return unravel(sympy.expand(number), shape, self.bounds)[coordinate]
 
     def _cut(self, node: fx.Node) -> bool:
         """Does no gradient flow through a node, though the graph trains?"""
