@@ -258,3 +258,39 @@ class AddedToWhatIsReplaced(Loop):
             mask = ids[:, 0] == e
             out[mask] = self.expert(x[mask], e) * w[mask]
         return out
+
+
+class ByColumn(Loop):
+    """Top-1, weighed by a column of the probabilities."""
+
+    top, router = 1, "top1"
+
+    def experts(self, x, ids, w):
+        out, probabilities = torch.zeros_like(x), self.gate(x).softmax(-1)
+        for e in range(self.count):
+            (token,) = torch.where(ids[:, 0] == e)
+            out = out.index_add(0, token, self.expert(x[token], e) * probabilities[token, self.column(e), None])
+        return out
+
+
+@impostor(None)
+class ColumnOfTheNextExpert(ByColumn):
+    def column(self, e):
+        return (e + 1) % self.count
+
+
+@impostor(None)
+class OneColumnForAll(ByColumn):
+    def column(self, e):
+        return 1
+
+
+@impostor(ANY)
+class KeptByAnotherRule(Loop):
+    """One expert of four has room for more tokens."""
+
+    top, router = 1, "top1"
+
+    def hits(self, ids, e):
+        hits = ids == e
+        return torch.where(hits & (hits.cumsum(0) <= (7 if e == 2 else 3)))

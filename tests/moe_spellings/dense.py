@@ -170,3 +170,15 @@ class SoftmaxOfScattered(Block):
         routing = torch.full_like(logits, float("-inf")).scatter(-1, ids, best).softmax(dim=-1)
         ys = torch.stack([self.expert(flat, e) for e in range(self.count)], dim=1)
         return torch.einsum("te,teh->th", routing, ys).view(x.shape)
+
+
+@moe()
+@moe(kind="gelu", order="oi")
+class EinsumOfThree(Block):
+    """The combine is in the last product."""
+
+    def experts(self, x, ids, w):
+        gates = (F.one_hot(ids, self.count).to(w.dtype) * w.unsqueeze(-1)).sum(-2)
+        up, down = ("eio", "efh") if self.order == "io" else ("eoi", "ehf")
+        h = self.activate(torch.einsum(f"ti,{up}->teo", x, self.w_up))
+        return torch.einsum(f"tef,{down},te->th", h, self.w_down, gates)

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from tests.moe_spellings.base import Block, moe
+from tests.moe_spellings.base import B, Block, S, moe
 
 
 @moe()
@@ -180,6 +180,8 @@ class ThreeDims(Block):
         return out
 
 
+@moe(three=True)
+@moe(three=True, kind="gelu", bias=True, router="top1", top=1)
 class ThreeDimsBoolean(Block):
     def experts(self, x, ids, w):
         out, flat, flat_out = torch.zeros_like(x), x.view(-1, x.shape[-1]), None
@@ -191,6 +193,8 @@ class ThreeDimsBoolean(Block):
         return out
 
 
+@moe(kind="relu", bias=True)
+@moe(layout="separate", order="oi")
 class MakeMoe(Block):
     """A tutorial's: softmax over scattered logits, masks [B,S], flat masks for the rows."""
 
@@ -208,3 +212,68 @@ class MakeMoe(Block):
             scores = flat_gating[rows, e].unsqueeze(1)
             out[mask] += (self.expert(flat[rows], e) * scores).squeeze(1)
         return out
+
+
+@moe(router="topk_softmax", three=True)
+@moe(three=True, kind="gelu", bias=True)
+class IndexAddThroughAView(Block):
+    """Results added to a flat view of what is returned."""
+
+    def experts(self, x, ids, w):
+        out, flat = torch.zeros_like(x), x.view(-1, x.shape[-1])
+        flat_out, ids, w = out.view(-1, x.shape[-1]), ids.flatten(0, 1), w.flatten(0, 1)
+        for e in range(self.count):
+            token, k = torch.where(ids == e)
+            flat_out.index_add_(0, token, self.expert(flat[token], e) * w[token, k, None])
+        return out
+
+
+@moe(router="top1", top=1, kind="relu", three=True)
+@moe(router="top1", top=1, three=True, order="oi", layout="separate")
+class SwitchLoop(Block):
+    """Switch of transformers: a mask [B,S,E] that drops what exceeds an expert's capacity in a sequence."""
+
+    def kept(self, ids):
+        mask = F.one_hot(ids.squeeze(-1), self.count)
+        return mask * (torch.cumsum(mask, dim=-2) <= 2)
+
+    def coefficients(self, x):
+        w, ids = self.route(x.view(B, S, -1))
+        w = w * (self.kept(ids).sum(-1, keepdim=True) > 0)
+        return torch.zeros(x.shape[0], self.count, dtype=w.dtype).scatter_add(1, ids.flatten(0, 1), w.flatten(0, 1))
+
+    def experts(self, x, ids, w):
+        mask, out = self.kept(ids).bool(), torch.zeros_like(x)
+        for e in range(self.count):
+            out[mask[:, :, e]] = self.expert(x[mask[:, :, e]], e)
+        return out * w
+
+
+@moe(kind="gelu", top=1)
+@moe(order="oi", layout="separate", top=1)
+class WeighedByItsColumn(Block):
+    """Top-1: the weight is read from the probabilities at the expert's own column."""
+
+    def route(self, x):
+        return self.gate(x).softmax(-1).max(-1, keepdim=True)
+
+    def experts(self, x, ids, w):
+        out, probabilities = torch.zeros_like(x), self.gate(x).softmax(-1)
+        for e in range(self.count):
+            (token,) = torch.where(ids[:, 0] == e)
+            out.index_add_(0, token, self.expert(x[token], e) * probabilities[token, e, None])
+        return out
+
+
+@moe()
+@moe(kind="relu2", bias=True)
+class SortedRowsByMask(Block):
+    """Pairs in the order of their experts, each expert's by a mask over them."""
+
+    def experts(self, x, ids, w):
+        order = ids.flatten().argsort()
+        token, expert, weight = order // self.top, ids.flatten()[order], w.flatten()[order]
+        rows, y = x[token], torch.zeros(order.shape[0], x.shape[-1], dtype=x.dtype)
+        for e in range(self.count):
+            y[expert == e] = self.expert(rows[expert == e], e)
+        return torch.zeros_like(x).index_add_(0, token, y * weight[:, None])
