@@ -48,6 +48,8 @@ class Ask:
     @property
     def key(self) -> str:
         """What a measurement is kept under. Versions and the source of the kernels are in the name of its file."""
+        if self.device.arch == "cpu":
+            return f"{self.op} {self.pass_} {self.device.units} threads {self.dtype} {self.problem}"
         units = -(-self.device.units // UNITS) * UNITS
         return f"{self.op} {self.pass_} {self.device.shared}B units<={units} {self.dtype} {self.problem}"
 

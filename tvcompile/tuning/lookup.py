@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from importlib import resources
 from typing import Any
 
+from . import store
 from .ask import Ask
 
 
@@ -60,4 +61,7 @@ def choose(ask: Ask) -> tuple[Choice, ...]:
         if row.serves(ask) and ask.fits(ask.answer(**row.config))
     ]
     found += [Choice(config, "formula" + fallback) for config in formula]
-    return tuple(dict.fromkeys(Choice(ask.fitted(c.config), c.source) for c in found))
+    found = [Choice(ask.fitted(c.config), c.source) for c in found]
+    if (entry := store.find(ask)) is not None:
+        found.insert(0, Choice(ask.answer(**entry.config), entry.source))
+    return tuple(dict.fromkeys(found))
