@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +18,7 @@ from torch._functorch.compile_utils import fx_graph_cse
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from . import report
+from . import report, sites
 from .kernels import selfcheck
 from .options import Options
 from .passes import LIFTS
@@ -26,6 +27,7 @@ from .passes.emit import compute_dtype, emit
 from .passes.verify import verify
 from .select import select, select_moe
 from .spec import Match, MoEMatch, Refusal, where_of
+from .tuning import store
 
 
 def tv(gm: fx.GraphModule, example_inputs: Sequence[Any], mode: str | None = None, options: dict | None = None):
@@ -39,6 +41,7 @@ def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], mode: str | None
     record = report.GraphRecord()
     try:
         program = rewrite(gm, placeholders_of(gm), record)
+        tune(record, ours)
     except Exception as error:
         if ours.strict:
             raise
@@ -75,12 +78,27 @@ def rewrite(gm: fx.GraphModule, fakes: Sequence[Any], record: report.GraphRecord
     if not chosen and all(body is new for body, new in bodies.items()):
         return gm
     with record.timed("emit"):
-        emit(program.graph, chosen)
+        nodes = emit(program.graph, chosen)
         program.recompile()
     with record.timed("verify"):
         verify(program, "emit")
+    learned = sites.learned(program, fakes)
+    record.works += [sites.work_of(node, learned) for node in nodes]
     record.keep(program, before)
     return program
+
+
+def tune(record: report.GraphRecord, ours: Options) -> None:
+    """What was measured on this machine, before or now, for the sites of a graph; what it is, the report says."""
+    store.load()
+    if not record.works:
+        return
+    if ours.tune != "none":
+        with record.timed("tune"):
+            sites.tune(record.works, ours.tune, ours.strict)
+    record.sites = [
+        dataclasses.replace(site, configs=sites.configs_of(*work)) for site, work in zip(record.sites, record.works)
+    ]
 
 
 def _select(match: Match | MoEMatch) -> tuple[str, str]:

@@ -43,7 +43,7 @@ GAIN = 1.03  # times as fast as the formula's config: less is noise
 BETTER = 1.01  # times as fast as the best so far, for a step of `full`
 ROUNDS, AGAIN = 9, 21  # of timing a candidate, and of timing the best once more
 LIMIT = {"cpu": 60.0, "cuda": 120.0}  # seconds that a candidate may take
-BUDGET = {"quick": 60.0, "full": 600.0}  # seconds for an Ask, after which no more candidates are tried
+BUDGET = {"quick": 24.0, "full": 600.0}  # seconds for an Ask, after which no more candidates are tried
 WAIT = 600.0  # seconds that a process waits for another one's search
 Ratio = Callable[[Any, int], float]  # (config, rounds) -> times as fast as the formula's; raises Unfit
 
@@ -88,7 +88,7 @@ def shortlist(ask: Ask, effort: str) -> list[Any]:
 
 def _ranked(ask: Ask, configs: list[Any]) -> list[tuple[Any, Any]]:
     try:
-        from . import static
+        from . import static  # type: ignore[attr-defined]
     except ImportError:
         return [(config, None) for config in configs]
     return static.rank(ask, configs)
@@ -269,8 +269,8 @@ def _one(
 
     journal = Journal.of(ask)
     found = search(ask, effort, ratio, clock, journal, step)
-    what = "" if found.ratio > 1.0 else "nothing is faster than the formula's, "
-    source = f"{what}measured on {name_of(device)}, {time.strftime('%Y-%m-%d')}"
+    gain = f"{found.ratio:.2f} times as fast as" if found.ratio > 1.0 else "nothing is faster than"
+    source = f"measured on {name_of(device)}, {time.strftime('%Y-%m-%d')}: {gain} the formula's"
     store.keep(ask, store.Entry(dataclasses.asdict(found.config), source, found.ratio))
     if found.complete:
         journal.close()

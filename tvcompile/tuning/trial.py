@@ -2,8 +2,8 @@
 
 right   its error against the formula in float64 is at most twice that of the formula's config (plus rounding), on a
         part of the problem that float64 can hold; on the whole problem the two agree as far as their dtype goes
-ratio   median of the formula's times over median of the candidate's, taken in turns; one that is hopeless after
-        three rounds is not timed on
+ratio   of the formula's times over the candidate's, taken in turns: by their medians or by their least, whichever
+        says less; one that is hopeless by both after three rounds is not timed on
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from . import cpu, moe
 from .work import Attention, Experts, Work
 
 FIT = 1 << 22  # scores, and multiplications of a mixture by 512, that the formula is computed for
-HOPELESS = 1.25  # times as slow as the formula's config after three rounds
+HOPELESS = 1.2  # times as slow as the formula's config
 SLACK = 1e-5
 LEAST = 2e-3  # seconds that one timing takes at least
 Clock = Callable[[], float]
@@ -41,10 +41,10 @@ def race(standard: Run, other: Run, clock: Clock, rounds: int, seconds: float) -
         for found, run in zip(times, (standard, other)):
             found.append(_once(run, clock, repeat))
             spent += found[-1] * repeat
-        slow = statistics.median(times[1]) > HOPELESS * statistics.median(times[0])
-        if i >= 2 and (slow or spent > seconds):
+        ratios = [f(times[0]) / max(1e-12, f(times[1])) for f in (statistics.median, min)]
+        if i >= 2 and (max(ratios) < 1 / HOPELESS or spent > seconds):
             break
-    return statistics.median(times[0]) / max(1e-12, statistics.median(times[1]))
+    return min(ratios)
 
 
 def _once(run: Run, clock: Clock, repeat: int) -> float:
@@ -69,7 +69,7 @@ class Trial:
             self.found = self.part.run(self.standard)()
         self.exact = self.part.exact()
 
-    def ratio(self, config: Any, rounds: int = 15, seconds: float = 2.0) -> float:
+    def ratio(self, config: Any, rounds: int = 9, seconds: float = 1.0) -> float:
         """Raises Unfit, and whatever the kernels raise."""
         with torch.no_grad():
             other = self.whole.run(config)
@@ -113,7 +113,7 @@ def error_of(x: Tensor, exact: Tensor) -> float:
 
 
 def part_of(work: Work, inputs: list[Any]) -> list[Any]:
-    """The same inputs, cut until the formula can be computed of them: fewer heads and rows, fewer tokens and experts."""
+    """The same inputs, cut until the formula can be computed of them: fewer heads and rows, or tokens and experts."""
     return _few_heads(work, inputs) if isinstance(work, Attention) else _few_tokens(work, inputs)
 
 
@@ -155,7 +155,7 @@ class AttentionRuns:
         self.p = Problem.of(*inputs)
         self.wanted = tuple(n for n, c in self.p.scope.captures.items() if c.is_floating_point())
         self.wanted *= getattr(ask, "wanted", True)
-        self.given = None if ask.pass_ in ("fwd", "decode") else self._given()
+        self.given: Any = None if ask.pass_ in ("fwd", "decode") else self._given()
 
     def _direction(self) -> Tensor:
         return torch.randn_like(self.p.q[..., :1].expand(*self.p.q.shape[:3], self.p.v.shape[3]))
@@ -251,11 +251,11 @@ class ExpertRuns:
     def exact(self) -> list[Tensor]:
         from ..kernels.experts import moe_ref
 
-        x, ids, weights, *lists, spec = self.inputs
+        x, ids, weights, *lists, _ = self.inputs
         with torch.enable_grad():
             x, weights = x.double().requires_grad_(), weights.double().requires_grad_()
-            lists = [[t.double().requires_grad_() for t in ts] for ts in lists]
-            out = moe_ref(x, ids, weights, *lists, spec=spec)
+            up, down, *biases = lists = [[t.double().requires_grad_() for t in ts] for ts in lists]
+            out = moe_ref(x, ids, weights, up, down, biases[0], biases[1], str(self.p.spec))
             if not self.backward:
                 return [out.detach()]
             sources = [x, weights, *(t for ts in lists for t in ts)]

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -208,13 +207,7 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def of_tensors(tensors: Sequence[Tensor], hint: Callable[[Any], int]) -> tuple[Capture, ...]:
-    """Captures as the op's tensors are."""
-    return tuple(Capture(dtype_name(t.dtype), tuple(map(hint, t.shape)), bool(t.requires_grad)) for t in tensors)
-
-
-def most(work: Work) -> float:
-    """Elements that the formula needs at a time, about: what decides whether a reference can be computed."""
-    if isinstance(work, Attention):
-        return float(math.prod((work.B, work.H, work.S_q, work.S_kv)))
-    return float(work.E * work.K * work.T * max(work.F * work.spec.parts, work.H, work.H_out))
+def of_tensors(tensors: Sequence[Tensor], wanted: Sequence[bool], hint: Callable[[Any], int]) -> tuple[Capture, ...]:
+    """Captures as the op's tensors are; wanted: which may need a gradient."""
+    shapes = [tuple(map(hint, t.shape)) for t in tensors]
+    return tuple(Capture(dtype_name(t.dtype), s, w) for t, s, w in zip(tensors, shapes, wanted, strict=True))

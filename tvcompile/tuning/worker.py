@@ -20,7 +20,9 @@ import threading
 import time
 from typing import Any
 
-from .trial import Trial, Unfit
+import torch
+
+from .trial import Clock, Trial, Unfit
 from .work import Work, from_json, to_json
 
 START = "import sys; sys.path[:] = {path!r}; from tvcompile.tuning.worker import serve; serve()"
@@ -43,8 +45,9 @@ class Worker:
 
     def ratio(self, work: Work, pass_: str, config: Any, device: str, rounds: int) -> float:
         """How many times as fast as the formula's a config is. Raises Unfit."""
+        how = {"threads": torch.get_num_threads(), "precision": torch.get_float32_matmul_precision()}
         job = {"work": to_json(work), "pass_": pass_, "config": dataclasses.asdict(config)}
-        return float(self.do({**job, "device": device, "rounds": rounds}))
+        return float(self.do({**job, **how, "device": device, "rounds": rounds}))
 
     def do(self, job: dict[str, Any]) -> Any:
         """The answer to a job. Raises Unfit."""
@@ -163,18 +166,16 @@ class Desk:
 
 
 def _trial(job: dict[str, Any]) -> Trial:
-    import torch
+    from .. import kernels  # noqa: F401  registers the ops
 
-    import tvcompile.kernels  # noqa: F401  registers the ops
-
+    torch.set_num_threads(job["threads"])
+    torch.set_float32_matmul_precision(job["precision"])
     device = torch.device(job["device"])
     return Trial(from_json(job["work"]), job["pass_"], device, clock_of(device))
 
 
-def clock_of(device: Any) -> Any:
+def clock_of(device: torch.device) -> Clock:
     """Seconds; on a GPU those until all that was asked of it is done."""
-    import torch
-
     if device.type != "cuda":
         return time.perf_counter
 
