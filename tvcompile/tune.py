@@ -5,8 +5,8 @@
     python -m tvcompile.tune --experts 512,2,8,1024,2816 --spec "act = g*sigmoid(g)*u; layout=chunk"
     python -m tvcompile.tune --list | --clear | --export FILE | --import FILE
 
-The function returns (model, inputs) or (model, inputs, keyword arguments). The model is compiled and run once to collect
-its sites; where an input or a parameter wants a gradient, backward passes are tuned too.
+The function returns (model, inputs) or (model, inputs, keyword arguments). The model is compiled and run once to
+collect its sites; where an input or a parameter wants a gradient, backward passes are tuned too.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from . import report
@@ -103,7 +104,7 @@ def show(_: Any, console: Console) -> int:
     table = Table("what for", "config", "", "times the formula's", show_lines=True)
     for (family, key), entry in sorted(store.entries().items()):
         fields = ", ".join(f"{name}={value!r}" for name, value in entry.config.items())
-        table.add_row(f"{key}\n({family})", fields, entry.source, f"{entry.ratio:.2f}")
+        table.add_row(escape(f"{key}\n({family})"), escape(fields), escape(entry.source), f"{entry.ratio:.2f}")
     console.print(table if table.row_count else "nothing was measured yet")
     return 0
 
@@ -115,13 +116,13 @@ def clear(_: Any, console: Console) -> int:
 
 def export(file: str, console: Console) -> int:
     store.load()
-    console.print(f"{store.export(file)} configs written to {file}")
+    console.print(f"{store.export(file)} configs written to {file}", markup=False)
     return 0
 
 
 def import_(file: str, console: Console) -> int:
     try:
-        console.print(f"{store.import_(file)} configs read from {file}")
+        console.print(f"{store.import_(file)} configs read from {file}", markup=False)
     except (OSError, ValueError) as error:
         raise Usage(f"--import {file}: {error}") from None
     return 0
@@ -177,7 +178,7 @@ def _called(name: str) -> tuple[Any, Sequence[Any], dict[str, Any]]:
 
 def attention(options: argparse.Namespace) -> Attention:
     """--attention as a problem."""
-    sizes = _numbers("--attention", options.attention)
+    sizes: Any = _numbers("--attention", options.attention)
     if len(sizes) == 5:
         sizes.insert(4, sizes[3])
     if len(sizes) == 6:
@@ -199,7 +200,7 @@ def attention(options: argparse.Namespace) -> Attention:
 
 def experts(options: argparse.Namespace) -> Experts:
     """--experts as a problem."""
-    sizes = _numbers("--experts", options.experts)
+    sizes: Any = _numbers("--experts", options.experts)
     if len(sizes) == 5:
         sizes.append(sizes[3])
     if len(sizes) != 6 or sizes[1] > sizes[2]:
@@ -236,13 +237,12 @@ def tune(todo: list[Problem], effort: str, console: Console) -> int:
     sites: list[search.Site] = []
     for device in dict.fromkeys(device for _, device in able):
         works = [work for work, of in able if of == device]
-        console.print(
-            f"{len(works)} sites, {len(search.pending(works, Device.of(device)))} passes to search on {device}"
-        )
+        passes = len(search.pending(works, Device.of(device)))
+        console.print(f"{len(works)} sites, {passes} passes to search on {device}")
         sites += search.tune(works, device, effort, console)
     table = Table("pass", "what for", "config", "", show_lines=True)
     for site in sites:
-        table.add_row(site.ask.pass_, str(site.work.spec), str(site.found.config), site.found.text)
+        table.add_row(site.ask.pass_, *map(escape, (str(site.work.spec), str(site.found.config), site.found.text)))
     console.print(table if sites else "every pass has a measured config; --clear forgets them")
     return 0 if all(site.found.complete for site in sites) else 130
 

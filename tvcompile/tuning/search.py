@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from .. import options
@@ -234,41 +235,38 @@ def pending(works: Sequence[Work], device: Device) -> list[tuple[Work, Ask]]:
     return [(work, ask) for work, ask in asked.values() if store.find(ask) is None or Journal.of(ask).begun]
 
 
-def tune(
-    works: Sequence[Work], device: torch.device, effort: str, console: Console | None = None,
-    clock: Clock = time.monotonic, worker: Callable[[float], Any] = Worker,
-) -> list[Site]:  # fmt: skip
+def tune(works: Sequence[Work], device: torch.device, effort: str, console: Console | None = None) -> list[Site]:
     """Searches for what has no measured config yet, and keeps what it finds. Ctrl-C ends it; what was found stays."""
-    here, sites = Device.of(device), []
+    sites: list[Site] = []
+    here = Device.of(device)
     if not pending(works, here):
         return []
     with store.turn("tune", wait=WAIT) as mine:
         # What another process found meanwhile is known now.
         left = pending(works, here) if mine else []
-        console = console or Console(stderr=True)
-        with worker(LIMIT["cpu" if device.type == "cpu" else "cuda"]) as process, _progress(console) as progress:
-            for work, ask in left:
-                bar = progress.add_task(ask.key, total=None, best="1.00x")
-                sites.append(Site(work, ask, _one(work, ask, device, effort, process, clock, progress, bar)))
-                progress.update(bar, visible=False)
-                progress.print(f"{ask.key}: {sites[-1].found.text}", highlight=False, markup=False)
-                if not sites[-1].found.complete:
-                    break
+        with Worker(LIMIT["cpu" if device.type == "cpu" else "cuda"]) as worker:
+            with _progress(console or Console(stderr=True)) as progress:
+                for work, ask in left:
+                    sites.append(Site(work, ask, _one(work, ask, device, effort, worker, progress)))
+                    if not sites[-1].found.complete:
+                        break
     return sites
 
 
-def _one(
-    work: Work, ask: Ask, device: torch.device, effort: str, process: Any, clock: Clock, progress: Progress, bar: Any
-) -> Found:
+def _one(work: Work, ask: Ask, device: torch.device, effort: str, worker: Worker, progress: Progress) -> Found:
+    bar = progress.add_task(escape(ask.key), total=None, best="1.00x")
+
     def step(found: Found, of: int) -> None:
         done = found.tried + found.skipped.total()
         progress.update(bar, completed=done, total=max(of, done), best=f"{found.ratio:.2f}x")
 
     def ratio(config: Any, rounds: int) -> float:
-        return process.ratio(work, ask.pass_, config, str(device), rounds)
+        return worker.ratio(work, ask.pass_, config, str(device), rounds)
 
     journal = Journal.of(ask)
-    found = search(ask, effort, ratio, clock, journal, step)
+    found = search(ask, effort, ratio, time.monotonic, journal, step)
+    progress.update(bar, visible=False)
+    progress.print(f"{ask.key}: {found.text}", highlight=False, markup=False)
     gain = f"{found.ratio:.2f} times as fast as" if found.ratio > 1.0 else "nothing is faster than"
     source = f"measured on {name_of(device)}, {time.strftime('%Y-%m-%d')}: {gain} the formula's"
     store.keep(ask, store.Entry(dataclasses.asdict(found.config), source, found.ratio))
