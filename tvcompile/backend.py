@@ -17,7 +17,7 @@ from torch._functorch.compile_utils import fx_graph_cse
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from . import report
+from . import report, tuning
 from .kernels import selfcheck
 from .options import Options
 from .passes import LIFTS
@@ -26,6 +26,7 @@ from .passes.emit import compute_dtype, emit
 from .passes.verify import verify
 from .select import select, select_moe
 from .spec import Match, MoEMatch, Refusal, where_of
+from .tuning import store
 
 
 def tv(gm: fx.GraphModule, example_inputs: Sequence[Any], mode: str | None = None, options: dict | None = None):
@@ -37,6 +38,7 @@ def tv(gm: fx.GraphModule, example_inputs: Sequence[Any], mode: str | None = Non
 
 def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], mode: str | None, ours: Options, inductor: dict):
     record = report.GraphRecord()
+    store.load()
     try:
         program = rewrite(gm, placeholders_of(gm), record)
     except Exception as error:
@@ -117,7 +119,8 @@ class Sharing(CustomGraphPass):
 
     def uuid(self) -> Any:
         found = [each.uuid() if isinstance(each, CustomGraphPass) else None for each in self.users]
-        return None if None in found else ["tv.sharing", *found]
+        # Cached graphs hold launches of configs as they were chosen.
+        return None if None in found else ["tv.sharing", tuning.state(), *found]
 
 
 def fallback_message(error: Exception) -> str:

@@ -86,6 +86,10 @@ class Ask(ask.Ask):
 
     op = "attention"
     answer = Config
+    sources = tuple(f"kernels/{x}.py" for x in ("flash*", "blocks", "data", "dropout", "launch", "mint")) + (
+        "bounds.py",
+        "derive.py",
+    )
 
     D: int = 64
     D_v: int = 64
@@ -100,8 +104,20 @@ class Ask(ask.Ask):
         return next((w for w in WIDTHS if max(self.D, self.D_v) <= w), 0)
 
     @property
+    def mask(self) -> str:
+        """full, causal, mask or data."""
+        return self.work.partition("+")[0]
+
+    @property
+    def edits(self) -> frozenset[str]:
+        """Of score, bias, dropout, sink, mean."""
+        return frozenset(self.work.split("+")[1:])
+
+    @property
     def problem(self) -> str:
-        return f"D={self.D} D_v={self.D_v} {self.work} M{ask.bucket(self.rows)} N{ask.bucket(self.keys)}"
+        sizes = f"D={self.D} D_v={self.D_v} {self.work} M{ask.bucket(self.rows)} N{ask.bucket(self.keys)}"
+        # How far kv is to be split depends on the programs that there are without.
+        return sizes + (f" P{ask.bucket(self.programs)}" if self.pass_ == "decode" else "")
 
     def fitted(self, config: Config) -> Config:
         """For decoding no more rows than there are, and as many splits as keep the GPU busy."""
