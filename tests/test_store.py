@@ -215,18 +215,14 @@ def test_a_lookup_opens_no_file(monkeypatch):
 
 # Many processes
 
-WRITER = """
-    import sys
+FILES = """
+    import sys, time
     from tests.test_store import SM90, SMALL, Entry, dataclasses, store
-    who = int(sys.argv[1])
+    who, mine = int(sys.argv[1]), dataclasses.replace(SM90, pass_=f"p{sys.argv[1]}")
     for i in range(40):
-        store.keep(dataclasses.replace(SM90, D=8 * (1 + i), pass_=f"p{who}"), Entry(SMALL.config, f"by {who}", 1.0))
+        store.keep(dataclasses.replace(mine, D=8 * (1 + i)), Entry(SMALL.config, f"by {who}", 1.0))
         if i == 20:
             store.load()
-"""
-TURNS = """
-    import time
-    from tests.test_store import SM90, SMALL, store
     searched = False
     with store.turn("search", wait=60) as mine:
         if mine and store.find(SM90) is None:
@@ -235,23 +231,27 @@ TURNS = """
             store.keep(SM90, SMALL)
     print(searched, store.find(SM90) == SMALL)
 """
-RANK = """
+RANKS = """
     import datetime, os, sys, time
-    rank, file, wait = int(sys.argv[1]), sys.argv[2], float(sys.argv[3])
+    rank, file = int(sys.argv[1]), sys.argv[2]
     # Each rank has a cache folder of its own, as on machines that share none.
     os.environ["TVCOMPILE_CACHE_DIR"] = f"{file}.{rank}"
     import torch.distributed as dist
-    from tests.test_store import SM90, SMALL, choose, store
+    from tests.test_store import SM90, SMALL, choose, dataclasses, store
     dist.init_process_group("gloo", f"file://{file}", rank=rank, world_size=2, timeout=datetime.timedelta(seconds=60))
-    if not wait and rank == 0:
-        dist.barrier()
-    with store.turn("search", wait=wait) as mine:
-        if mine:
-            time.sleep(0.3)
-            store.keep(SM90, SMALL)
-    print(mine, choose(SM90)[0].source)
-    if not wait and rank == 1:
-        dist.barrier()
+
+    def search(ask, wait):
+        with store.turn("search", wait) as mine:
+            if mine:
+                time.sleep(0.3)
+                store.keep(ask, SMALL)
+        print(mine, choose(ask)[0].source)
+
+    search(SM90, 60)
+    # Now rank 1 asks first, and does not wait.
+    dist.barrier() if rank == 0 else None
+    search(dataclasses.replace(SM90, D=64), 0)
+    dist.barrier() if rank == 1 else None
     dist.barrier()
     dist.destroy_process_group()
 """
@@ -269,14 +269,11 @@ def processes(program: str, *arguments: list) -> list[str]:
     return [out.strip() for out, _ in ended]
 
 
-def test_two_processes_that_write_at_once_lose_nothing():
-    processes(WRITER, [0], [1])
+def test_two_processes_at_once_lose_nothing_and_search_once():
+    said = processes(FILES, [0], [1])
     held = json.loads(file_of().read_text())["rows"]
-    assert len(held) == 80 and {row["source"] for row in held.values()} == {"by 0", "by 1"}
-
-
-def test_of_two_processes_one_searches_and_the_other_finds_what_it_kept():
-    assert sorted(processes(TURNS, [], [])) == ["False True", "True True"]
+    assert len(held) == 81 and {row["source"] for row in held.values()} == {"by 0", "by 1", SMALL.source}
+    assert sorted(said) == ["False True", "True True"]
 
 
 def test_who_does_not_wait_goes_on_without_a_turn():
@@ -286,14 +283,10 @@ def test_who_does_not_wait_goes_on_without_a_turn():
         assert mine
 
 
-def test_rank_0_searches_and_the_others_get_what_it_kept(tmp_path):
-    first, second = processes(RANK, [0, tmp_path / "group", 60], [1, tmp_path / "group", 60])
-    assert first == f"True {SMALL.source}" and second == f"False {SMALL.source}"
-
-
-def test_a_rank_that_does_not_wait_takes_the_shipped_config(tmp_path):
-    first, second = processes(RANK, [0, tmp_path / "group", 0], [1, tmp_path / "group", 0])
-    assert first == f"True {SMALL.source}" and second.startswith("False table sm90")
+def test_rank_0_searches_and_the_others_wait_or_take_what_is_shipped(tmp_path):
+    first, second = (x.splitlines() for x in processes(RANKS, [0, tmp_path / "group"], [1, tmp_path / "group"]))
+    assert first == [f"True {SMALL.source}"] * 2
+    assert second == [f"False {SMALL.source}", "False table sm90: static"]
 
 
 def test_a_search_that_fails_lets_the_next_one_have_its_turn():
