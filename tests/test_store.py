@@ -21,7 +21,9 @@ from tvcompile.tuning.store import Entry
 
 ROOT = Path(__file__).resolve().parent.parent
 SM90 = Ask(Device.typical("sm90", 132), "fwd", "bfloat16", 128, 128, "causal", 4096, 4096)
-SMALL = Entry({"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}, "measured on NVIDIA H100, 2026-11-24", 1.2)
+SMALL = Entry(
+    {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}, "measured on NVIDIA H100, 2026-11-24", 1.2
+)
 
 
 def forget():
@@ -114,7 +116,7 @@ def test_the_source_hash_is_of_what_files_hold(tmp_path, monkeypatch):
     assert hashes[0] != hashes[1]
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"schema": 0, "rows": {}}', '{"schema": %d, "rows": 3}' % SCHEMA])
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"schema": 0, "rows": {}}', f'{{"schema": {SCHEMA}, "rows": 3}}'])
 def test_a_corrupt_file_is_named_once_and_written_anew(text):
     file = file_of()
     file.parent.mkdir(parents=True)

@@ -36,6 +36,9 @@ LAYERS = {
     "select": 3,
     "backend": 4,
     "integrations": 4,
+    "doctor": 4,
+    "tune": 4,
+    "__main__": 5,
     "__init__": 5,
 }
 NEVER = {

@@ -133,30 +133,30 @@ class Ask(ask.Ask):
     def formula(self) -> list[Config]:
         if self.arch is None or not self.width:
             return []
-        return [formula(self.device.shared, self.pass_, self.size, self.width, self.edits, self.arch.startswith("gfx"))]
+        return [formula(self)]
 
 
-def formula(
-    shared: int, pass_: str, size: int, width: int, edits: frozenset[str] = frozenset(), waves: bool = False
-) -> Config:
-    """A config that fits everywhere: the block that stays takes half of a 64 KiB register file's accumulators, the
+def formula(asked: Ask) -> Config:
+    """A config that fits everywhere: the block that stays takes a quarter of a 64 KiB register file's accumulators, the
     moving blocks a third of shared memory.
 
     What edits scores takes registers for each score that a thread holds. So then 256 threads share 32 x 32 of them, or
-    half of these where much is edited; waves: of 64 threads, so four are as many as eight warps.
+    half of these where much is edited. AMD's warps have 64 threads.
     """
-    wide = width * size
+    edits, pass_, size, wide = asked.edits, asked.pass_, asked.size, asked.width * asked.size
+    warps = 4 if asked.device.arch.startswith("gfx") else 8
     if pass_ == "decode":
-        N = 64 if wide <= 256 else 32 if wide <= 512 else 16
-        return Config(16, min(N, 32) if edits else N, 4, 2, packed=True)
+        plain = not edits and asked.mask != "data"
+        return Config(16, 64 if wide <= 128 + 128 * plain else 32 if wide <= 512 else 16, 4, 2, packed=True)
     stages = 2 if size == 2 else 1
     if edits:
         much = len(edits) > 1 and "bias" in edits or wide > 512
         M, N = (16 if much else 32, 32) if pass_ == "dkdv" else (32, 16 if much and pass_ == "dq" else 32)
-        return Config(M, N, 4 if waves else 8, stages)
+        return Config(M, N, warps, stages)
     stays = 64 if wide <= 256 else 32 if wide <= 512 else 16
     moves = 64
-    while moves > 16 and (moves * wide * 2 > shared // 3 or size == 4):
+    while moves > 16 and (moves * wide * 2 > asked.device.shared // 3 or size == 4):
         moves //= 2
-    M, N = (moves, stays) if pass_ == "dkdv" else (stays, moves)
-    return Config(M, N, 4, stages)
+    # dK and dV are two sums that stay.
+    M, N = (min(moves, 32), stays) if pass_ == "dkdv" else (stays, moves)
+    return Config(M, N, warps, stages, hoist=pass_ != "dkdv")

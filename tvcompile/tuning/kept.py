@@ -4,8 +4,8 @@
     verdicts.update({"fwd 128": ""})        # merged with what other processes wrote meanwhile
     verdicts.rows()                          # {"fwd 128": ""}
 
-A write goes to a file of its own that then takes the old one's place, so a reader sees a whole file always. Writers take
-turns by a lock, so nothing that two of them add at once is lost.
+A write goes to a file of its own that then takes the old one's place, so a reader always sees a whole file. Writers
+take turns by a lock, so nothing that two of them add at once is lost.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ class Choice:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One line of a table: what an Ask has to be, the fields of its Config, the bytes of shared memory that it takes."""
+    """One line of a table: what an Ask has to be, the fields of its Config, the bytes of shared memory it takes."""
 
     when: Mapping[str, Any]
     config: Mapping[str, Any]

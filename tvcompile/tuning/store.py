@@ -54,16 +54,16 @@ def folder() -> Path:
 
 def family(ask: Ask) -> str:
     """The name of the file that an Ask's measurements are in."""
-    return _family(type(ask), ask.device.arch)
+    return _family(ask.op, ask.sources, ask.device.arch)
 
 
 @functools.lru_cache(maxsize=256)
-def _family(kind: type[Ask], arch: str) -> str:
+def _family(op: str, sources: tuple[str, ...], arch: str) -> str:
     if arch == "cpu":
         arch, compiler = f"cpu-{torch.backends.cpu.get_cpu_capability().replace(' ', '')}", f"torch{_minor('torch')}"
     else:
         compiler = f"triton{_minor('triton', 'triton-rocm', 'pytorch-triton', 'pytorch-triton-rocm')}"
-    return f"{kind.op}-{arch}-{source_hash(kind.sources)}-{compiler}"
+    return f"{op}-{arch}-{source_hash(sources)}-{compiler}"
 
 
 def _minor(*names: str) -> str:
@@ -144,17 +144,17 @@ def _keep(name: str, rows: dict[str, Any]) -> None:
     _remove_oldest(name)
 
 
-def _remove_oldest(current: str) -> None:
+def _remove_oldest(own: str) -> None:
     """Files of kernels and versions that are gone, when there are many."""
     with contextlib.suppress(OSError):
         files = sorted(folder().glob("*.json"), key=lambda f: f.stat().st_mtime_ns)
-        stale = [f for f in files if f.stem not in _current() | {current}]
+        stale = [f for f in files if f.stem not in current() | {own}]
         for file in stale[: max(0, len(files) - MOST_FILES)]:
             file.unlink()
             Path(f"{file}.lock").unlink(missing_ok=True)
 
 
-def _current() -> set[str]:
+def current() -> set[str]:
     """Families of the kernels as they are, among those in memory."""
     hashes = {source_hash(kind.sources) for kind in Ask.__subclasses__()}
     return {name for name in _memory if hashes & set(name.split("-"))}
@@ -203,10 +203,10 @@ _turns: dict[str, int] = {}
 
 @contextlib.contextmanager
 def turn(name: str, wait: float = 0.0) -> Iterator[bool]:
-    """True to one process at a time; to another, once that one is done or `wait` seconds are over, what was kept is known.
+    """True to one process at a time. Another waits at most `wait` seconds; then what was kept meanwhile is known to it.
 
-    Alone, a process that waited gets its own turn: it looks first whether something is left to do. In a process group
-    rank 0 has the turn and hands what it kept to the others, which share no file system perhaps; they get False.
+    Without a process group one that waited gets its turn too: it looks first whether something is left to do. In a
+    group rank 0 has the turn and hands what it kept to the others, which may share no file system; they get False.
     """
     store, rank, count = _group()
     _turns[name] = at = _turns.get(name, 0) + 1
