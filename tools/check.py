@@ -37,7 +37,9 @@ LAYERS = {
     "sites": 3,
     "backend": 4,
     "integrations": 4,
-    "tune": 5,
+    "doctor": 4,
+    "tune": 4,
+    "__main__": 5,
     "__init__": 5,
 }
 NEVER = {

@@ -18,7 +18,7 @@ from torch._functorch.compile_utils import fx_graph_cse
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from . import report, sites
+from . import report, sites, tuning
 from .kernels import selfcheck
 from .options import Options
 from .passes import LIFTS
@@ -39,6 +39,7 @@ def tv(gm: fx.GraphModule, example_inputs: Sequence[Any], mode: str | None = Non
 
 def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], mode: str | None, ours: Options, inductor: dict):
     record = report.GraphRecord()
+    store.load()
     try:
         program = rewrite(gm, placeholders_of(gm), record)
         tune(record, ours)
@@ -90,7 +91,6 @@ def rewrite(gm: fx.GraphModule, fakes: Sequence[Any], record: report.GraphRecord
 
 def tune(record: report.GraphRecord, ours: Options) -> None:
     """What was measured on this machine, before or now, for the sites of a graph; what it is, the report says."""
-    store.load()
     if not record.works:
         return
     if ours.tune != "none":
@@ -135,7 +135,8 @@ class Sharing(CustomGraphPass):
 
     def uuid(self) -> Any:
         found = [each.uuid() if isinstance(each, CustomGraphPass) else None for each in self.users]
-        return None if None in found else ["tv.sharing", *found]
+        # Cached graphs hold launches of configs as they were chosen.
+        return None if None in found else ["tv.sharing", tuning.state(), *found]
 
 
 def fallback_message(error: Exception) -> str:

@@ -54,9 +54,9 @@ class Options:
 
 
 def cache_folder() -> Path:
-    """Where verdicts about this machine are kept: TVCOMPILE_CACHE, or tvcompile in the user's cache folder."""
+    """Where what is known of this machine is kept: TVCOMPILE_CACHE_DIR, or tvcompile in the user's cache folder."""
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(os.environ.get("TVCOMPILE_CACHE") or f"{base}/tvcompile").expanduser()
+    return Path(os.environ.get("TVCOMPILE_CACHE_DIR") or f"{base}/tvcompile").expanduser()
 
 
 def from_environment() -> dict[str, str]:

@@ -32,6 +32,8 @@ from .tuning import search, store
 from .tuning.work import Attention, Capture, Experts, Work
 
 Problem = tuple[Work, torch.device]
+ATTENTION = "B", "H", "H_kv", "S_q", "S_kv", "D", "D_v"
+EXPERTS = "T", "K", "E", "H", "F", "H_out"
 
 
 class Usage(Exception):
@@ -195,7 +197,8 @@ def attention(options: argparse.Namespace) -> Attention:
         raise Usage(f"`{spec}` captures {names}: give --capture DTYPE:SIZES for each, in this order")
     if spec.sizes():
         raise Usage(f"`{spec}` names sizes ({', '.join(spec.sizes())}): use --model")
-    return Attention(spec, options.dtype, *sizes, captures, backward=not options.forward_only)
+    how: Any = {"captures": captures, "backward": not options.forward_only}
+    return Attention(spec, options.dtype, **dict(zip(ATTENTION, sizes)), **how)
 
 
 def experts(options: argparse.Namespace) -> Experts:
@@ -206,7 +209,8 @@ def experts(options: argparse.Namespace) -> Experts:
     if len(sizes) != 6 or sizes[1] > sizes[2]:
         raise Usage("--experts takes T,K,E,H,F[,H_out], and K is at most E")
     spec = _parsed(MoESpec.parse, options.spec or "act = g*sigmoid(g)*u; layout=chunk")
-    return Experts(spec, options.dtype, *sizes, backward=not options.forward_only)
+    how: Any = {"backward": not options.forward_only}
+    return Experts(spec, options.dtype, **dict(zip(EXPERTS, sizes)), **how)
 
 
 def _numbers(option: str, text: str) -> list[int]:

@@ -21,10 +21,12 @@ class Ask:
 
     op        the operator, first word of every key
     answer    the type of its configs
+    sources   files of the package that decide how fast a config is: with others, what was measured is stale
     """
 
     op: ClassVar[str]
     answer: ClassVar[type]
+    sources: ClassVar[tuple[str, ...]] = ("kernels/*.py",)
 
     device: Device
     pass_: str

@@ -18,6 +18,7 @@ from .ask import bucket
 
 PASSES = ("fwd", "bwd")
 KERNELS = ("cpu.products", "cpu.flash")
+SOURCES = ("kernels/tiles.py", "kernels/masks.py", "kernels/mods.py")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Ask(ask.Ask):
 
     op = "cpu.attention"
     answer = Config
+    sources = ("kernels/cpu.py", "kernels/cpu_flash.py", *SOURCES)
 
     work: str = "scale=1"
     B: int = 1
@@ -106,6 +108,7 @@ class ExpertAsk(ask.Ask):
 
     op = "cpu.moe"
     answer = ExpertConfig
+    sources = ("kernels/cpu_experts.py", "kernels/experts.py", "kernels/cpu.py", *SOURCES)
 
     work: str = "act = u"
     T: int = 0

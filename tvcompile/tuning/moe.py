@@ -50,6 +50,7 @@ class Ask(ask.Ask):
 
     op = "moe"
     answer = Config
+    sources = tuple(f"kernels/{x}.py" for x in ("grouped*", "moe_triton", "routing", "launch", "mint")) + ("derive.py",)
 
     rows: int = 0
     E: int = 0
