@@ -134,7 +134,7 @@ def test_full_is_repeatable():
 
 def test_a_budget_ends_the_search():
     result, times = found({}, budget=3.0)
-    assert len(times.timed) == 3 and result.complete
+    assert len(times.timed) == 4 and result.complete, "the first is free"
 
 
 def test_neighbours_are_configs_that_differ_in_one_field():
@@ -274,7 +274,12 @@ def test_a_gain_that_only_noise_shows_does_not_count():
     assert ratio == 1.0
 
 
-@pytest.mark.parametrize("work", [CAUSAL, PADDED, MIXTURE, LISTED], ids=["causal", "padded", "stacked", "listed"])
+NARROW = dataclasses.replace(CAUSAL, dtype="bfloat16", S_q=1024, S_kv=1024)
+
+
+@pytest.mark.parametrize(
+    "work", [CAUSAL, PADDED, NARROW, MIXTURE, LISTED], ids=["causal", "padded", "16 bits", "stacked", "listed"]
+)
 def test_every_candidate_is_right(work, monkeypatch):
     """Of the whole problem, and of a part where the formula cannot have all."""
     for fit in (trial.FIT, 5000):
@@ -285,10 +290,10 @@ def test_every_candidate_is_right(work, monkeypatch):
             right = 0
             for config in one.ask.candidates():
                 with contextlib.suppress(Unfit):
-                    assert trial.wrong(one.part.run(config)(), one.found, one.exact) == ""
-                    assert trial.apart(one.whole.run(config)(), one.results) == ""
+                    assert one.wrong(config) == ""
+                    assert trial.apart(one.whole.run(config)(), one.results, one.eps) == ""
                     right += 1
-            assert right >= 6
+            assert right >= 5
 
 
 def test_decoding_keeps_the_keys_of_a_part(monkeypatch):
@@ -296,7 +301,7 @@ def test_decoding_keeps_the_keys_of_a_part(monkeypatch):
     spec = AttentionSpec.parse("scale=0.3; keep = kv <= q + S_kv - S_q")
     one = Trial(Attention(spec, "float32", 2, 4, 2, 30, 400, 8, 8), "fwd", CPU, Clock())
     assert one.part.p.k.shape[2] == 400 and one.part.p.q.shape[2] < 30
-    assert trial.wrong(one.part.run(cpu.Config("cpu.products", 32))(), one.found, one.exact) == ""
+    assert one.wrong(cpu.Config("cpu.products", 32)) == ""
 
 
 def spoiled(monkeypatch, where):

@@ -152,7 +152,7 @@ def test_a_model_without_sites_says_what_was_refused():
 
     text = said("--model", model_module(lambda: (over_queries, (torch.randn(1, 2, 40, 8),))), status=2)
     text = " ".join(text.split())
-    assert "no attention and no experts were fused" in text and "softmax runs over q" in text
+    assert "no attention and no experts were fused" in text and "softmax over another dim of the scores" in text
 
 
 def test_the_static_model_is_asked_for_the_sites_of_a_model(monkeypatch):

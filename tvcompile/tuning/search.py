@@ -17,6 +17,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import platform
 import random
 import time
@@ -169,11 +170,12 @@ def search(
     """The best config of an Ask; step(found so far, how many there are) is told of every candidate."""
     journal, standard = journal or Journal(None), ask.formula()[0]
     found, known = Found(standard, 1.0, 0, collections.Counter()), shortlist(ask, effort)
-    end, order = clock() + (BUDGET[effort] if budget is None else budget), random.Random(seed)
+    end, order = math.inf, random.Random(seed)
     tried: dict[Any, float] = {standard: 1.0}
 
     def better(config: Any) -> bool:
-        """Whether a config is the best now."""
+        """Whether a config is the best now. The first one also makes the tensors and the reference: it is free."""
+        nonlocal end
         if clock() >= end:
             raise _Over
         tried[config] = 0.0
@@ -182,6 +184,7 @@ def search(
             found.tried += 1
         except Unfit as why:
             found.skipped[str(why)] += 1
+        end = min(end, clock() + (BUDGET[effort] if budget is None else budget))
         won = tried[config] > found.ratio * (1.0 if found.config == standard else BETTER)
         if won:
             found.config, found.ratio = config, tried[config]

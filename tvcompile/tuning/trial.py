@@ -60,7 +60,7 @@ class Trial:
     def __init__(self, work: Work, pass_: str, device: torch.device, clock: Clock):
         self.work, self.pass_, self.device, self.clock = work, pass_, device, clock
         self.ask = next(a for a in work.asks(Device.of(device)) if a.pass_ == pass_)
-        self.standard = self.ask.formula()[0]
+        self.standard, self.eps = self.ask.formula()[0], torch.finfo(getattr(torch, work.dtype)).eps
         self.whole = problem_of(work, work.inputs(device), self.ask)
         self.part = problem_of(work, part_of(work, work.inputs(device)), self.ask)
         with torch.no_grad():
@@ -73,30 +73,32 @@ class Trial:
         """Raises Unfit, and whatever the kernels raise."""
         with torch.no_grad():
             other = self.whole.run(config)
-            if why := wrong(self.part.run(config)(), self.found, self.exact):
-                raise Unfit(f"wrong: {why}")
-            if why := apart(other(), self.results):
+            if why := self.wrong(config) or apart(other(), self.results, self.eps):
                 raise Unfit(f"wrong: {why}")
             return race(self.run, other, self.clock, rounds, seconds)
 
+    def wrong(self, config: Any) -> str:
+        """ "" if a config is right on the part of the problem that the formula was computed for."""
+        return wrong(self.part.run(config)(), self.found, self.exact, self.eps)
 
-def wrong(found: list[Tensor], standard: list[Tensor], exact: list[Tensor]) -> str:
+
+def wrong(found: list[Tensor], standard: list[Tensor], exact: list[Tensor], eps: float) -> str:
     """ "" if results are at most twice as far from `exact` as those of the formula's config, else what is wrong."""
     for x, own, e in zip(found, standard, exact, strict=True):
         if not torch.equal(x.isfinite(), own.isfinite()):
             return "infinities or NaN where the formula's config has none"
-        error, allowed = error_of(x, e), 2 * error_of(own, e) + SLACK + 4 * torch.finfo(x.dtype).eps
+        error, allowed = error_of(x, e), 2 * error_of(own, e) + SLACK + 4 * eps
         if error > allowed:
             return f"error {error:.1e} against float64, {allowed:.1e} allowed"
     return ""
 
 
-def apart(found: list[Tensor], standard: list[Tensor]) -> str:
+def apart(found: list[Tensor], standard: list[Tensor], eps: float) -> str:
     """ "" if the results of two configs agree, else how far they are apart."""
     for x, own in zip(found, standard, strict=True):
         if not torch.equal(x.isfinite(), own.isfinite()):
             return "infinities or NaN where the formula's config has none"
-        error, allowed = error_of(x, own), SLACK + 8 * torch.finfo(x.dtype).eps
+        error, allowed = error_of(x, own), SLACK + 8 * eps
         if error > allowed:
             return f"{error:.1e} from the formula's config, {allowed:.1e} allowed"
     return ""
