@@ -66,8 +66,8 @@ def asks(need: ExpertNeed) -> list[Ask]:
     rows = need.tokens * need.top // max(need.experts, 1)
     wide = F * (1 if need.spec.layout == "separate" else need.spec.parts)  # columns of one tensor of an expert
     sizes = {"up": (wide, H), "down": (H_out, F), "dact": (F, H_out), "dx": (H, wide), "dw": (wide, H)}
-    dtype = str(need.dtype)[6:]
-    return [Ask(need.device, pass_, dtype, rows, need.experts, *sizes[pass_], need.top) for pass_ in PASSES]
+    alike = str(need.dtype)[6:], rows, need.experts
+    return [Ask(need.device, pass_, *alike, *sizes[pass_], need.top, not need.stacked) for pass_ in PASSES]
 
 
 def working(need: ExpertNeed) -> Configs | None:
