@@ -4,9 +4,13 @@
     python tools/tables.py --write [--arch sm90]
 
 For every architecture, dtype, width, class of work and pass of attention, and for every pass of the experts of ten
-public models: the first choice and the formula's. --part i/n takes every n-th case from the i-th, in an order that
-mixes them. --write compiles the rows of tables/attention.json with every class of work and writes into them which they
-serve and how much shared memory they take. Run without TRITON_INTERPRET.
+public models: the first choice and the formula's. What is chosen must not spill; where a row of the table stands before
+it, the formula's spills are counted and shown. --part i/n takes every n-th case from the i-th, in an order that mixes
+them.
+
+--write compiles the rows of tables/attention.json with every class of work and writes into them which they serve and
+how much shared memory they take, and adds rows for what none of them serves without a spill. Run without
+TRITON_INTERPRET.
 """
 
 from __future__ import annotations
@@ -158,16 +162,18 @@ def audited(case: Case) -> list[dict[str, Any]]:
     from tvcompile.tuning import choose
 
     found, formula = choose(case.ask), case.ask.formula()
-    configs = {found[0].config: found[0].source, case.ask.fitted(formula[0]): "formula"}
-    return [{**compiled(case, config), "source": source} for config, source in configs.items()]
+    configs = {found[0].config: found[0].source}
+    configs.setdefault(case.ask.fitted(formula[0]), "formula")
+    rows = [{**compiled(case, config), "source": source} for config, source in configs.items()]
+    return [{**row, "chosen": i == 0} for i, row in enumerate(rows)]
 
 
 # Rows of the table
 
 Cell = tuple[str, str, int, int]  # arch, pass_, size, width
 LADDER = {
-    "fwd": ((64, 64, 8), (64, 32, 8), (32, 64, 4), (32, 32, 8), (32, 32, 4), (32, 16, 8), (16, 32, 4)),
-    "dq": ((64, 64, 8), (64, 32, 8), (32, 64, 8), (32, 32, 8), (32, 32, 4), (32, 16, 8), (16, 32, 4)),
+    "fwd": ((128, 64, 8), (64, 64, 8), (64, 32, 8), (32, 64, 4), (32, 32, 8), (32, 32, 4), (32, 16, 8), (16, 32, 4)),
+    "dq": ((128, 64, 8), (64, 64, 8), (64, 32, 8), (32, 64, 8), (32, 32, 8), (32, 32, 4), (32, 16, 8), (16, 32, 4)),
     "dkdv": ((64, 64, 8), (32, 64, 8), (64, 32, 8), (32, 32, 8), (32, 32, 4), (16, 32, 8), (16, 32, 4)),
     "decode": ((16, 64, 4), (16, 32, 4), (16, 128, 4), (16, 64, 2), (16, 16, 4), (16, 16, 2)),
 }
@@ -176,7 +182,7 @@ LADDER = {
 class Works:
     """Which classes of work a config of a cell serves, compiled when asked."""
 
-    def __init__(self, cell: Cell, config: dict[str, Any] | None):
+    def __init__(self, cell: Cell, config: dict[str, Any]):
         self.cell, self.config = cell, config
         self.results: dict[str, dict[str, Any]] = {}
 
@@ -186,15 +192,14 @@ class Works:
         return not self.results[work]["wrong"]
 
     def _compiled(self, work: str) -> dict[str, Any]:
-        """Of a decode for the fewest and the most rows, the worse; without a config the formula's."""
+        """Of a decode for the fewest and the most rows, the worse."""
         from tvcompile.tuning.attention import Config, few_rows
 
         arch, pass_, size, width = self.cell
         dtype, found = {2: "bfloat16", 4: "float32"}[size], []
         for rows in (4, few_rows(width)) if pass_ == "decode" else (4096,):
             case = Case("attention", arch, dtype, pass_, width, work, rows)
-            config = Config(**self.config) if self.config else case.ask.formula()[0]
-            found.append(compiled(case, case.ask.fitted(config)))
+            found.append(compiled(case, case.ask.fitted(Config(**self.config))))
         return max(found, key=lambda r: (bool(r["wrong"]), r["shared"]))
 
     @property
@@ -231,18 +236,19 @@ def covered(cell: Cell, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         kept.append({**row, "when": when | limits, "shared": works.shared})
         left_masks = [m for m in left_masks if m not in masks]
         left_edits = [e for e in left_edits if e not in edits]
-    formula = Works(cell, None)
-    left_masks = [m for m in left_masks if not formula.good(m)]
-    left_edits = [e for e in left_edits if not formula.good(f"data+{e}")]
     described = rows[0]["config"].get("descriptors", False) if rows and pass_ != "decode" else False
     for M, N, warps in LADDER[pass_]:
         if not left_masks and not left_edits:
             break
-        config = {"BLOCK_M": M, "BLOCK_N": N, "num_warps": warps, "num_stages": 2 if size == 2 else 1}
+        waves = arch.startswith("gfx")  # of 64 threads
+        config = {"BLOCK_M": M, "BLOCK_N": N, "num_warps": min(warps, 4) if waves else warps}
+        config["num_stages"] = 2 if size == 2 and not waves else 1
         config |= {"descriptors": True} if described else {}
         config |= {"hoist": False} if pass_ == "dkdv" else {}
         works = Works(cell, config)
-        masks, edits = works.masks() if left_masks else ["data"], works.edits(tuple(left_edits), ["data"])
+        # Masks alone are served before, once none is left.
+        masks = works.masks() if left_masks else ["data"]
+        edits = works.edits(EDITS if left_masks else tuple(left_edits), masks)
         if (set(masks) & set(left_masks)) or edits:
             row = {"mask": masks} if left_masks and len(masks) < len(MASKS) else {}
             kept.append({"when": given | row | {"edits": edits}, "config": config, "shared": works.shared})
@@ -297,11 +303,14 @@ def main() -> int:
         found = [row for rows in track(pool.map(audited, todo), "compiling", len(todo)) for row in rows]
     if options.json:
         options.json.write_text(json.dumps(found, indent=1))
-    wrong = [row for row in found if row["wrong"]]
+    shown = [row for row in found if row["wrong"]]
+    wrong = [row for row in shown if row["chosen"] or not row["spills"]]
     console = Console(highlight=False, soft_wrap=True)
-    for row in wrong:
-        console.print(f"{row['case']} ({row['source']}): {row['wrong']}", markup=False)
-    console.print(f"{len(todo)} cases, {len(found)} configs, {len(wrong)} wrong")
+    for row in shown:
+        place = "wrong" if row in wrong else "behind a row"
+        console.print(f"{place}: {row['case']} ({row['source']}): {row['wrong']}", markup=False)
+    behind = len(shown) - len(wrong)
+    console.print(f"{len(todo)} cases, {len(found)} configs, {len(wrong)} wrong, {behind} behind a row spill")
     return int(bool(wrong))
 
 
