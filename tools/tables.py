@@ -104,7 +104,7 @@ class Case:
             return launches(self.pass_, config, dtype, self.width, self.width, spec_of(self.work))[0]
         E, K, H, F = MODELS[self.model]
         configs = {a.pass_: choose(a)[0].config for a in self.need_asks()} | {self.pass_: config}
-        sizes = {"T": self.rows, "K": K, "E": E, "H": H, "F": F, "H_out": H}
+        sizes: Any = {"T": self.rows, "K": K, "E": E, "H": H, "F": F, "H_out": H}
         backward = self.pass_ in ("dact", "dx", "dw")
         found = expert_launches(configs.__getitem__, dtype, backward=backward, listed=self.listed, **sizes)
         return found[KERNELS[self.pass_]][0]
