@@ -11,7 +11,9 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
 
+from tests.harness import STRICT
 from tvcompile.arch import Device
 from tvcompile.tuning import choose, lookup, store
 from tvcompile.tuning.attention import Ask
@@ -202,6 +204,14 @@ def test_a_graph_that_is_cached_is_of_one_state():
     after = Sharing(None).uuid()
     store.keep(SM90, SMALL)
     assert before != after == Sharing(None).uuid()
+
+
+def test_what_is_kept_is_read_when_a_graph_is_compiled():
+    store.keep(SM90, SMALL)
+    forget()
+    with torch.no_grad():
+        torch.compile(torch.relu, backend="tv", options=STRICT)(torch.ones(2))
+    assert store.find(SM90) == SMALL
 
 
 def test_a_lookup_opens_no_file(monkeypatch):

@@ -23,7 +23,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from . import report
-from .arch import Device
+from .arch import SHARED, Device, family
 from .moe_spec import MoESpec
 from .options import CHOICES
 from .sites import unknown
@@ -43,7 +43,8 @@ class Usage(Exception):
 def parser() -> argparse.ArgumentParser:
     assert __doc__
     form = argparse.RawDescriptionHelpFormatter
-    p = argparse.ArgumentParser("python -m tvcompile.tune", description=__doc__, formatter_class=form)
+    title = "python -m tvcompile.tune"
+    p = argparse.ArgumentParser(title, description=__doc__, formatter_class=form, conflict_handler="resolve")
     what = p.add_argument_group("what is tuned")
     what.add_argument("--model", metavar="MODULE:FUNCTION", help="a function that returns (model, inputs[, kwargs])")
     what.add_argument("--attention", metavar="SIZES", help="B,H,H_kv,S,D or B,H,H_kv,S_q,S_kv,D[,D_v]")
@@ -86,8 +87,8 @@ def main(arguments: Sequence[str] | None = None, console: Console | None = None)
             if value := getattr(options, name):
                 return act(value, console)
         if _static() and any(getattr(options, name, None) for name in ("static", "validate", "tables")):
-            if options.model:  # what is ranked are the sites of a model
-                options.works = [work for work, _ in collected(options.model)]
+            if options.static and options.model:
+                return rank(options, console)
             return _static().run(options, console)
         return tune(problems(options), options.effort, console)
     except Usage as error:
@@ -96,6 +97,21 @@ def main(arguments: Sequence[str] | None = None, console: Console | None = None)
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+def rank(options: argparse.Namespace, console: Console) -> int:
+    """The static model's ranking for every pass of a model's sites, on boards of the architectures that are named."""
+    static, works = _static(), [work for work, _ in collected(options.model)]
+    for arch in options.arch or ():
+        if family(arch) is None:
+            raise Usage(f"--arch {arch}: known are {', '.join(SHARED)}")
+        device = Device.typical(arch, options.units or static.rates(arch).units)
+        for ask in {ask.key: ask for work in works for ask in work.asks(device)}.values():
+            console.print(static.title(ask), markup=False, highlight=False)
+            static.show(ask, static.ranked(ask, console), options.show, console)
+    if not options.arch:
+        raise Usage(f"--static needs --arch, one or more of {', '.join(SHARED)}")
+    return 0
 
 
 # What is kept

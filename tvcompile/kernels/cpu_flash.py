@@ -55,14 +55,12 @@ def supports(need: Need) -> str | None:
 def _measured(need: Need) -> str | None:
     """ "" or a reason where a measurement decides. In 16 bits the lse of cpu.products is rounded, which only its own
     backward may be given: forward may leave this kernel only where backward does, and backward never enters it."""
-    narrow = need.dtype.itemsize == 2
-    if (
-        not need.prefer
-        or narrow
-        and (need.wanted is not None or need.scores <= SMALL[2] and need.prefer != KERNEL.name)
-    ):
+    here = need.prefer == KERNEL.name
+    if need.dtype.itemsize == 2 and (need.wanted is not None or need.scores <= SMALL[2] and not here):
         return None
-    return "" if need.prefer == KERNEL.name else "matrix products were measured to be faster"
+    if not need.prefer:
+        return None
+    return "" if here else "matrix products were measured to be faster"
 
 
 def _serves_whole(need: Need) -> bool:

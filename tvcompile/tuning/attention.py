@@ -140,23 +140,20 @@ def formula(asked: Ask) -> Config:
     """A config that fits everywhere: the block that stays takes a quarter of a 64 KiB register file's accumulators, the
     moving blocks a third of shared memory.
 
-    What edits scores takes registers for each score that a thread holds. So then 256 threads share 32 x 32 of them, or
-    half of these where much is edited. AMD's warps have 64 threads.
+    What edits scores takes registers for each score that a thread holds: then 256 threads share 32 x 32 of them, or
+    32 x 16 in backward. AMD's warps have 64 threads.
     """
-    edits, pass_, size, wide = asked.edits, asked.pass_, asked.size, asked.width * asked.size
-    warps = 4 if asked.device.arch.startswith("gfx") else 8
+    pass_, size, wide = asked.pass_, asked.size, asked.width * asked.size
+    warps, stages = 4 if asked.device.arch.startswith("gfx") else 8, 2 if size == 2 else 1
     if pass_ == "decode":
-        plain = not edits and asked.mask != "data"
+        plain = not asked.edits and asked.mask != "data"
         return Config(16, 64 if wide <= 128 + 128 * plain else 32 if wide <= 512 else 16, 4, 2, packed=True)
-    stages = 2 if size == 2 else 1
-    if edits:
-        much = len(edits) > 1 and "bias" in edits or wide > 512
-        M, N = (16 if much else 32, 32) if pass_ == "dkdv" else (32, 16 if much and pass_ == "dq" else 32)
-        return Config(M, N, warps, stages)
+    if asked.edits:
+        return Config(*{"fwd": (32, 32), "dq": (32, 16), "dkdv": (16, 32)}[pass_], warps, stages)
     stays = 64 if wide <= 256 else 32 if wide <= 512 else 16
     moves = 64
     while moves > 16 and (moves * wide * 2 > asked.device.shared // 3 or size == 4):
         moves //= 2
     # dK and dV are two sums that stay.
-    M, N = (min(moves, 32), stays) if pass_ == "dkdv" else (stays, moves)
-    return Config(M, N, warps, stages, hoist=pass_ != "dkdv")
+    M, N = (min(moves, 32), min(stays, 32)) if pass_ == "dkdv" else (stays, moves)
+    return Config(M, N, warps, stages)

@@ -101,9 +101,16 @@ SWIGLU = "act = g*sigmoid(g)*u; layout=chunk"
 
 
 def expert_launches(
-    config: Any, dtype: torch.dtype, spec: str = SWIGLU, backward: bool = False, transposed: bool = True, **sizes
+    config: Any,
+    dtype: torch.dtype,
+    spec: str = SWIGLU,
+    backward: bool = False,
+    transposed: bool = True,
+    listed: bool = False,
+    **sizes,
 ) -> dict[str, list[Launch]]:
-    """What tv.moe launches, by kernel; config: pass -> its Config; transposed: weights lie in memory as [E,N,K].
+    """What tv.moe launches, by kernel; config: pass -> its Config; transposed: weights lie in memory as [E,N,K];
+    listed: experts are tensors of their own.
 
     sizes: T K E H F H_out.
     """
@@ -116,14 +123,16 @@ def expert_launches(
     def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    def weights(a: int, b: int) -> torch.Tensor:
-        return empty(n["E"], b, a).mT if transposed else empty(n["E"], a, b)
+    def weights(a: int, b: int) -> list[torch.Tensor]:
+        each = [n["E"], a, b][listed:]
+        count = n["E"] if listed else 1
+        return [empty(*each[:-2], b, a).mT if transposed else empty(*each) for _ in range(count)]
 
     parsed = MoESpec.parse(spec)
     two = parsed.layout == "separate"
-    ups = [weights(n["H"], n["F"])] * 2 if two else [weights(n["H"], parsed.parts * n["F"])]
+    ups = weights(n["H"], n["F"]) * 2 if two else weights(n["H"], parsed.parts * n["F"])
     ids, w = empty(n["T"], n["K"], dtype=torch.int64), empty(n["T"], n["K"], dtype=torch.float32)
-    p = Experts(parsed, empty(n["T"], n["H"]), ids, w, ups, [weights(n["F"], n["H_out"])], [], [])
+    p = Experts(parsed, empty(n["T"], n["H"]), ids, w, ups, weights(n["F"], n["H_out"]), [], [])
     found: dict[str, list[Launch]] = {}
 
     def record(*a) -> None:

@@ -99,10 +99,14 @@ def entries() -> dict[tuple[str, str], Entry]:
     return {(name, key): entry for name, held in _memory.items() for key, entry in held.items()}
 
 
+@functools.lru_cache(maxsize=1)
 def state() -> str:
     """A hash of all that is in memory: graphs that are cached with configs in them are valid for one state."""
     held = sorted((*at, repr(sorted(entry.config.items()))) for at, entry in entries().items())
     return hashlib.sha256(repr(held).encode()).hexdigest()[:16]
+
+
+watch(state.cache_clear)
 
 
 def _remember(name: str, rows: Mapping[str, Any]) -> None:

@@ -21,7 +21,7 @@ from ..arch import Device
 from . import cpu, moe
 from .work import Attention, Experts, Work
 
-FIT = 1 << 22  # scores, and multiplications of a mixture by 512, that the formula is computed for
+FIT = 1 << 20  # scores, and multiplications of a mixture by 512, that the formula is computed for
 HOPELESS = 1.2  # times as slow as the formula's config
 SLACK = 1e-5
 LEAST = 2e-3  # seconds that one timing takes at least
