@@ -120,9 +120,9 @@ def rank(options: argparse.Namespace, console: Console) -> int:
 def show(_: Any, console: Console) -> int:
     store.load()
     table = Table("what for", "config", "", "times the formula's", show_lines=True)
-    for (family, key), entry in sorted(store.entries().items()):
+    for (file, key), entry in sorted(store.entries().items()):
         fields = ", ".join(f"{name}={value!r}" for name, value in entry.config.items())
-        table.add_row(escape(f"{key}\n({family})"), escape(fields), escape(entry.source), f"{entry.ratio:.2f}")
+        table.add_row(escape(f"{key}\n({file})"), escape(fields), escape(entry.source), f"{entry.ratio:.2f}")
     console.print(table if table.row_count else "nothing was measured yet")
     return 0
 
