@@ -45,7 +45,7 @@ GAIN = 1.03  # times as fast as the formula's config: less is noise
 BETTER = 1.01  # times as fast as the best so far, for a step of `full`
 ROUNDS, AGAIN = 9, 21  # of timing a candidate, and of timing the best once more
 LIMIT = {"cpu": 60.0, "cuda": 120.0}  # seconds that a candidate may take
-BUDGET = {"quick": 24.0, "full": 600.0}  # seconds for an Ask, after which no more candidates are tried
+BUDGET = {"quick": 20.0, "full": 600.0}  # seconds for an Ask, after which no more candidates are tried
 WAIT = 600.0  # seconds that a process waits for another one's search
 Ratio = Callable[[Any, int], float]  # (config, rounds) -> times as fast as the formula's; raises Unfit
 
