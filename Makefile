@@ -14,7 +14,7 @@ PROGRAMS ?= 20000
 BENCHMARKS ?= $(filter-out attention_gpu plot,$(basename $(notdir $(wildcard benchmarks/[a-z]*.py))))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check fuzz bench kernels clean
+.PHONY: help demo test check fuzz bench kernels tables clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,6 +41,9 @@ bench: $(VENV)/.test  ## the numbers of README.md (BENCHMARKS=memory ARGS="--hea
 
 kernels: $(VENV)/.test  ## the GPU kernels' machine code per architecture, without a GPU
 	@$(BIN)/python tools/kernels.py $(ARGS)
+
+tables: $(VENV)/.test  ## every config that can be chosen compiles, fits and does not spill (ARGS="--arch sm90")
+	@$(BIN)/python tools/tables.py $(ARGS)
 
 clean:  ## remove the environment and every cache
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

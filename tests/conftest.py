@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import os
 import re
+import tempfile
 from collections import Counter
 
 # Before torch is imported: a test worker compiles in its own process, not through a pool of more.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if not os.environ.get("PYTEST_XDIST_WORKER"):
+    # What was measured on this machine is no part of a test, and its verdicts stay where they are.
+    CACHE = tempfile.TemporaryDirectory()
+    os.environ["TVCOMPILE_CACHE_DIR"] = CACHE.name
+    os.environ.pop("TVCOMPILE_TUNE", None)
 
 import pytest
 import torch

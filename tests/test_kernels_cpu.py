@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -10,12 +12,19 @@ from tvcompile.kernels import KERNELS, Problem, mods, tiles
 from tvcompile.kernels.attention import attention_ref, choose
 from tvcompile.kernels.problem import Given, Need
 from tvcompile.spec import AttentionSpec
+from tvcompile.tuning.cpu import Config
+
+
+def cut_by(monkeypatch, config):
+    """Every problem from here on has this config."""
+    made = Problem.of
+    monkeypatch.setattr(Problem, "of", staticmethod(lambda *args: dataclasses.replace(made(*args), config=config)))
 
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """Tiles of many heights and stacks although the problems are small."""
-    monkeypatch.setattr(tiles, "BUDGET", 4000)
+    cut_by(monkeypatch, Config(scores=4000))
     monkeypatch.setattr(tiles, "TILE_COST", 300)
     monkeypatch.setattr(tiles, "LARGE", 0)
     tiles._static_tiles.cache_clear()
@@ -83,7 +92,7 @@ def test_strided_and_expanded_inputs(kernel, spec):
 
 
 def test_a_sliding_window_is_a_stack_of_equal_blocks(monkeypatch):
-    monkeypatch.setattr(tiles, "BUDGET", 1 << 30)
+    cut_by(monkeypatch, Config(scores=1 << 30))
     monkeypatch.setattr(tiles, "TILE_COST", 40_000)
     q, k = torch.empty(1, 8, 4096, 64), torch.empty(1, 2, 4096, 64)
     p = Problem.of(q, k, k, [], [], "scale=1; keep = kv <= q & q - kv < 256", None)

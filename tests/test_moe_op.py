@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
@@ -12,8 +13,9 @@ from torch.autograd.graph import saved_tensors_hooks
 import tvcompile.kernels
 from tests.harness import tolerated
 from tvcompile import expr, syntax
-from tvcompile.kernels.experts import moe_ref
+from tvcompile.kernels.experts import Experts, moe_ref
 from tvcompile.moe_spec import LAYOUTS, MoESpec
+from tvcompile.tuning.cpu import ExpertConfig
 
 T, K, E, H, F, H_OUT = 13, 2, 4, 16, 12, 10
 OP = torch.ops.tv.moe.default
@@ -150,10 +152,10 @@ def test_a_dropped_pair_leaves_no_trace_of_its_weight():
 
 
 def test_batches_of_experts_do_not_change_the_result(monkeypatch):
-    args = arguments(tokens=40)
+    args, made = arguments(tokens=40), Experts.of
     for batch, chunk in ((1, 1), (F * 30, F * 7), (1 << 21, 1 << 18)):
-        monkeypatch.setattr(tvcompile.kernels.cpu_experts, "BATCH", batch)
-        monkeypatch.setattr(tvcompile.kernels.cpu_experts, "CHUNK", chunk)
+        config = ExpertConfig(batch, chunk)
+        monkeypatch.setattr(Experts, "of", staticmethod(lambda *a: dataclasses.replace(made(*a), config=config)))
         check_exact(args, SILU)
 
 

@@ -60,7 +60,7 @@ def machine(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(selfcheck, "check", check)
     monkeypatch.setattr(selfcheck, "_machine", lambda: "gpu")
-    monkeypatch.setenv("TVCOMPILE_CACHE", str(tmp_path))
+    monkeypatch.setenv("TVCOMPILE_CACHE_DIR", str(tmp_path))
     selfcheck._verdict.cache_clear()
     yield ran
     selfcheck._verdict.cache_clear()
@@ -80,7 +80,7 @@ def test_a_failure_takes_the_next_config_and_warns_once(machine, tmp_path):
         warnings.simplefilter("error")
         assert ask() == CHOICES[1:]
     assert len(machine) == 2
-    assert len(json.loads((tmp_path / "selfcheck-gpu.json").read_text())) == 2
+    assert len(json.loads((tmp_path / "selfcheck-gpu.json").read_text())["rows"]) == 2
 
 
 def test_a_verdict_is_kept_for_the_next_process(machine):

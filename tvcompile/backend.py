@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
@@ -11,7 +12,7 @@ from torch import fx
 from torch._functorch.compile_utils import fx_graph_cse
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
-from . import report
+from . import report, sites, tuning
 from .kernels import selfcheck
 from .options import Options
 from .passes import LIFTS
@@ -21,6 +22,7 @@ from .passes.verify import verify
 from .select import select, select_moe
 from .spec import Match, MoEMatch, Refusal, where_of
 from .tracing import tracing_context
+from .tuning import store
 
 
 def tv(gm: fx.GraphModule, example_inputs: Sequence[Any], mode: str | None = None, options: dict | None = None):
@@ -32,8 +34,10 @@ def tv(gm: fx.GraphModule, example_inputs: Sequence[Any], mode: str | None = Non
 
 def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], mode: str | None, ours: Options, inductor: dict):
     record = report.GraphRecord()
+    store.load()
     try:
         program = rewrite(gm, placeholders_of(gm), record)
+        tune(record, ours)
     except Exception as error:
         if ours.strict:
             raise
@@ -81,12 +85,26 @@ def rewrite(gm: fx.GraphModule, fakes: Sequence[Any], record: report.GraphRecord
     if not chosen and all(body is new for body, new in bodies.items()):
         return gm
     with record.timed("emit"):
-        emit(program.graph, chosen)
+        nodes = emit(program.graph, chosen)
         program.recompile()
     with record.timed("verify"):
         verify(program, "emit")
+    learned = sites.learned(program, fakes)
+    record.works += [sites.work_of(node, learned) for node in nodes]
     record.keep(program, before)
     return program
+
+
+def tune(record: report.GraphRecord, ours: Options) -> None:
+    """What was measured on this machine, before or now, for the sites of a graph; what it is, the report says."""
+    if not record.works:
+        return
+    if ours.tune != "none":
+        with record.timed("tune"):
+            sites.tune(record.works, ours.tune, ours.strict)
+    record.sites = [
+        dataclasses.replace(site, configs=sites.configs_of(*work)) for site, work in zip(record.sites, record.works)
+    ]
 
 
 def _select(match: Match | MoEMatch) -> tuple[str, str]:
@@ -123,7 +141,8 @@ class Sharing(CustomGraphPass):
 
     def uuid(self) -> Any:
         found = [each.uuid() if isinstance(each, CustomGraphPass) else None for each in self.users]
-        return None if None in found else ["tv.sharing", *found]
+        # Cached graphs hold launches of configs as they were chosen.
+        return None if None in found else ["tv.sharing", tuning.state(), *found]
 
 
 def fallback_message(error: Exception) -> str:

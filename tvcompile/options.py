@@ -9,7 +9,12 @@ from pathlib import Path
 from typing import Any
 
 PREFIX = "tv."
-CHOICES = {"codegen": ("inductor", "none"), "log": ("", "report", "diff"), "selfcheck": ("on", "off")}
+CHOICES = {
+    "codegen": ("inductor", "none"),
+    "log": ("", "report", "diff"),
+    "selfcheck": ("on", "off"),
+    "tune": ("none", "quick", "full"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +24,7 @@ class Options:
     strict     an internal error raises; by default the graph falls back to stock Inductor with a warning
     codegen    "inductor", or "none" to run the rewritten ATen graph eagerly (tests, debugging)
     selfcheck  "off" trusts GPU kernels without their check on this GPU
+    tune       "quick" or "full" searches for faster configs while it compiles (environment: TVCOMPILE_TUNE)
     log        "report" or "diff" prints what was done as it compiles (environment: TVCOMPILE_LOG)
     """
 
@@ -26,6 +32,7 @@ class Options:
     codegen: str = "inductor"
     log: str = ""
     selfcheck: str = "on"
+    tune: str = "none"
 
     def __post_init__(self):
         for name, allowed in CHOICES.items():
@@ -47,11 +54,10 @@ class Options:
 
 
 def cache_folder() -> Path:
-    """Where verdicts about this machine are kept: TVCOMPILE_CACHE, or tvcompile in the user's cache folder."""
+    """Where what is known of this machine is kept: TVCOMPILE_CACHE_DIR, or tvcompile in the user's cache folder."""
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(os.environ.get("TVCOMPILE_CACHE") or f"{base}/tvcompile").expanduser()
+    return Path(os.environ.get("TVCOMPILE_CACHE_DIR") or f"{base}/tvcompile").expanduser()
 
 
 def from_environment() -> dict[str, str]:
-    log = os.environ.get("TVCOMPILE_LOG", "")
-    return {"log": log} if log else {}
+    return {name: value for name in ("log", "tune") if (value := os.environ.get(f"TVCOMPILE_{name.upper()}"))}

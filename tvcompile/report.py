@@ -23,9 +23,10 @@ from .spec import Match, MoEMatch, Refusal, Site, where_of
 
 @dataclasses.dataclass
 class GraphRecord:
-    """One graph: what its passes found and how long they took (seconds)."""
+    """One graph: what its passes found, how long they took (seconds), and the problem of each site for tuning."""
 
     sites: list[Site] = dataclasses.field(default_factory=list)
+    works: list[Any] = dataclasses.field(default_factory=list)
     refusals: list[Refusal] = dataclasses.field(default_factory=list)
     higher_order: list[str] = dataclasses.field(default_factory=list)
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -68,6 +69,10 @@ class Report:
         return [s for r in self.records for s in r.sites]
 
     @property
+    def works(self) -> list[Any]:
+        return [w for r in self.records for w in r.works]
+
+    @property
     def refusals(self) -> list[Refusal]:
         return [x for r in self.records for x in r.refusals]
 
@@ -101,12 +106,13 @@ def _sections(report: Report) -> Iterator[Any]:
     yield Text(f"{report.graphs} graphs, {len(report.sites)} sites fused, {len(report.refusals)} left; {seconds:.2f} s")
     by_text: dict[tuple, list[Site]] = {}
     for site in report.sites:
-        by_text.setdefault((site.spec, site.where, site.kernel, site.shapes, site.cost), []).append(site)
+        by_text.setdefault(dataclasses.astuple(site), []).append(site)
     if by_text:
         table = Table("fused", "", "kernel", title_justify="left", show_lines=True)
-        for (spec, where, kernel, shapes, cost), sites in by_text.items():
-            body = f"{escape(spec)}\n{escape(shapes)}\n{escape(where)}" + (f"\n{cost}" if cost else "")
-            table.add_row(f"{len(sites)}x", body, kernel)
+        for (spec, where, kernel, *about), sites in by_text.items():
+            shapes, cost, configs = about
+            body = map(escape, filter(None, (spec, shapes, where, cost, configs)))
+            table.add_row(f"{len(sites)}x", "\n".join(body), kernel)
         yield table
     for refusal, count in collections.Counter(report.refusals).items():
         yield Text(f"left as it was{f' ({count}x)' if count > 1 else ''}: {refusal}")

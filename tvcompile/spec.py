@@ -117,13 +117,14 @@ class Refusal:
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """A fused attention as reports show it: text of the Spec, place, kernel and sizes."""
+    """A fused attention as reports show it: text of the Spec, place, kernel, sizes, and configs that were measured."""
 
     spec: str
     where: str
     kernel: str
     shapes: str
     cost: str = ""
+    configs: str = ""
 
 
 class Refuse(Exception):

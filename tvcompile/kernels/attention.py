@@ -18,6 +18,7 @@ recomputes from q, k, v, out, lse and the captures.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -27,7 +28,7 @@ from torch import Tensor
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.export._trace import custom_triton_ops_decomposition_disabled
 
-from .. import expr as E
+from .. import expr as E, tuning
 from ..arch import Device
 from ..spec import AttentionSpec
 from . import KERNELS, mods
@@ -99,9 +100,13 @@ def choose(need: Need) -> Kernel:
     raise NotImplementedError(f"no kernel for `{need.spec}` on {arch}: " + "; ".join(reasons))
 
 
-def _kernel(p: Problem, wanted: tuple[str, ...] | None) -> Kernel:
-    sizes = (hint(p.scores), hint(p.k.shape[2]))
-    return choose(Need(p.spec, p.q.dtype, wanted, *sizes, p.features, Device.of(p.q.device)))
+def _chosen(p: Problem, wanted: tuple[str, ...] | None) -> tuple[Kernel, Problem]:
+    """The kernel that serves, and the problem as it is to be cut; `wanted` as Need has it."""
+    sizes, device = (hint(p.scores), hint(p.k.shape[2])), Device.of(p.q.device)
+    if device.arch == "cpu":
+        ask = p.work.ask(device, "fwd" if wanted is None else "bwd", bool(wanted))
+        p = dataclasses.replace(p, config=tuning.choose(ask)[0].config)
+    return choose(Need(p.spec, p.q.dtype, wanted, *sizes, p.features, device, p.config.kernel)), p
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -115,14 +120,16 @@ def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 def _forward(q, k, v, captures, sizes, spec, seed):
     p = Problem.of(q, k, v, captures, sizes, spec, seed)
-    out, lse, *rest = _kernel(p, None).forward(p)
+    kernel, p = _chosen(p, None)
+    out, lse, *rest = kernel.forward(p)
     return out, lse, rest[0] if rest else lse.new_empty(0)
 
 
 def _backward(grad_out, q, k, v, captures, sizes, spec, seed, out, lse, rest, wanted):
     p = Problem.of(q, k, v, captures, sizes, spec, seed)
     names = tuple(list(p.scope.captures)[i] for i in wanted)
-    found = _kernel(p, names).backward(p, Given(grad_out, out, lse, rest), names)
+    kernel, p = _chosen(p, names)
+    found = kernel.backward(p, Given(grad_out, out, lse, rest), names)
     dq, dk, dv = (as_heads_last(g, q.dtype) for g in (found.dq, found.dk, found.dv))
     return dq, dk, dv, [found.captures[n].to(p.scope.captures[n].dtype) for n in names]
 

@@ -8,7 +8,7 @@
 
 Products are made in the tensors' dtype where the CPU has instructions for it, everything else in the
 compute dtype. The softmax of a tile is recomputed rather than taken from lse: where all scores are
-about finfo.min, lse has lost log(S_kv). Memory is O(S): tiles.BUDGET scores at a time.
+about finfo.min, lse has lost log(S_kv). Memory is O(S): the Config's scores at a time.
 """
 
 from __future__ import annotations
@@ -242,7 +242,7 @@ def fill_empty(p: Problem, out: Tensor, lse: Tensor) -> Tensor:
 
 def _fill_dropped_mean(p: Problem, out: Tensor, empty: Tensor) -> Tensor:
     S_kv = p.k.shape[2]
-    for tile in (e for t in tiles(p) for e in t.everything(S_kv)):
+    for tile in (e for t in tiles(p) for e in t.everything(S_kv, p.config.scores)):
         rows = tile.rows(empty)
         if bool(rows.any()):
             P = fold(p, _dropout(p, tile).div_(S_kv).expand(*rows.shape[:3], S_kv))
@@ -269,7 +269,7 @@ def backward(
     apart = None if spoilt is None else _some(spoilt(given.lse))
     for tile in tiles(p):
         if averaging is not None and bool(tile.rows(averaging).any()):
-            for dense in tile.everything(p.k.shape[2]):
+            for dense in tile.everything(p.k.shape[2], p.config.scores):
                 backward_tile(p, dense, given, sums)
         elif tile.spans and apart is not None and bool(tile.rows(apart).any()):
             backward_tile(p, tile, given, sums)

@@ -30,9 +30,6 @@ from . import mods
 from .cpu import product_dtype
 from .experts import ExpertGradients, ExpertKernel, Experts, Routing, Wanted, activate
 
-BATCH = 1 << 20  # activations of the experts that are taken together, unless one has more
-CHUNK = 1 << 17  # activations per thread that are computed at a time: a few such tensors stay in cache
-
 
 def supports(need) -> str | None:
     return None
@@ -79,7 +76,7 @@ class Batch:
     @staticmethod
     def all(p: Experts, routing: Routing) -> Iterator[Batch]:
         """Of the experts that have pairs."""
-        bounds, most = routing.offsets.tolist(), BATCH // p.features[1]
+        bounds, most = routing.offsets.tolist(), p.config.batch // p.features[1]
         tokens = routing.order // max(1, p.ids.shape[1])
         w = p.weights.reshape(-1)[routing.order].to(compute_dtype(p.x.dtype))[:, None]
         first = 0
@@ -93,9 +90,9 @@ class Batch:
                 yield Batch(slice(a, b), shares, tokens[a:b], w[a:b])
             first = e
 
-    def chunks(self, F: int) -> Iterator[slice]:
-        """Rows with at most CHUNK activations per thread."""
-        step = max(1, CHUNK * torch.get_num_threads() // F)
+    def chunks(self, F: int, most: int) -> Iterator[slice]:
+        """Rows with at most so many activations per thread."""
+        step = max(1, most * torch.get_num_threads() // F)
         for i in range(0, len(self.tokens), step):
             yield slice(i, i + step)
 
@@ -147,7 +144,7 @@ def forward(p: Experts, save: bool) -> tuple[Tensor, Tensor]:
         pre = hidden[batch.at] if save else p.x.new_empty(len(batch.tokens), wide)
         project(p, batch, gather(p, batch), pre)
         h = p.x.new_empty(len(pre), F)
-        for part in batch.chunks(F):
+        for part in batch.chunks(F, p.config.chunk):
             h[part] = activate(p.spec.act, p.split(pre[part].to(batch.w.dtype)))
         for e, rows in batch.shares:
             times(y[batch.at][rows], h[rows], p.of_expert(p.down, e)[0])
@@ -213,7 +210,7 @@ def _through_down(
     for e, rows in batch.shares:
         times(D[rows], narrow[rows], p.of_expert(p.down, e)[0].mT)
     dpre, h = torch.empty_like(pre), D
-    for part in batch.chunks(D.shape[1]):
+    for part in batch.chunks(D.shape[1], p.config.chunk):
         act, *slope = mods.evaluate(slopes, p.split(pre[part].to(dw.dtype)))
         d, target = D[part].to(dw.dtype), p.split(dpre[part])
         if outside:

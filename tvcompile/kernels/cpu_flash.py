@@ -44,10 +44,23 @@ def supports(need: Need) -> str | None:
     loaded = {E.operands(x)[0].name for part in parts for x in E.loads(part)}
     if loaded & set(need.wanted or ()):
         return f"gives no gradient of {', '.join(sorted(loaded & set(need.wanted or ())))}"
+    if (measured := _measured(need)) is not None:
+        return measured or None
     at_home = need.wanted is None if need.dtype.itemsize == 2 and _native(need.dtype) else _serves_whole(need)
     if need.scores > SMALL[need.dtype.itemsize] and not at_home:
         return "matrix products are faster here"
     return None
+
+
+def _measured(need: Need) -> str | None:
+    """ "" or a reason where a measurement decides. In 16 bits the lse of cpu.products is rounded, which only its own
+    backward may be given: forward may leave this kernel only where backward does, and backward never enters it."""
+    here = need.prefer == KERNEL.name
+    if need.dtype.itemsize == 2 and (need.wanted is not None or need.scores <= SMALL[2] and not here):
+        return None
+    if not need.prefer:
+        return None
+    return "" if here else "matrix products were measured to be faster"
 
 
 def _serves_whole(need: Need) -> bool:
@@ -202,7 +215,8 @@ def forward(p: Problem) -> tuple[Tensor, Tensor]:
 
 def _one_call(p: Problem) -> bool:
     """Whether the kernel itself knows the mask and serves the shapes."""
-    return _plain(p.spec) and p.q.shape[3] == p.v.shape[3] and p.q.numel() > 0 and p.k.numel() > 0
+    there = p.q.numel() > 0 and p.k.numel() > 0 and not p.config.BLOCK_M
+    return _plain(p.spec) and p.q.shape[3] == p.v.shape[3] and there
 
 
 @functools.lru_cache(maxsize=1024)

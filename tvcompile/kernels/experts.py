@@ -24,6 +24,8 @@ from torch import Tensor
 from ..arch import Device
 from ..expr import Expr
 from ..moe_spec import MoESpec
+from ..tuning.cpu import ExpertConfig
+from ..tuning.work import Experts as Work, dtype_name
 from . import mods
 
 
@@ -48,7 +50,7 @@ class Units:
 
 @dataclasses.dataclass(frozen=True)
 class Experts:
-    """The arguments of tv::moe; shapes above."""
+    """The arguments of tv::moe; shapes above. config: how the CPU kernel cuts them."""
 
     spec: MoESpec
     x: Tensor
@@ -58,6 +60,7 @@ class Experts:
     down: Sequence[Tensor]
     up_bias: Sequence[Tensor]
     down_bias: Sequence[Tensor]
+    config: ExpertConfig = ExpertConfig()
 
     @staticmethod
     def of(x, ids, weights, up, down, up_bias, down_bias, spec: str) -> Experts:
@@ -158,6 +161,12 @@ class ExpertNeed:
     features: tuple[int, int, int] = (0, 0, 0)
     stacked: bool = True
     device: Device = Device("cpu")
+
+    @property
+    def work(self) -> Work:
+        """What tuning knows of it."""
+        sizes = self.tokens, self.top, self.experts, *self.features
+        return Work(self.spec, dtype_name(self.dtype), *sizes, self.stacked)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,23 +13,22 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numpy as np
 import torch
 import triton
 from torch import Tensor
 
-from .. import bounds, expr as E
+from .. import expr as E
 from ..arch import Device
 from ..derive import derivative
 from ..tuning import Choice, choose
-from ..tuning.attention import PASSES, Ask, Config, few_rows, work_of
+from ..tuning.attention import PASSES, Ask, Config, work_of
 from . import mods
 from .data import arguments
 from .flash_bwd import attention_dkdv, attention_dq
 from .flash_fwd import attention_fwd, attention_merge
 from .launch import launch, precision
 from .mint import mint, unprintable
-from .problem import Given, Gradients, Kernel, Need, Problem, heads_last, hint
+from .problem import Given, Gradients, Kernel, Need, Problem, heads_last
 from .selfcheck import working
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -71,25 +70,8 @@ def _underivable(score: E.Expr) -> str | None:
 
 def choices(p: Problem, pass_: str) -> tuple[Choice, ...]:
     """The configs of a pass (fwd, dq, dkdv), best first."""
-    B, H_kv, S_kv, _ = p.k.shape
-    D = max(p.features)
-    rows = hint(p.q.shape[2]) * hint(p.group)
-    few = pass_ == "fwd" and 0 < rows <= few_rows(D)
-    device, dtype, keys = Device.of(p.q.device), str(p.q.dtype)[6:], hint(S_kv)
-    if few:
-        # Dropped weights are drawn where whole rows are, so that one program sees each row.
-        keys = 0 if p.spec.dropout else visible(p)
-    ask = Ask(device, "decode" if few else pass_, dtype, *p.features, work_of(p.spec), rows, keys, hint(B * H_kv))
+    ask = p.work.ask(Device.of(p.q.device), pass_)
     return working(choose(ask), ask.pass_, p.q.dtype, p.features)
-
-
-def visible(p: Problem) -> int:
-    """How many kv positions any of few rows may see, as far as `keep` tells without its captures."""
-    S_q, S_kv = hint(p.q.shape[2]), hint(p.k.shape[2])
-    table: dict[Any, Any] = {name: (hint(n), hint(n)) for name, n in p.scope.sizes.items()}
-    table |= {"b": (0, hint(p.q.shape[0])), "h": (0, hint(p.q.shape[1])), "q": (0, S_q - 1)}
-    kinds = bounds.kinds(p.spec.keep, table | {"kv": bounds.blocks(S_kv, 64, 0)})
-    return min(S_kv, 64 * int(np.count_nonzero(np.broadcast_to(kinds, -(-S_kv // 64)))))
 
 
 # Forward

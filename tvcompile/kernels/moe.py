@@ -9,12 +9,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import torch
 from torch import Tensor
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 
+from .. import tuning
 from ..arch import Device
 from . import MOE_KERNELS
 from .attention import LIB, opened
@@ -42,20 +44,26 @@ def choose(need: ExpertNeed) -> ExpertKernel:
     raise NotImplementedError(f"no kernel for `{need.spec}` on {arch}: " + "; ".join(reasons))
 
 
-def _kernel(p: Experts, backward: bool) -> ExpertKernel:
+def _chosen(p: Experts, backward: bool) -> tuple[ExpertKernel, Experts]:
+    """The kernel that serves, and the experts as they are to be cut."""
     T, K = map(hint, p.ids.shape)
     device = Device.of(p.x.device)
-    return choose(ExpertNeed(p.spec, p.x.dtype, backward, T, K, p.count, p.features, p.stacked, device))
+    need = ExpertNeed(p.spec, p.x.dtype, backward, T, K, p.count, p.features, p.stacked, device)
+    if device.arch == "cpu":
+        p = dataclasses.replace(p, config=tuning.choose(need.work.ask(device, "bwd" if backward else "fwd"))[0].config)
+    return choose(need), p
 
 
 def _forward(x, ids, weights, up, down, up_bias, down_bias, spec, save):
     p = Experts.of(x, ids, weights, up, down, up_bias, down_bias, spec)
-    return _kernel(p, False).forward(p, save)
+    kernel, p = _chosen(p, False)
+    return kernel.forward(p, save)
 
 
 def _backward(grad_out, x, ids, weights, up, down, up_bias, down_bias, spec, hidden, wanted):
     p = Experts.of(x, ids, weights, up, down, up_bias, down_bias, spec)
-    g = _kernel(p, True).backward(p, grad_out, hidden, Wanted(*wanted))
+    kernel, p = _chosen(p, True)
+    g = kernel.backward(p, grad_out, hidden, Wanted(*wanted))
     return g.x, g.weights, g.up, g.down, g.up_bias, g.down_bias
 
 

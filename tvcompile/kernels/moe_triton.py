@@ -22,7 +22,7 @@ from .. import expr as E
 from ..arch import Device
 from ..derive import derivative
 from ..tuning import choose
-from ..tuning.moe import PASSES, Ask, Config
+from ..tuning.moe import PASSES, Config
 from . import selfcheck
 from .experts import ExpertGradients, ExpertKernel, ExpertNeed, Experts, Routing, Wanted
 from .grouped import experts_combine, experts_rows, experts_up
@@ -60,14 +60,9 @@ def _underivable(act: E.Expr) -> str | None:
         return str(error)
 
 
-def asks(need: ExpertNeed) -> list[Ask]:
+def asks(need: ExpertNeed) -> list:
     """What the config of each pass is for, in the order of PASSES."""
-    H, F, H_out = need.features
-    rows = need.tokens * need.top // max(need.experts, 1)
-    wide = F * (1 if need.spec.layout == "separate" else need.spec.parts)  # columns of one tensor of an expert
-    sizes = {"up": (wide, H), "down": (H_out, F), "dact": (F, H_out), "dx": (H, wide), "dw": (wide, H)}
-    dtype = str(need.dtype)[6:]
-    return [Ask(need.device, pass_, dtype, rows, need.experts, *sizes[pass_], need.top) for pass_ in PASSES]
+    return need.work.asks(need.device)
 
 
 def working(need: ExpertNeed) -> Configs | None:

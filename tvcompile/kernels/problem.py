@@ -14,6 +14,8 @@ from torch import Tensor
 
 from ..arch import Device
 from ..spec import AttentionSpec
+from ..tuning import cpu
+from ..tuning.work import Attention, dtype_name
 from .mods import Scope
 
 
@@ -47,14 +49,22 @@ def _read(spec: str) -> tuple[AttentionSpec, tuple[str, ...], tuple[str, ...]]:
     return parsed, parsed.captures(), parsed.sizes()
 
 
+@functools.lru_cache(maxsize=1024)
+def _size_names(spec: AttentionSpec) -> tuple[str, ...]:
+    return spec.sizes()
+
+
 @dataclasses.dataclass(frozen=True)
 class Problem:
+    """config: how the CPU kernels cut it."""
+
     spec: AttentionSpec
     q: Tensor
     k: Tensor
     v: Tensor
     scope: Scope
     seed: Tensor | None = None
+    config: cpu.Config = cpu.Config()
 
     @staticmethod
     def of(
@@ -88,6 +98,14 @@ class Problem:
     def features(self) -> tuple[int, int]:
         """(D, D_v), numbers always: kernels are compiled for them."""
         return int(self.q.shape[3]), int(self.v.shape[3])
+
+    @property
+    def work(self) -> Attention:
+        """What tuning knows of it: without the captures' shapes."""
+        (B, H, S_q, _), (_, H_kv, S_kv, _) = self.q.shape, self.k.shape
+        sizes = tuple(hint(self.scope.sizes[name]) for name in _size_names(self.spec))
+        shape = hint(B), hint(H), hint(H_kv), hint(S_q), hint(S_kv)
+        return Attention(self.spec, dtype_name(self.q.dtype), *shape, *self.features, sizes=sizes)
 
     @property
     def scores(self) -> int:
@@ -141,6 +159,7 @@ class Need:
     wanted  None: forward; in backward the captures that need a gradient
     scores  about B*H*S_q*S_kv, 0 if not known; keys: S_kv
     features  (D, D_v); device: which GPU, or the CPU
+    prefer  name of the kernel that was measured to be the fastest, "" if nothing was measured
     """
 
     spec: AttentionSpec
@@ -150,6 +169,7 @@ class Need:
     keys: int = 0
     features: tuple[int, int] = (0, 0)
     device: Device = Device("cpu")
+    prefer: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,6 @@ import contextvars
 import dataclasses
 import functools
 import hashlib
-import json
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +23,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ..options import cache_folder
 from ..tuning import Choice, moe
 from ..tuning.attention import Config
+from ..tuning.kept import Kept
 from .problem import Given, Problem
 
 SPEC = "scale=0.125; keep = kv <= q & q - kv < 200; empty=zero"
@@ -68,28 +68,19 @@ def experts_right(configs: tuple[moe.Config, ...], layout: str, listed: bool, dt
 
 def _kept(key: str, run: Callable[[], str]) -> bool:
     """Whether a check found nothing wrong: what the file says, or what it says from now on."""
-    file = cache_folder() / f"selfcheck-{_machine()}.json"
-    kept = _read(file)
-    if key not in kept:
+    file = Kept(cache_folder() / f"selfcheck-{_machine()}.json")
+    reason = file.rows().get(key)
+    if reason is None:
         reason = run()
         if reason:
             warnings.warn(
                 f"tvcompile: the kernel `{key}` failed its check on this GPU ({reason}) and is not "
-                f"used. Please report it with the output of `python -m torch.utils.collect_env`; {file} keeps the "
+                f"used. Please report it with the output of `python -m torch.utils.collect_env`; {file.path} keeps the "
                 "verdict, tv.selfcheck=off skips the check.",
                 stacklevel=2,
             )
-        kept = {**_read(file), key: reason}
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(kept, indent=1))
-    return not kept[key]
-
-
-def _read(file: Path) -> dict[str, str]:
-    try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError):
-        return {}
+        file.update({key: reason})
+    return not reason
 
 
 @functools.lru_cache(maxsize=1)

@@ -6,7 +6,8 @@
     of q  [B,H,S_q,D]     ->  [X,H,M,D]      X = b * stack
     of kv [B,H_kv,S_kv,D] ->  [X,H_kv,N,D]   a view where the blocks of a stack overlap
 
-M is the candidate with the least cost: scores to compute, and a price per tile.
+M is the candidate with the least cost: scores to compute, and a price per tile. A Config may say M, and says how many
+scores a tile holds at once.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ from torch import Tensor
 from .. import bounds, expr as E
 from ..bounds import EMPTY, PARTIAL
 from ..expr import Expr
+from ..tuning.cpu import Config
 from .mods import Scope, Span
 from .problem import Problem
 
 EDGE = 32  # kv ranges begin and end at its multiples
-HEIGHTS = (32, 64, 128, 256)
-BUDGET = 1 << 19  # scores that a tile holds at once
+HEIGHTS = (32, 64, 128, 256)  # that are weighed against each other where no config says BLOCK_M
 TILE_COST = 40_000  # of a tile, in scores
 INDEXED = {(E.B,), (E.Q,), (E.KV,), (E.B, E.Q), (E.B, E.KV)}
 LARGE = 1 << 21  # scores from which captured data is searched for EMPTY and FULL blocks
@@ -107,18 +108,18 @@ class Tile:
         h = self.h_kv[0] * self.group, self.h_kv[1] * self.group
         return whole.at(b=self.b, h=h, q=self.q, kv=kv, stack=self.stack)
 
-    def everything(self, S_kv: int) -> Iterator[Tile]:
-        """The same rows, one block at a time, each seeing every kv."""
+    def everything(self, S_kv: int, scores: int) -> Iterator[Tile]:
+        """The same rows, one block at a time, each seeing every kv; in portions of so many scores."""
         whole = ((0, S_kv),)
         for i in range(self.stack):
             q = self.q[0] + i * self.height, self.q[1] + i * self.height
             tile = dataclasses.replace(self, q=q, spans=whole, masked=whole, stack=1)
-            yield from tile.portions()
+            yield from tile.portions(scores)
 
-    def portions(self) -> Iterator[Tile]:
-        """The tile cut into parts of at most BUDGET scores, along batch, stack and heads."""
+    def portions(self, scores: int) -> Iterator[Tile]:
+        """The tile cut into parts of at most so many scores, along batch, stack and heads."""
         (b0, b1), (h0, h1) = self.b, self.h_kv
-        units = max(1, BUDGET // max(1, self.group * self.height * self.width))
+        units = max(1, scores // max(1, self.group * self.height * self.width))
         heads = min(units, h1 - h0)
         stack = min(self.stack, max(1, units // heads))
         batch = max(1, units // (heads * self.stack))
@@ -142,22 +143,24 @@ def tiles(p: Problem) -> tuple[Tile, ...]:
     shape = B, p.k.shape[1], S_q, p.k.shape[2]
     sizes = tuple(sorted(p.scope.sizes.items()))
     data = _data_loads(p) if B * H * S_q * shape[3] >= LARGE else ()
-    static = _static_tiles(p.spec.keep, shape, p.group, sizes)
+    static = _static_tiles(p.spec.keep, shape, p.group, sizes, p.config)
     if not data:
         return static
-    plans = [_plan(_kinds_of_data(p, data, M), M, shape, p.group) for M in HEIGHTS[1:]]
-    return min([static, *plans], key=_cost)
+    heights, scores = (p.config.BLOCK_M,) if p.config.BLOCK_M else HEIGHTS[1:], p.config.scores
+    plans = [_plan(_kinds_of_data(p, data, M), M, shape, p.group, scores) for M in heights]
+    return min([static, *plans], key=lambda plan: _cost(plan, scores))
 
 
 @functools.lru_cache(maxsize=256)
-def _static_tiles(keep: Expr, shape: tuple, group: int, sizes: tuple) -> tuple[Tile, ...]:
+def _static_tiles(keep: Expr, shape: tuple, group: int, sizes: tuple, config: Config) -> tuple[Tile, ...]:
     B, _, S_q, S_kv = shape
-    heights = [M for M in HEIGHTS if M < S_q] + [S_q] * (S_q <= HEIGHTS[-1])
+    wanted = (config.BLOCK_M,) if config.BLOCK_M else HEIGHTS
+    heights = [M for M in wanted if M < S_q] + [S_q] * (S_q <= wanted[-1])
     plans = []
     for M in heights:
         kinds = bounds.kinds(keep, _table(B, S_q, S_kv, M, dict(sizes)))
-        plans.append(_plan(_grid(kinds, 1, S_q, S_kv, M), M, shape, group))
-    return min(plans, key=_cost, default=())
+        plans.append(_plan(_grid(kinds, 1, S_q, S_kv, M), M, shape, group, config.scores))
+    return min(plans, key=lambda plan: _cost(plan, config.scores), default=())
 
 
 def _table(B: int, S_q: int, S_kv: int, M: int, sizes: dict) -> dict:
@@ -206,7 +209,7 @@ def _kinds_of_data(p: Problem, loads: tuple[Expr, ...], M: int) -> np.ndarray:
     return _grid(bounds.kinds(p.spec.keep, table), B, S_q, S_kv, M)
 
 
-def _plan(kinds: np.ndarray, M: int, shape: tuple, group: int) -> tuple[Tile, ...]:
+def _plan(kinds: np.ndarray, M: int, shape: tuple, group: int, scores: int) -> tuple[Tile, ...]:
     """Tiles from kinds [b,nq,nkv], where b is 1 if all batch elements are alike."""
     B, H_kv, S_q, S_kv = shape
     found: list[Tile] = []
@@ -219,7 +222,7 @@ def _plan(kinds: np.ndarray, M: int, shape: tuple, group: int) -> tuple[Tile, ..
             tile = Tile((0, B) if alike else (b, b + 1), (0, H_kv), q, spans, masked, group)
             row.append(tile)
         found += _stacked(row)
-    return tuple(part for tile in found for part in tile.portions())
+    return tuple(part for tile in found for part in tile.portions(scores))
 
 
 def _spans(kinds: np.ndarray, S_kv: int) -> tuple[tuple[Span, ...], tuple[Span, ...]]:
@@ -255,7 +258,7 @@ def _follows(last: Tile, tile: Tile) -> bool:
     return tile.height == M and moved == tile.spans and last.masked == tile.masked
 
 
-def _cost(plan: tuple[Tile, ...]) -> int:
+def _cost(plan: tuple[Tile, ...], scores: int) -> int:
     sizes = [t.group * t.height * t.width for t in plan]
     area = sum(n * (t.b[1] - t.b[0]) * (t.h_kv[1] - t.h_kv[0]) * t.stack for n, t in zip(sizes, plan))
-    return area * (2 if max(sizes, default=0) > 2 * BUDGET else 1) + TILE_COST * len(plan)
+    return area * (2 if max(sizes, default=0) > 2 * scores else 1) + TILE_COST * len(plan)

@@ -23,15 +23,21 @@ from .write import Writer, keep_strides
 aten = torch.ops.aten
 
 
-def emit(graph: fx.Graph, matches: Sequence[Match | MoEMatch]) -> None:
-    """Replace the value of every anchor; what nobody uses afterwards is removed."""
+def emit(graph: fx.Graph, matches: Sequence[Match | MoEMatch]) -> list[fx.Node]:
+    """Replace the value of every anchor; what nobody uses afterwards is removed. The nodes of the op, in order."""
+    written: list[fx.Node] = []
     replaced: dict[fx.Node, fx.Node] = {}
     names = {n.name: n for n in graph.nodes}
     for match in matches:
-        new = write_moe(graph, match, names) if isinstance(match, MoEMatch) else _emit(graph, _current(match, replaced))
+        if isinstance(match, MoEMatch):
+            new, op = write_moe(graph, match, names)
+        else:
+            new, op = _emit(graph, _current(match, replaced))
+        written.append(op)
         replaced[match.anchor] = names[match.anchor.name] = new
     remove_idle_rows(graph)
     remove_dead_nodes(graph)
+    return written
 
 
 def _current(m: Match, replaced: dict[fx.Node, fx.Node]) -> Match:
@@ -44,7 +50,8 @@ def _current(m: Match, replaced: dict[fx.Node, fx.Node]) -> Match:
     return dataclasses.replace(m, q=now(m.q), k=now(m.k), v=now(m.v), captures=captures)
 
 
-def _emit(graph: fx.Graph, m: Match) -> fx.Node:
+def _emit(graph: fx.Graph, m: Match) -> tuple[fx.Node, fx.Node]:
+    """(what takes the anchor's place, the op's node)"""
     w = Writer(graph, m.anchor)
     operands = [m.q.node, m.k.node, m.v.node, *(n for n, _ in m.captures)]
     sources = [*graph.find_nodes(op="placeholder"), *operands]
@@ -61,7 +68,7 @@ def _emit(graph: fx.Graph, m: Match) -> fx.Node:
     before = m.anchor.meta["val"]
     m.anchor.replace_all_uses_with(result)
     graph.erase_node(m.anchor)
-    return keep_strides(graph, result, before)
+    return keep_strides(graph, result, before), pair
 
 
 def compute_dtype(m: Match) -> torch.dtype:

@@ -26,8 +26,8 @@ from .write import Writer, keep_strides
 aten = torch.ops.aten
 
 
-def write_moe(graph: fx.Graph, m: MoEMatch, nodes: Mapping[str, fx.Node]) -> fx.Node:
-    """Replaces the anchor's value; `nodes` gives what now stands for a name of the match."""
+def write_moe(graph: fx.Graph, m: MoEMatch, nodes: Mapping[str, fx.Node]) -> tuple[fx.Node, fx.Node]:
+    """(what takes the anchor's place, the op's node); `nodes` gives what now stands for a name of the match."""
     w = Writer(graph, m.anchor)
     sources = [*graph.find_nodes(op="placeholder"), nodes[m.x.name]]
     tokens = w.size(m.tokens, sources)
@@ -49,7 +49,7 @@ def write_moe(graph: fx.Graph, m: MoEMatch, nodes: Mapping[str, fx.Node]) -> fx.
     out = w.cast(out, before.dtype)
     m.anchor.replace_all_uses_with(out)
     graph.erase_node(m.anchor)
-    return keep_strides(graph, out, before)
+    return keep_strides(graph, out, before), pair
 
 
 def _tensors(w: Writer, ws: Weights, nodes: Mapping[str, fx.Node]) -> list[fx.Node]:

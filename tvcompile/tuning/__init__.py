@@ -2,9 +2,9 @@
 
     choose(Ask(Device.of(x.device), "fwd", "bfloat16", 128, 128, "causal", rows=4096)) -> [Choice, ...], best first
 
-An Ask (attention.py, moe.py) says what a config is for. Its `key` is what was measured has to agree with, exactly.
+An Ask (attention.py, moe.py) says what a config is for. What was measured (store.py) serves the Asks of its `key`.
 """
 
-from .lookup import Choice, choose
+from .lookup import Choice, choose, state
 
-__all__ = ["Choice", "choose"]
+__all__ = ["Choice", "choose", "state"]

@@ -21,10 +21,12 @@ class Ask:
 
     op        the operator, first word of every key
     answer    the type of its configs
+    sources   files of the package that decide how fast a config is: with others, what was measured is stale
     """
 
     op: ClassVar[str]
     answer: ClassVar[type]
+    sources: ClassVar[tuple[str, ...]] = ("kernels/*.py",)
 
     device: Device
     pass_: str
@@ -48,6 +50,8 @@ class Ask:
     @property
     def key(self) -> str:
         """What a measurement is kept under. Versions and the source of the kernels are in the name of its file."""
+        if self.device.arch == "cpu":
+            return f"{self.op} {self.pass_} {self.device.units} threads {self.dtype} {self.problem}"
         units = -(-self.device.units // UNITS) * UNITS
         return f"{self.op} {self.pass_} {self.device.shared}B units<={units} {self.dtype} {self.problem}"
 

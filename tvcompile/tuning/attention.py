@@ -86,6 +86,10 @@ class Ask(ask.Ask):
 
     op = "attention"
     answer = Config
+    sources = tuple(f"kernels/{x}.py" for x in ("flash*", "blocks", "data", "dropout", "launch", "mint")) + (
+        "bounds.py",
+        "derive.py",
+    )
 
     D: int = 64
     D_v: int = 64
@@ -100,8 +104,20 @@ class Ask(ask.Ask):
         return next((w for w in WIDTHS if max(self.D, self.D_v) <= w), 0)
 
     @property
+    def mask(self) -> str:
+        """full, causal, mask or data."""
+        return self.work.partition("+")[0]
+
+    @property
+    def edits(self) -> frozenset[str]:
+        """Of score, bias, dropout, sink, mean."""
+        return frozenset(self.work.split("+")[1:])
+
+    @property
     def problem(self) -> str:
-        return f"D={self.D} D_v={self.D_v} {self.work} M{ask.bucket(self.rows)} N{ask.bucket(self.keys)}"
+        sizes = f"D={self.D} D_v={self.D_v} {self.work} M{ask.bucket(self.rows)} N{ask.bucket(self.keys)}"
+        # How far kv is to be split depends on the programs that there are without.
+        return sizes + (f" P{ask.bucket(self.programs)}" if self.pass_ == "decode" else "")
 
     def fitted(self, config: Config) -> Config:
         """For decoding no more rows than there are, and as many splits as keep the GPU busy."""
@@ -117,17 +133,27 @@ class Ask(ask.Ask):
     def formula(self) -> list[Config]:
         if self.arch is None or not self.width:
             return []
-        return [formula(self.device.shared, self.pass_, self.size, self.width)]
+        return [formula(self)]
 
 
-def formula(shared: int, pass_: str, size: int, width: int) -> Config:
-    """A config that fits everywhere: the block that stays takes half of a 64 KiB register file's accumulators, the
-    moving blocks a third of shared memory."""
+def formula(asked: Ask) -> Config:
+    """A config that fits everywhere: the block that stays takes a quarter of a 64 KiB register file's accumulators, the
+    moving blocks a third of shared memory.
+
+    What edits scores takes registers for each score that a thread holds: then 256 threads share 32 x 32 of them, or
+    32 x 16 in backward. AMD's warps have 64 threads.
+    """
+    pass_, size, wide = asked.pass_, asked.size, asked.width * asked.size
+    warps, stages = 4 if asked.device.arch.startswith("gfx") else 8, 2 if size == 2 else 1
     if pass_ == "decode":
-        return Config(16, 64 if size * width <= 256 else 32 if size * width <= 512 else 16, 4, 2, packed=True)
-    stays = 64 if width * size <= 256 else 32 if width * size <= 512 else 16
+        plain = not asked.edits and asked.mask != "data"
+        return Config(16, 64 if wide <= 128 + 128 * plain else 32 if wide <= 512 else 16, 4, 2, packed=True)
+    if asked.edits:
+        return Config(*{"fwd": (32, 32), "dq": (32, 16), "dkdv": (16, 32)}[pass_], warps, stages)
+    stays = 64 if wide <= 256 else 32 if wide <= 512 else 16
     moves = 64
-    while moves > 16 and (moves * width * size * 2 > shared // 3 or size == 4):
+    while moves > 16 and (moves * wide * 2 > asked.device.shared // 3 or size == 4):
         moves //= 2
-    M, N = (moves, stays) if pass_ == "dkdv" else (stays, moves)
-    return Config(M, N, 4, 2 if size == 2 else 1)
+    # dK and dV are two sums that stay.
+    M, N = (min(moves, 32), min(stays, 32)) if pass_ == "dkdv" else (stays, moves)
+    return Config(M, N, warps, stages)

@@ -46,26 +46,43 @@ class Ask(ask.Ask):
 
     pass_    one of PASSES; rows: of an expert on average, 0 if not known
     E, N, K  experts, columns of the result and length of the sums; top: experts per token; 0 if not known
+    listed   whether experts are tensors of their own
     """
 
     op = "moe"
     answer = Config
+    sources = tuple(f"kernels/{x}.py" for x in ("grouped*", "moe_triton", "routing", "launch", "mint")) + ("derive.py",)
 
     rows: int = 0
     E: int = 0
     N: int = 0
     K: int = 0
     top: int = 0
+    listed: bool = False
 
     @property
     def problem(self) -> str:
-        return f"E={self.E} N={self.N} K={self.K} top={self.top} M{ask.bucket(self.rows)}"
+        listed = " listed" * self.listed
+        return f"E={self.E} N={self.N} K={self.K} top={self.top} M{ask.bucket(self.rows)}{listed}"
 
     def formula(self) -> list[Config]:
         """The best, and the plainest, by pointers alone."""
         if self.arch is None:
             return []
-        return [formula(self.device, self.pass_, self.size, self.rows or 128, plain) for plain in (False, True)]
+        found = [formula(self.device, self.pass_, self.size, self.rows or 128, plain) for plain in (False, True)]
+        return [self.shrunk(config) for config in found]
+
+    def shrunk(self, config: Config) -> Config:
+        """Fewer columns where tiles are more than the device has room for, as no device of today asks for."""
+        while not self.fits(config) and config.BLOCK_N > 32:
+            config = dataclasses.replace(config, BLOCK_N=config.BLOCK_N // 2)
+        return config
+
+    def fits(self, config: Config) -> bool:
+        """By the bytes of the tiles in flight, of which one lies in registers before Hopper."""
+        tiles = (config.BLOCK_M + config.BLOCK_N) * config.BLOCK_K * self.size
+        held = (config.num_stages + 1) // 2 if self.pass_ == "dw" else config.num_stages
+        return (held - in_registers(self.device)) * tiles + 1024 <= self.device.shared
 
 
 def formula(device: Device, pass_: str, size: int, rows: int, plain: bool = False) -> Config:
@@ -101,6 +118,10 @@ def stages(device: Device, tiles: int, chained: bool) -> int:
     """num_stages for tiles of so many bytes; chained: the loop also loads which rows it takes, a stage before them."""
     if device.arch.startswith("gfx"):
         return 2
-    spare = 0 if family(device.arch) in ("sm90", "sm100") else 1  # before sm90 one of the tiles lies in registers
-    held = min(4, (device.shared - 1024) // tiles + spare)
+    held = min(4, (device.shared - 1024) // tiles + in_registers(device))
     return max(2, 2 * held - 1 if chained else held)
+
+
+def in_registers(device: Device) -> int:
+    """Of the tiles in flight, those that do not lie in shared memory."""
+    return 0 if family(device.arch) in ("sm90", "sm100") else 1

@@ -1,0 +1,318 @@
+"""Audits the configs that are chosen, without a GPU: they compile, fit the shared memory and do not spill.
+
+    python tools/tables.py [--arch sm90] [--op attention] [--dtype bfloat16] [--part 3/40] [--json FILE]
+    python tools/tables.py --write [--arch sm90]
+
+For every architecture, dtype, width, class of work and pass of attention, and for every pass of the experts of ten
+public models: the first choice and the formula's. What is chosen must not spill; where a row of the table stands before
+it, the formula's spills are counted and shown. --part i/n takes every n-th case from the i-th, in an order that mixes
+them.
+
+--write compiles the rows of tables/attention.json with every class of work and writes into them which they serve and
+how much shared memory they take, and adds rows for what none of them serves without a spill. Run without
+TRITON_INTERPRET.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import random
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+MASKS = ("full", "causal", "mask", "data")
+EDITS = ("sink", "mean", "score", "dropout", "bias")
+WORKS = (*MASKS, *(f"causal+{x}" for x in EDITS))
+DTYPES = ("bfloat16", "float16", "float32")
+TABLE = ROOT / "tvcompile/tuning/tables/attention.json"
+# E, K, H, F of public mixtures.
+MODELS = {
+    "mixtral-8x7b": (8, 2, 4096, 14336),
+    "dbrx": (16, 4, 6144, 10752),
+    "phi-3.5-moe": (16, 2, 4096, 6400),
+    "gpt-oss-20b": (32, 4, 2880, 2880),
+    "granite-3-moe": (40, 8, 1536, 512),
+    "olmoe": (64, 8, 2048, 1024),
+    "deepseek-v2-lite": (64, 6, 2048, 1408),
+    "qwen3-30b-a3b": (128, 8, 2048, 768),
+    "qwen3-235b-a22b": (128, 8, 4096, 1536),
+    "deepseek-v3": (256, 8, 7168, 2048),
+}
+KERNELS = {
+    "up": "experts_up",
+    "down": "experts_rows",
+    "dact": "experts_dact",
+    "dx": "experts_rows",
+    "dw": "experts_outer",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One thing that a config is asked for. attention: width, work, rows; moe: model, tokens, listed."""
+
+    op: str
+    arch: str
+    dtype: str
+    pass_: str
+    width: int = 0
+    work: str = ""
+    rows: int = 0
+    model: str = ""
+    listed: bool = False
+
+    @property
+    def ask(self) -> Any:
+        from tvcompile.arch import Device
+        from tvcompile.tuning import attention
+
+        if self.op == "moe":
+            return next(a for a in self.need_asks() if a.pass_ == self.pass_)
+        device, wide = Device.typical(self.arch, 100), self.width
+        return attention.Ask(device, self.pass_, self.dtype, wide, wide, self.work, self.rows, 4096, 8)
+
+    def need_asks(self) -> list[Any]:
+        import torch
+
+        from tvcompile.arch import Device
+        from tvcompile.kernels.experts import ExpertNeed
+        from tvcompile.kernels.moe_triton import asks
+        from tvcompile.moe_spec import MoESpec
+        from tvcompile.tuning.cross_compile import SWIGLU
+
+        E, K, H, F = MODELS[self.model]
+        dtype, device = getattr(torch, self.dtype), Device.typical(self.arch, 100)
+        return asks(ExpertNeed(MoESpec.parse(SWIGLU), dtype, True, self.rows, K, E, (H, F, H), not self.listed, device))
+
+    def launch(self, config: Any) -> Any:
+        import torch
+
+        from tvcompile.tuning import choose
+        from tvcompile.tuning.cross_compile import expert_launches, launches, spec_of
+
+        dtype = getattr(torch, self.dtype)
+        if self.op == "attention":
+            return launches(self.pass_, config, dtype, self.width, self.width, spec_of(self.work))[0]
+        E, K, H, F = MODELS[self.model]
+        configs = {a.pass_: choose(a)[0].config for a in self.need_asks()} | {self.pass_: config}
+        sizes: Any = {"T": self.rows, "K": K, "E": E, "H": H, "F": F, "H_out": H}
+        backward = self.pass_ in ("dact", "dx", "dw")
+        found = expert_launches(configs.__getitem__, dtype, backward=backward, listed=self.listed, **sizes)
+        return found[KERNELS[self.pass_]][0]
+
+    def __str__(self) -> str:
+        problem = f"D={self.width} {self.work}" if self.op == "attention" else f"{self.model} {'listed ' * self.listed}"
+        return f"{self.op} {self.arch} {self.dtype} {self.pass_} {problem} rows={self.rows}"
+
+
+def cases(archs: list[str], ops: list[str], dtypes: list[str]) -> Iterator[Case]:
+    from tvcompile.arch import SHARED
+    from tvcompile.tuning import attention, moe
+
+    for arch in archs or SHARED:
+        for dtype in dtypes or DTYPES:
+            for pass_ in attention.PASSES * ("attention" in ops):
+                for width in attention.WIDTHS:
+                    for rows in (4, attention.few_rows(width)) if pass_ == "decode" else (4096,):
+                        yield from (Case("attention", arch, dtype, pass_, width, work, rows) for work in WORKS)
+            for pass_ in moe.PASSES * ("moe" in ops):
+                for model, sizes in MODELS.items():
+                    for rows in (16, 512, 8192):
+                        yield Case("moe", arch, dtype, pass_, rows=rows, model=model)
+                    # Lists are tuples of pointers, 128 at most.
+                    if sizes[0] in (8, 64):
+                        yield Case("moe", arch, dtype, pass_, rows=8192, model=model, listed=True)
+
+
+def compiled(case: Case, config: Any) -> dict[str, Any]:
+    """registers, spills and shared memory of a case's kernel, and what is `wrong` with them."""
+    from tvcompile.tuning import machine_code
+    from tvcompile.tuning.cross_compile import compile_launch
+
+    row = {"case": str(case), "config": dataclasses.asdict(config), "spills": 0, "shared": 0, "wrong": ""}
+    try:
+        kernel = compile_launch(case.launch(config), case.arch)
+    except Exception as error:
+        return row | {"wrong": f"{type(error).__name__}: {error}"[:300]}
+    if case.arch.startswith("gfx"):
+        amd = machine_code.read_amd(kernel)
+        row |= {"registers": amd.vgprs, "spills": amd.spills, "shared": amd.shared}
+    else:
+        code = machine_code.read(kernel, case.arch)
+        row |= {"registers": code.registers, "spills": code.spills, "shared": code.shared}
+    limit = case.ask.device.shared
+    if row["spills"]:
+        row["wrong"] = f"{row['spills']} spills"
+    elif row["shared"] > limit:
+        row["wrong"] = f"{row['shared']} bytes of shared memory, {limit} at most"
+    return row
+
+
+def audited(case: Case) -> list[dict[str, Any]]:
+    """The first choice of a case and the formula's first, compiled."""
+    from tvcompile.tuning import choose
+
+    found, formula = choose(case.ask), case.ask.formula()
+    configs = {found[0].config: found[0].source}
+    configs.setdefault(case.ask.fitted(formula[0]), "formula")
+    rows = [{**compiled(case, config), "source": source} for config, source in configs.items()]
+    return [{**row, "chosen": i == 0} for i, row in enumerate(rows)]
+
+
+# Rows of the table
+
+Cell = tuple[str, str, int, int]  # arch, pass_, size, width
+LADDER = {
+    "fwd": ((128, 64, 8), (64, 64, 8), (64, 32, 8), (32, 64, 4), (32, 32, 8), (32, 32, 4), (32, 16, 8), (16, 32, 4)),
+    "dq": ((128, 64, 8), (64, 64, 8), (64, 32, 8), (32, 64, 8), (32, 32, 8), (32, 32, 4), (32, 16, 8), (16, 32, 4)),
+    "dkdv": ((64, 64, 8), (32, 64, 8), (64, 32, 8), (32, 32, 8), (32, 32, 4), (16, 32, 8), (16, 32, 4)),
+    "decode": ((16, 64, 4), (16, 32, 4), (16, 128, 4), (16, 64, 2), (16, 16, 4), (16, 16, 2)),
+}
+
+
+class Works:
+    """Which classes of work a config of a cell serves, compiled when asked."""
+
+    def __init__(self, cell: Cell, config: dict[str, Any]):
+        self.cell, self.config = cell, config
+        self.results: dict[str, dict[str, Any]] = {}
+
+    def good(self, work: str) -> bool:
+        if work not in self.results:
+            self.results[work] = self._compiled(work)
+        return not self.results[work]["wrong"]
+
+    def _compiled(self, work: str) -> dict[str, Any]:
+        """Of a decode for the fewest and the most rows, the worse."""
+        from tvcompile.tuning.attention import Config, few_rows
+
+        arch, pass_, size, width = self.cell
+        dtype, found = {2: "bfloat16", 4: "float32"}[size], []
+        for rows in (4, few_rows(width)) if pass_ == "decode" else (4096,):
+            case = Case("attention", arch, dtype, pass_, width, work, rows)
+            found.append(compiled(case, case.ask.fitted(Config(**self.config))))
+        return max(found, key=lambda r: (bool(r["wrong"]), r["shared"]))
+
+    @property
+    def shared(self) -> int:
+        return max((r["shared"] for r in self.results.values() if not r["wrong"]), default=0)
+
+    def masks(self) -> list[str]:
+        return [m for m in MASKS if self.good(m)]
+
+    def edits(self, asked: tuple[str, ...], masks: list[str]) -> list[str]:
+        """Those served with the heaviest mask that is, each alone and all together."""
+        if not masks:
+            return []
+        found = [e for e in asked if self.good(f"{masks[-1]}+{e}")]
+        # Scores that load captures are edited as well.
+        while len(found) > 1 and not self.good("+".join([masks[-1], *(e for e in found if e != "score")])):
+            found.pop()
+        return found
+
+
+def covered(cell: Cell, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A cell's rows with the masks and edits that each serves, and a row for each of those that none serves."""
+    arch, pass_, size, width = cell
+    given = {"arch": arch, "pass_": pass_, "size": size, "width": width}
+    kept, left_masks, left_edits = [], list(MASKS), list(EDITS)
+    for row in rows:
+        works = Works(cell, row["config"])
+        if not (masks := works.masks()):
+            continue
+        edits = works.edits(EDITS, masks)
+        when = {k: v for k, v in row["when"].items() if k not in ("mask", "edits")}
+        limits = {"mask": masks} if len(masks) < len(MASKS) else {}
+        limits |= {"edits": edits} if len(edits) < len(EDITS) else {}
+        kept.append({**row, "when": when | limits, "shared": works.shared})
+        left_masks = [m for m in left_masks if m not in masks]
+        left_edits = [e for e in left_edits if e not in edits]
+    described = rows[0]["config"].get("descriptors", False) if rows and pass_ != "decode" else False
+    for M, N, warps in LADDER[pass_]:
+        if not left_masks and not left_edits:
+            break
+        waves = arch.startswith("gfx")  # of 64 threads
+        config = {"BLOCK_M": M, "BLOCK_N": N, "num_warps": min(warps, 4) if waves else warps}
+        config["num_stages"] = 2 if size == 2 and not waves else 1
+        config |= {"descriptors": True} if described else {}
+        config |= {"hoist": False} if pass_ == "dkdv" else {}
+        works = Works(cell, config)
+        # Masks alone are served before, once none is left.
+        masks = works.masks() if left_masks else ["data"]
+        edits = works.edits(EDITS if left_masks else tuple(left_edits), masks)
+        if (set(masks) & set(left_masks)) or edits:
+            row = {"mask": masks} if left_masks and len(masks) < len(MASKS) else {}
+            kept.append({"when": given | row | {"edits": edits}, "config": config, "shared": works.shared})
+            left_masks = [m for m in left_masks if m not in masks]
+            left_edits = [e for e in left_edits if e not in edits]
+    return kept
+
+
+def write(archs: list[str], sizes: tuple[int, ...]) -> int:
+    from rich.progress import track
+
+    from tvcompile.arch import SHARED
+    from tvcompile.tuning.attention import PASSES, WIDTHS
+
+    table = json.loads(TABLE.read_text(encoding="utf-8"))
+    cells: dict[Cell, list[dict[str, Any]]] = {
+        (arch, pass_, size, width): [] for arch in SHARED for pass_ in PASSES for size in (2, 4) for width in WIDTHS
+    }
+    for row in table["rows"]:
+        cells[tuple(row["when"][n] for n in ("arch", "pass_", "size", "width"))].append(row)
+    todo = [cell for cell in cells if cell[0] in (archs or SHARED) and cell[2] in sizes]
+    head = {k: v for k, v in table.items() if k != "rows"}
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        found = pool.map(covered, todo, [cells[cell] for cell in todo])
+        for cell, rows in zip(todo, track(found, "compiling", len(todo))):
+            cells[cell] = rows
+            lines = [json.dumps(row) for rows in cells.values() for row in rows]
+            text = json.dumps(head, indent=1)[:-2] + ',\n "rows": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n"
+            TABLE.write_text(text, encoding="utf-8")
+    return 0
+
+
+def main() -> int:
+    from rich.console import Console
+    from rich.progress import track
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", nargs="*", default=[])
+    parser.add_argument("--op", nargs="*", default=["attention", "moe"])
+    parser.add_argument("--dtype", nargs="*", default=[])
+    parser.add_argument("--part", default="0/1")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--write", action="store_true")
+    options = parser.parse_args()
+    if options.write:
+        return write(options.arch, tuple({"float32": 4}.get(d, 2) for d in options.dtype) or (2, 4))
+    first, step = map(int, options.part.split("/"))
+    todo = list(cases(options.arch, options.op, options.dtype))
+    random.Random(0).shuffle(todo)
+    todo = todo[first % step :: step]
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        found = [row for rows in track(pool.map(audited, todo), "compiling", len(todo)) for row in rows]
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1))
+    shown = [row for row in found if row["wrong"]]
+    wrong = [row for row in shown if row["chosen"] or not row["spills"]]
+    console = Console(highlight=False, soft_wrap=True)
+    for row in shown:
+        place = "wrong" if row in wrong else "behind a row"
+        console.print(f"{place}: {row['case']} ({row['source']}): {row['wrong']}", markup=False)
+    behind = len(shown) - len(wrong)
+    console.print(f"{len(todo)} cases, {len(found)} configs, {len(wrong)} wrong, {behind} behind a row spill")
+    return int(bool(wrong))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
