@@ -130,7 +130,7 @@ def test_what_the_formula_of_experts_gives_fits_by_the_bytes_of_its_tiles(arch):
 
 def test_measured_table_formula_in_this_order():
     sources = [c.source for c in choose(SM90)]
-    assert sources == ["table sm90: static", "formula"]
+    assert list(dict.fromkeys(sources)) == ["table sm90: static", "formula"]
     entry = store.Entry({**A}, "measured on NVIDIA H100, 2026-11-24")
     store._remember(store.family(SM90), {SM90.key: dataclasses.asdict(entry)})
     assert [c.source for c in choose(SM90)] == [entry.source, *sources]
