@@ -251,7 +251,8 @@ def covered(cell: Cell, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         edits = works.edits(EDITS if left_masks else tuple(left_edits), masks)
         if set(masks) & set(left_masks) or set(edits) & set(left_edits):
             row = {"mask": masks} if left_masks and len(masks) < len(MASKS) else {}
-            kept.append({"when": given | row | {"edits": edits}, "config": config, "shared": works.shared})
+            row |= {"edits": edits} if len(edits) < len(EDITS) else {}
+            kept.append({"when": given | row, "config": config, "shared": works.shared})
             left_masks = [m for m in left_masks if m not in masks]
             left_edits = [e for e in left_edits if e not in edits]
     return kept
