@@ -114,17 +114,17 @@ class Case:
         return f"{self.op} {self.arch} {self.dtype} {self.pass_} {problem} rows={self.rows}"
 
 
-def cases(archs: list[str], ops: list[str], dtypes: list[str]) -> Iterator[Case]:
+def cases(archs: list[str], ops: list[str], dtypes: list[str], passes: list[str]) -> Iterator[Case]:
     from tvcompile.arch import SHARED
     from tvcompile.tuning import attention, moe
 
     for arch in archs or SHARED:
         for dtype in dtypes or DTYPES:
-            for pass_ in attention.PASSES * ("attention" in ops):
+            for pass_ in (p for p in attention.PASSES if "attention" in ops and p in (passes or [p])):
                 for width in attention.WIDTHS:
                     for rows in (4, attention.few_rows(width)) if pass_ == "decode" else (4096,):
                         yield from (Case("attention", arch, dtype, pass_, width, work, rows) for work in WORKS)
-            for pass_ in moe.PASSES * ("moe" in ops):
+            for pass_ in (p for p in moe.PASSES if "moe" in ops and p in (passes or [p])):
                 for model, sizes in MODELS.items():
                     for rows in (16, 512, 8192):
                         yield Case("moe", arch, dtype, pass_, rows=rows, model=model)
@@ -249,9 +249,10 @@ def covered(cell: Cell, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         # Masks alone are served before, once none is left.
         masks = works.masks() if left_masks else ["data"]
         edits = works.edits(EDITS if left_masks else tuple(left_edits), masks)
-        if (set(masks) & set(left_masks)) or edits:
+        if set(masks) & set(left_masks) or set(edits) & set(left_edits):
             row = {"mask": masks} if left_masks and len(masks) < len(MASKS) else {}
-            kept.append({"when": given | row | {"edits": edits}, "config": config, "shared": works.shared})
+            row |= {"edits": edits} if len(edits) < len(EDITS) else {}
+            kept.append({"when": given | row, "config": config, "shared": works.shared})
             left_masks = [m for m in left_masks if m not in masks]
             left_edits = [e for e in left_edits if e not in edits]
     return kept
@@ -289,6 +290,7 @@ def main() -> int:
     parser.add_argument("--arch", nargs="*", default=[])
     parser.add_argument("--op", nargs="*", default=["attention", "moe"])
     parser.add_argument("--dtype", nargs="*", default=[])
+    parser.add_argument("--pass", nargs="*", default=[])
     parser.add_argument("--part", default="0/1")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--write", action="store_true")
@@ -296,7 +298,7 @@ def main() -> int:
     if options.write:
         return write(options.arch, tuple({"float32": 4}.get(d, 2) for d in options.dtype) or (2, 4))
     first, step = map(int, options.part.split("/"))
-    todo = list(cases(options.arch, options.op, options.dtype))
+    todo = list(cases(options.arch, options.op, options.dtype, getattr(options, "pass")))
     random.Random(0).shuffle(todo)
     todo = todo[first % step :: step]
     with ProcessPoolExecutor(os.cpu_count()) as pool:

@@ -149,10 +149,13 @@ def per_kib(loop: Loop, nbytes: int) -> float:
 
 
 def read_amd(compiled: Any) -> AmdCode:
-    """From the metadata and text that LLVM writes for amdgcn; `shared` is LDS in bytes."""
+    """From the metadata and text that LLVM writes for amdgcn; `shared` is LDS in bytes.
+
+    Spills are of vector registers. Scalar ones go into lanes of a vector register and not to memory.
+    """
     text = compiled.asm["amdgcn"]
     number = {name: int(n) for name, n in re.findall(r"^\s*(?:- +)?\.(\w+): +(\d+)$", text, re.M)}
-    spills = number.get("vgpr_spill_count", 0) + number.get("sgpr_spill_count", 0)
+    spills = number.get("vgpr_spill_count", 0)
     mfma = len(re.findall(r"^\s+v_s?w?mf?ma", text, re.M))
     return AmdCode(number.get("vgpr_count", 0), number.get("agpr_count", 0), spills, compiled.metadata.shared, mfma)
 
