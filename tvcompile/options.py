@@ -52,6 +52,11 @@ def cache_folder() -> Path:
     return Path(os.environ.get("TVCOMPILE_CACHE") or f"{base}/tvcompile").expanduser()
 
 
+def compiling_environment() -> dict[str, str]:
+    """The environment of a process that compiles kernels, also where this one interprets them."""
+    return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+
+
 def from_environment() -> dict[str, str]:
     log = os.environ.get("TVCOMPILE_LOG", "")
     return {"log": log} if log else {}

@@ -9,6 +9,9 @@ from unittest import mock
 
 import torch
 
+from .. import expr as E
+from ..spec import AttentionSpec
+
 SPEC = "scale=0.088; keep = kv <= q"
 TYPES = {
     torch.float16: "*fp16",
@@ -46,7 +49,8 @@ def launches(pass_: str, config: Any, dtype: torch.dtype, D: int, D_v: int, spec
     q, k = empty(n["B"], n["H"], n["S_q"], D), empty(n["B"], n["H_kv"], n["S_kv"], D)
     v, dout = empty(n["B"], n["H_kv"], n["S_kv"], D_v), empty(n["B"], n["H"], n["S_q"], D_v)
     seed = empty(1, dtype=torch.int64) if "dropout" in spec else None
-    p = Problem.of(q, k, v, [], [], spec, seed)
+    held = [empty(*shape, dtype=kind or dtype) for shape, kind in captures(spec, n)]
+    p = Problem.of(q, k, v, held, [], spec, seed)
     found: list[Launch] = []
     with mock.patch.object(flash, "launch", lambda *a: found.append(Launch(*a))):
         if pass_ in ("fwd", "decode"):
@@ -56,6 +60,19 @@ def launches(pass_: str, config: Any, dtype: torch.dtype, D: int, D_v: int, spec
             flash.backward(p, Given(dout, dout, lse, lse), (), config, config)
             found = [x for x in found if x.kernel.__name__ == f"attention_{pass_}"]
     return found
+
+
+def captures(spec: str, sizes: Mapping[str, int]) -> list[tuple[tuple[int, ...], torch.dtype | None]]:
+    """(shape, dtype; None for the tensors' own) of the captured tensors of a spec that reads them at plain positions."""
+    parsed = AttentionSpec.parse(spec)
+    long = {"b": sizes["B"], "h": sizes["H"], "q": sizes["S_q"], "kv": sizes["S_kv"]}
+    kinds = {"bool": torch.bool, "int": torch.int64}
+    found = {}
+    for load in (x for formula in parsed.formulas() for x in E.loads(formula)):
+        name, *indices = E.operands(load)
+        shape = tuple(long.get(str(i), max(sizes["S_q"], sizes["S_kv"])) for i in indices)
+        found[name.name] = (shape, kinds.get(E.kind(load)))
+    return [found[name] for name in parsed.captures()]
 
 
 SWIGLU = "act = g*sigmoid(g)*u; layout=chunk"
