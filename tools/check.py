@@ -35,6 +35,7 @@ LAYERS = {
     "tuning": 2,
     "select": 3,
     "backend": 4,
+    "tune": 4,
     "integrations": 4,
     "__init__": 5,
 }

@@ -57,7 +57,9 @@ class Instruction(NamedTuple):
     operands: str
 
 
-Weight = tuple[int, int, int]  # what makes a way around a loop the steady one: more FLOP, more loads, fewer instructions
+Weight = tuple[
+    int, int, int
+]  # what makes a way around a loop the steady one: more FLOP, more loads, fewer instructions
 
 
 @dataclass(frozen=True)

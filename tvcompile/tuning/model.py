@@ -155,5 +155,3 @@ def makespan(each: np.ndarray, slots: int) -> float:
     for clocks in each[slots:]:
         heapq.heapreplace(free, free[0] + float(clocks))
     return max(free)
-
-

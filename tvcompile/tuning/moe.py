@@ -69,7 +69,6 @@ class Ask(ask.Ask):
             return []
         return [formula(self.device, self.pass_, self.size, self.rows or 128, plain) for plain in (False, True)]
 
-
     def candidates(self) -> list[Config]:
         """Tiles around the formula's; the formula's configs are the first."""
         return list(dict.fromkeys([*self.formula(), *filter(self._plausible, self._tiles())]))
