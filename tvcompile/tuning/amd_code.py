@@ -1,11 +1,10 @@
-"""Reads what LLVM writes for an AMD GPU, as machine_code.py reads SASS: registers, spills, and what a trip of a loop costs.
+"""Reads what LLVM writes for an AMD GPU, as machine_code.py reads SASS: registers, spills, and what its loops cost.
 
     code = read(compiled, "gfx942")      # machine_code.Code, from compiled.asm["amdgcn"]
 
-A compute unit has four SIMDs of 16 lanes, so that a wave's vector instruction takes four clocks of one of them: `alu` of
-all kinds, of which exp2, log2 and the like (`mufu`) take four times as long. A product v_mfma_f32_MxNxK has 2 M N K FLOP.
-`smem` are the bytes that ds_ instructions move. Waits, scalar instructions and what a product's result waits for cost only
-their issue.
+A compute unit has four SIMDs of 16 lanes, so that a wave's vector instruction takes four clocks of one of them: `alu`
+of all kinds, of which exp2, log2 and the like (`mufu`) take four times as long. A product v_mfma_f32_MxNxK has
+2 M N K FLOP. `smem` are the bytes that ds_ instructions move. Waits and scalar instructions cost only their issue.
 """
 
 from __future__ import annotations

@@ -127,11 +127,14 @@ class Ask(ask.Ask):
         return list(dict.fromkeys([*self.formula(), *found]))
 
     def _plausible(self, c: Config) -> bool:
-        """Whether a config is worth compiling: 16 rows or more for a warp, and sums and blocks that can have a place."""
+        """Whether a config is worth compiling: 16 rows or more for a warp, sums and blocks that can have a place."""
         stays, moves = (c.BLOCK_N, c.BLOCK_M) if self.pass_ == "dkdv" else (c.BLOCK_M, c.BLOCK_N)
         if self.pass_ != "decode" and stays < 16 * min(c.num_warps, 4):
             return False
         sums = stays * self.width * (2 if self.pass_ == "dkdv" else 1) + c.BLOCK_M * c.BLOCK_N
+        # What comes to AMD's shared memory comes through registers, of which it compiles for minutes if there are many.
+        if self.device.arch.startswith("gfx") and moves * self.width > 8192:
+            return False
         # A thread of NVIDIA has 255 registers, one of AMD 512; Blackwell's sums have memory of their own.
         each = sums / (c.num_warps * (64 if self.device.arch.startswith("gfx") else 32))
         held = (c.num_stages - (0 if self.arch in ("sm90", "sm100") else 1)) * moves * 2 * self.width * self.size

@@ -63,7 +63,7 @@ def launches(pass_: str, config: Any, dtype: torch.dtype, D: int, D_v: int, spec
 
 
 def captures(spec: str, sizes: Mapping[str, int]) -> list[tuple[tuple[int, ...], torch.dtype | None]]:
-    """(shape, dtype; None for the tensors' own) of the captured tensors of a spec that reads them at plain positions."""
+    """(shape, dtype; None for the tensors' own) of the captured tensors of a spec that reads them at positions."""
     parsed = AttentionSpec.parse(spec)
     long = {"b": sizes["B"], "h": sizes["H"], "q": sizes["S_q"], "kv": sizes["S_kv"]}
     kinds = {"bool": torch.bool, "int": torch.int64}

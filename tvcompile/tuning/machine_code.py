@@ -240,7 +240,9 @@ def _loops(
     busy = {n for n, work in enumerate(flop) if work >= (FEW_FMA * warps if fma else 1)}
     if specialised:
         busy |= {n for n, block in enumerate(blocks) if {i.op for i in block} & (ELECTED | {"MUFU", "LDTM"})}
-    loops, partitions, outside = [], [], everywhere
+    loops: list[Loop] = []
+    partitions: list[Loop] = []
+    outside = everywhere
     for head, inside in innermost(everywhere, after, busy):
         trip = steady_trip(head, inside, after, weights)
         ops = {i.op for n in trip for i in blocks[n]}

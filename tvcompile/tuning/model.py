@@ -1,7 +1,7 @@
 """How long a kernel takes, from what its loops cost and how many trips its programs make: arithmetic, no compiler.
 
-One trip of a CTA keeps pipe i of its multiprocessor busy for c_i clocks. Its warps are g streams that wait for their own
-results only (warps of one scheduler each; warps of a warpgroup's products are one). For N = g x CTAs streams, with
+One trip of a CTA keeps pipe i of its multiprocessor busy for c_i clocks. Its warps are g streams that wait for their
+own results only (one warp of each scheduler; with products of warpgroups all are one). For N = g x CTAs streams, with
 
     d      = max c_i / g                  what a trip of one stream takes of the busiest pipe
     D      = (c_tensor + max other) / g   the trip of one stream that is alone: products and the rest take turns
@@ -9,21 +9,20 @@ results only (warps of one scheduler each; warps of a warpgroup's products are o
 
 a round, in which each stream makes a trip, takes
 
-    T(N) = max(D + (N - 1) d,  D + wait)        balanced job bounds: Lazowska et al., Quantitative System Performance, 1984
+    T(N) = max(D + (N - 1) d,  D + wait)     balanced job bounds, Lazowska: Quantitative System Performance, 1984
 
 which is `serial` of machine_code.py for one stream and `bound` for many. Loads that are in flight while a trip goes on
 (`bytes` from L2) are a pipe that no stream waits for. Specialised warps work side by side: the longest of them, and the
 busiest pipe of all, bound a trip.
 
-A program takes  start + sum of its trips + end;  programs begin in order as slots of multiprocessors become free, so that
-waves and tails are what they are; DRAM bounds the whole. The figures rank configs: they are no times.
+A program takes  start + sum of its trips + end;  programs begin in order as slots of multiprocessors become free, so
+that waves and tails are what they are; DRAM bounds the whole. The figures rank configs: they are no times.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import heapq
-
 
 import numpy as np
 

@@ -2,8 +2,8 @@
 
     rates("sm90").products["2"]      4096 dense bf16 FLOP per clock
 
-AMD's compute unit is a multiprocessor, its wave a warp of 64, its LDS shared memory. Its vector instructions have one pipe
-for all kinds (`alu`); `registers` counts both halves of its register file.
+AMD's compute unit is a multiprocessor, its wave a warp of 64, its LDS shared memory. Its vector instructions have one
+pipe for all kinds (`alu`); `registers` counts both halves of its register file.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from ..arch import family
 
 @dataclasses.dataclass(frozen=True)
 class Rates:
-    """board: the one that `units` (multiprocessors), `clock` (GHz) and `dram` (GB/s) are of. Per multiprocessor and clock:
-    `products` FLOP of the tensor cores by bytes of an element, 0 where FMAs make them; `issue` warp instructions; `fp32`, `alu`, `mufu` results; `smem`, `l2` bytes.
+    """What a multiprocessor does per clock, what it holds, and the board that has `units` of them.
 
-    It holds `shared` KiB, `registers` of 32 bits, `columns` of tensor memory, `warps` of `warp` lanes, `ctas`. In clocks:
-    `latency` from a load to its use, `handover` from a product's start to its use, `exchange` of a shuffle.
-    fast: parts of names of integer instructions that are twice as fast as others.
+    products  FLOP of the tensor cores by bytes of an element, 0 where FMAs make products
+    issue     warp instructions; fp32, alu, mufu: results; smem, l2: bytes
+    holds     shared KiB, registers of 32 bits, columns of tensor memory, warps of `warp` lanes, ctas
+    clocks    latency from a load to its use, handover from a product's start to its use, exchange of a shuffle
+    board     clock in GHz, dram in GB/s; fast: parts of names of integer instructions twice as fast as others
     """
 
     board: str

@@ -37,7 +37,7 @@ VERSIONS = 4  # folders of other versions that are kept
 
 @dataclasses.dataclass(frozen=True)
 class Ranking:
-    """ranked: configs, best first; left: how many were left out, by reason; compiled: how many were not in the cache."""
+    """ranked: configs, best first; left: how many were left out, by reason; compiled: those not in the cache."""
 
     ranked: list[tuple[Any, Prediction]]
     left: dict[str, int]
@@ -166,7 +166,7 @@ def launch_of(job: Job) -> Any:
     # Of g and u together, where N or K are both.
     features = {"up": (K, N // 2, K), "down": (N, K, N), "dact": (K, N, K), "dx": (N, K // 2, N), "dw": (K, N // 2, K)}
     H, F, H_out = features[ask.pass_]
-    sizes = {"T": 4096, "K": ask.top or 2, "E": ask.E or 64, "H": H, "F": F, "H_out": H_out}
+    sizes: dict[str, Any] = {"T": 4096, "K": ask.top or 2, "E": ask.E or 64, "H": H, "F": F, "H_out": H_out}
     others = dataclasses.replace(ask, rows=128)
 
     def configs(pass_: str) -> Any:

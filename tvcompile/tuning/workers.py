@@ -3,7 +3,7 @@
     for i, outcome in each(function, arguments, limit=60): ...      as they end; Outcome(value) or Outcome(None, reason)
 
 A worker is `python -m tvcompile.tuning.workers FD`, which takes (function, argument) from a pipe, so that it neither
-shares memory with its parent nor runs its main module. Kernels are compiled there even where the parent interprets them.
+shares memory with its parent nor runs its main module. It compiles kernels even where the parent interprets them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from multiprocessing.connection import Connection, Pipe, wait
 from typing import Any
 
 from ..options import compiling_environment
-
 
 IMPORTS = 180.0  # seconds that a new process may take
 

@@ -41,7 +41,7 @@ def spec_of(work: str) -> str:
 
 def load_of(ask: Any, config: Any) -> Load:
     """What a config's launch does for an Ask, and what follows it."""
-    return {"attention": _attention, "moe": _moe}[ask.op](ask, config)
+    return _attention(ask, config) if ask.op == "attention" else _moe(ask, config)
 
 
 # Attention
@@ -142,9 +142,8 @@ def _moe(ask: moe.Ask, c: moe.Config) -> Load:
         return Load(_full(trips), tiles, dram, max(2, c.num_stages // 2), stored)
     blocks = int((-(-n // c.BLOCK_M)).sum())
     programs = blocks * math.ceil(N / c.BLOCK_N)
-    trips = np.full(programs, math.ceil(K / c.BLOCK_K))
-    return Load(_full(trips), tiles, dram, c.num_stages, stored)
+    return Load(_full(np.full(programs, math.ceil(K / c.BLOCK_K))), tiles, dram, c.num_stages, stored)
 
 
-def _full(trips: np.ndarray) -> np.ndarray:
+def _full(trips: Any) -> np.ndarray:
     return np.stack([trips, np.zeros_like(trips)], 1)
