@@ -111,8 +111,8 @@ def round_of(found: list[Loop], load: Load, rates: Rates, ctas: int, warps: int)
     pipes = {p: sum(loop.clocks.get(p, 0.0) for loop in found) for p in {p for loop in found for p in loop.clocks}}
     grouped = any(op in loop.ops for loop in found for op in (*GROUP_MMA, "UTCHMMA"))
     streams = 1 if grouped or len(found) > 1 else max(1, warps // 4)
-    alone = max(_alone(loop.clocks) for loop in found) / streams
-    wait = max(_wait(loop, rates, streams) for loop in found)
+    # Of specialised warps the longest.
+    alone, wait = max(((_alone(x.clocks) / streams, _wait(x, rates)) for x in found), key=sum)
     pipes["l2"] = load.bytes / rates.l2
     busiest = max(pipes, key=lambda p: pipes[p])
     share = pipes[busiest] / streams
@@ -129,7 +129,7 @@ def _alone(clocks: dict[str, float]) -> float:
     return clocks["tensor"] + max(v for p, v in clocks.items() if p != "tensor")
 
 
-def _wait(loop: Loop, rates: Rates, streams: int) -> float:
+def _wait(loop: Loop, rates: Rates) -> float:
     """Clocks in which a stream waits: for a product if something but products follows, for shuffles one by one."""
     shuffles = sum(n for op, n in loop.ops.items() if op in ("SHFL", "ds_bpermute_b32", "ds_swizzle_b32"))
     exponents = any(op in loop.ops for op in ("MUFU", "v_exp_f32_e32", "v_exp_f32"))

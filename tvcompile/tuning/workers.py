@@ -2,8 +2,8 @@
 
     for i, outcome in each(function, arguments, limit=60): ...      as they end; Outcome(value) or Outcome(None, reason)
 
-A worker is `python -m tvcompile.tuning.workers FD`, which takes (function, argument) from a pipe, so that it neither
-shares memory with its parent nor runs its main module. It compiles kernels even where the parent interprets them.
+A worker runs serve.py, which takes the function and then its arguments from a pipe, so that it neither shares memory
+with its parent nor runs its main module. It compiles kernels even where the parent interprets them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from multiprocessing.connection import Connection, Pipe, wait
+from multiprocessing.connection import Pipe, wait
+from pathlib import Path
 from typing import Any
 
 from ..options import compiling_environment
@@ -31,25 +32,27 @@ class Outcome:
 
 
 class Worker:
-    """A process that makes one call at a time."""
+    """A process that makes one call of a function at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, function: Callable) -> None:
         self.pipe, theirs = Pipe()
-        command = [sys.executable, "-m", __name__, str(theirs.fileno())]
+        command = [sys.executable, str(Path(__file__).parent / "serve.py"), str(theirs.fileno())]
         environment = compiling_environment() | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
         self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment, stdout=subprocess.DEVNULL)
         theirs.close()
-        # Its first word is that it is ready, after its imports.
+        self.pipe.send(function)
+        # No call yet: it says when the function is there.
         self.index, self.deadline = -1, time.monotonic() + IMPORTS
 
-    def give(self, index: int, function: Callable, argument: Any, limit: float) -> None:
+    def give(self, index: int, argument: Any, limit: float) -> None:
         self.index, self.deadline = index, time.monotonic() + limit
-        self.pipe.send((function, argument))
+        self.pipe.send(argument)
 
     def take(self) -> Outcome:
         """What came; the worker is dead if that is a crash."""
         try:
-            return self.pipe.recv()
+            good, value = self.pipe.recv()
+            return Outcome(value) if good else Outcome(None, value)
         except (EOFError, OSError):
             return Outcome(None, f"crashed with exit code {self.process.wait()}")
 
@@ -69,7 +72,7 @@ def each(
     try:
         while todo or workers:
             while todo and len(workers) < count:
-                workers.append(Worker())
+                workers.append(Worker(function))
             ready = wait([w.pipe for w in workers], max(0.0, min(w.deadline for w in workers) - time.monotonic()))
             for w in list(workers):
                 if w.pipe in ready:
@@ -83,37 +86,10 @@ def each(
                 elif outcome.failure:
                     raise RuntimeError(f"a worker process does not start: {outcome.failure}")
                 if todo and w.pipe in ready and w.process.poll() is None:
-                    w.give(*_next(todo, function), limit)
+                    w.give(*todo.pop(), limit)
                 else:
                     w.stop()
                     workers.remove(w)
     finally:
         for w in workers:
             w.stop()
-
-
-def _next(todo: list[tuple[int, Any]], function: Callable) -> tuple[int, Callable, Any]:
-    index, argument = todo.pop()
-    return index, function, argument
-
-
-def serve(pipe: Connection) -> None:
-    """Makes calls until the other end is gone."""
-    pipe.send(Outcome(None))
-    while True:
-        try:
-            function, argument = pipe.recv()
-        except EOFError:
-            return
-        try:
-            outcome = Outcome(function(argument))
-        except Exception as error:
-            outcome = Outcome(None, f"{type(error).__name__}: {error}".splitlines()[0][:200])
-        pipe.send(outcome)
-
-
-if __name__ == "__main__":
-    # What is pickled here has to be known by its module's name.
-    from tvcompile.tuning import workers
-
-    workers.serve(Connection(int(sys.argv[1])))

@@ -109,9 +109,12 @@ def _decode(ask: attention.Ask, c: attention.Config, n: Shape, dram: float) -> L
     blocks = math.ceil(n.S_kv / c.BLOCK_N)
     share = math.ceil(blocks / c.splits)
     counts = [max(0, min(share, blocks - i * share)) for i in range(c.splits)]
-    # Rows by rows as they fit a program; the end of kv is masked.
     times = math.ceil(n.G / c.BLOCK_M) * n.lanes
-    trips = np.array([[max(0, k - (i == 0)), min(k, int(i == 0))] for i, k in enumerate(counts)] * times)
+    # The last of the blocks that end beyond the keys is masked.
+    trips = np.array([[k, 0] for k in counts] * times)
+    if n.S_kv % c.BLOCK_N:
+        last = max(i for i, k in enumerate(counts) if k)
+        trips[last :: c.splits] += (-1, 1)
     extra = 0.0
     if c.splits > 1:
         part = 2 * 4 * c.splits * n.G * n.lanes * (ask.D_v + 1)
@@ -138,7 +141,7 @@ def _moe(ask: moe.Ask, c: moe.Config) -> Load:
     stored = c.BLOCK_M * c.BLOCK_N * size
     if ask.pass_ == "dw":
         programs = math.ceil(K / c.BLOCK_M) * math.ceil(N / c.BLOCK_N)
-        trips = np.repeat(-(-n // c.BLOCK_K), programs)
+        trips: np.ndarray = np.repeat(-(-n // c.BLOCK_K), programs)
         return Load(_full(trips), tiles, dram, max(2, c.num_stages // 2), stored)
     blocks = int((-(-n // c.BLOCK_M)).sum())
     programs = blocks * math.ceil(N / c.BLOCK_N)
