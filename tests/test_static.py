@@ -397,3 +397,19 @@ def test_a_real_ranking(monkeypatch, tmp_path):
     assert all(p.registers > 40 and p.ctas >= 1 and 0.01 < p.efficiency < 1 for _, p in found)
     other = static.predict(amd, tile)
     assert other.spills == 0 and other.shared <= 65536 and other.seconds > 0
+
+
+def test_what_the_benchmark_times_is_what_validation_reads():
+    pytest.importorskip("triton", reason="no Triton beside this PyTorch")
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("on a GPU `python -m benchmarks.configs` itself times")
+    from benchmarks import configs
+
+    small = ask(arch="sm90", D=16, rows=32, keys=32, programs=1)
+    small = dataclasses.replace(small, dtype="float32")
+    tiles = [attention.Config(16, n, 4, 1) for n in (16, 32)]
+    lines = json.loads(json.dumps(list(configs.timed(small, tiles, "cpu"))))
+    assert [static_report.ask_of(x["ask"]) for x in lines] == [small] * 2
+    assert [attention.Config(**x["config"]) for x in lines] == tiles and all(x["seconds"] > 0 for x in lines)
