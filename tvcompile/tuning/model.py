@@ -9,11 +9,12 @@ own results only (one warp of each scheduler; with products of warpgroups all ar
 
 a round, in which each stream makes a trip, takes
 
-    T(N) = max(D + (N - 1) d,  D + wait)     balanced job bounds, Lazowska: Quantitative System Performance, 1984
+    T(N) = D + wait + (N - 1) d / (1 + wait / (N D))
 
-which is `serial` of machine_code.py for one stream and `bound` for many. Loads that are in flight while a trip goes on
-(`bytes` from L2) are a pipe that no stream waits for. Specialised warps work side by side: the longest of them, and the
-busiest pipe of all, bound a trip.
+the lower balanced job bound of throughput (Lazowska et al., Quantitative System Performance, 1984, chapter 5): `serial`
+of machine_code.py for one stream, `bound` for many. Loads that are in flight while a trip goes on (`bytes` from L2) are
+a pipe that no stream waits for. Specialised warps work side by side: the longest of them, and the busiest pipe of all,
+bound a trip.
 
 A program takes  start + sum of its trips + end;  programs begin in order as slots of multiprocessors become free, so
 that waves and tails are what they are; DRAM bounds the whole. The figures rank configs: they are no times.
@@ -117,11 +118,12 @@ def round_of(found: list[Loop], load: Load, rates: Rates, ctas: int, warps: int)
     busiest = max(pipes, key=lambda p: pipes[p])
     share = pipes[busiest] / streams
     N = streams * ctas
-    queued = max(N * share, alone + (N - 1) * share if len(found) == 1 else 0.0)
+    others = (N - 1) * share / (1 + wait / (N * alone)) if len(found) == 1 else 0.0
+    queued = max(N * share, alone + wait + others)
     # A load has as long as the trips that are in flight take.
     early = rates.latency / (load.stages - 1) if load.stages > 1 else alone + wait + rates.latency
-    clocks = max(queued, alone + wait, early)
-    return clocks, busiest if clocks == queued else "wait"
+    clocks = max(queued, early)
+    return clocks, busiest if N * share > clocks / 2 else "wait"
 
 
 def _alone(clocks: dict[str, float]) -> float:
