@@ -130,6 +130,12 @@ def test_the_masked_loop_has_its_own_price():
         model.loops(code())
 
 
+def test_an_unrolled_loop_is_all_of_its_trips():
+    whole = loop(**{pipe: 8 * n for pipe, n in PIPES.items()})
+    once, all_of_it = clocks(code(loop()), load([8] * 132)), clocks(code(whole, unrolled=True), load([8] * 132))
+    assert all_of_it == pytest.approx(once)
+
+
 def test_waves_and_tails():
     assert model.makespan(np.array([10.0] * 8), 8) == 10
     assert model.makespan(np.array([10.0] * 9), 8) == 20
@@ -381,6 +387,8 @@ def test_the_loop_of_amd_assembly_is_found_and_priced():
     # 32 x 32 x 8 takes one of four SIMDs 32 clocks; 16 bytes for 64 lanes; exp2 takes four times an addition.
     assert found.clocks["tensor"] == 32 and found.clocks["smem"] == 4 * 64 * 16 / 128
     assert found.clocks["alu"] == 4 * 1 + 4 * 4 and found.clocks["issue"] == 4 * 6 / 4
+    straight, outside, _ = amd_code.parse(AMD.replace("s_branch .LBB0_1", "s_branch .LBB0_3"), rates("gfx942"), 4)
+    assert straight[0].flop == found.flop and outside == 0
     assert amd_code.resident(rates("gfx942"), 128, 32768, 4) == 2
     assert amd_code.resident(rates("gfx942"), 512, 16384, 4) == 1
     assert amd_code.resident(rates("gfx942"), 300, 16384, 8) == 0

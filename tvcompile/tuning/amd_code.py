@@ -29,7 +29,8 @@ def read(compiled: Any, arch: str, warps: int) -> Code:
     spills = number.get("vgpr_spill_count", 0) + number.get("sgpr_spill_count", 0)
     registers, shared = number.get("vgpr_count", 0), compiled.metadata.shared
     loops, outside, loads = parse(text, rates(arch), warps)
-    return Code(registers, spills, shared, resident(rates(arch), registers, shared, warps), loads, loops, outside)
+    ctas = resident(rates(arch), registers, shared, warps)
+    return Code(registers, spills, shared, ctas, loads, loops, outside, unrolled=outside == 0)
 
 
 def resident(unit: Rates, registers: int, shared: int, warps: int) -> int:
@@ -53,6 +54,8 @@ def parse(text: str, unit: Rates, warps: int) -> tuple[list[Loop], int, dict[str
         ops = [op for n in sorted(trip) for op in blocks[n]]
         loops.append(_price(ops, sum(flop[n] for n in trip), unit, warps))
         outside = outside - inside
+    if not loops and any(flop):
+        return [_price([op for block in blocks for op in block], sum(flop), unit, warps)], 0, dict(loads)
     return loops, sum(len(blocks[n]) for n in outside), dict(loads)
 
 

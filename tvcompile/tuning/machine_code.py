@@ -100,7 +100,8 @@ class Loop:
 @dataclass(frozen=True)
 class Code:
     """`spills`: LDL and STL anywhere; `ctas`: what an SM holds, 0 where none fits; `loads`: global ones by width;
-    `outside`: instructions of a warp before, between and after its loops; `partitions`: loops of specialised warps."""
+    `outside`: instructions of a warp before, between and after its loops; `partitions`: loops of specialised warps.
+    `unrolled`: there is no loop with products; the one in `loops` is all of the code, once."""
 
     registers: int
     spills: int
@@ -110,6 +111,7 @@ class Code:
     loops: list[Loop] = field(repr=False)
     outside: int = 0
     partitions: list[Loop] = field(default_factory=list, repr=False)
+    unrolled: bool = False
 
     @property
     def steady(self) -> Loop | None:
@@ -131,7 +133,7 @@ def read(compiled: Any, arch: str, warps: int = 0) -> Code:
     wide = [i.op + "".join(re.findall(r"\.(?:64|128|U8|U16|\dD)\b", i.suffix)) for i in code if i.op in ASYNC | {"LDG"}]
     spills = sum(i.op in SPILL for i in code)
     loops, partitions, outside = _loops(code, labels, sm, warps or meta.num_warps)
-    return Code(registers, spills, shared, ctas, dict(Counter(wide)), loops, outside, partitions)
+    return Code(registers, spills, shared, ctas, dict(Counter(wide)), loops, outside, partitions, outside == 0)
 
 
 def per_kib(loop: Loop, nbytes: int) -> float:
@@ -251,6 +253,9 @@ def _loops(
         found = _price([blocks[n] for n in sorted(trip)], sum(flop[n] for n in trip), sm, 1 if alone else warps)
         (partitions if part else loops).append(found)
         outside = outside - inside
+    if not loops and not partitions and any(flop):
+        # Few trips of a known number are unrolled.
+        return [_price(blocks, sum(flop), sm, warps)], [], 0
     return loops, partitions, sum(len(blocks[n]) for n in outside)
 
 

@@ -75,6 +75,8 @@ def predict(code: Code, load: Load, rates: Rates, units: int, warps: int) -> Pre
     if code.ctas == 0:
         raise ValueError("no multiprocessor holds a CTA")
     full, partial = loops(code)
+    if code.unrolled:
+        full = partial = [_share(full[0], max(1, int(load.trips.sum(1).max(initial=1))))]
     programs = len(load.trips)
     ctas = max(1, min(code.ctas, -(-programs // units)))
     ways = [round_of(found, load, rates, ctas, warps) for found in (full, partial)]
@@ -124,6 +126,13 @@ def round_of(found: list[Loop], load: Load, rates: Rates, ctas: int, warps: int)
     early = rates.latency / (load.stages - 1) if load.stages > 1 else alone + wait + rates.latency
     clocks = max(queued, early)
     return clocks, busiest if N * share > clocks / 2 else "wait"
+
+
+def _share(loop: Loop, trips: int) -> Loop:
+    """One trip of so many that were unrolled."""
+    clocks = {pipe: n / trips for pipe, n in loop.clocks.items()}
+    ops = {op: -(-n // trips) for op, n in loop.ops.items()}
+    return dataclasses.replace(loop, flop=loop.flop // trips, clocks=clocks, ops=ops)
 
 
 def _alone(clocks: dict[str, float]) -> float:
