@@ -18,7 +18,7 @@ from tests import fake_cuda
 from tests.gpu_program import lines
 from tvcompile.arch import Device
 from tvcompile.kernels import moe  # noqa: F401  it registers the op
-from tvcompile.tuning import choose, machine_code
+from tvcompile.tuning import amd_code, choose, machine_code
 from tvcompile.tuning.cross_compile import Launch, compile_launch, expert_launches
 from tvcompile.tuning.moe import Ask
 
@@ -59,9 +59,9 @@ def measured(arch: str, name: str, launch: Launch) -> dict[str, Any]:
     compiled = compile_launch(launch, arch)
     row = {"arch": arch, "kernel": name, "product": "PRECISION" in launch.constants}
     if arch.startswith("gfx"):
-        amd = machine_code.read_amd(compiled)
-        return row | {"spills": amd.spills, "shared": amd.shared, "mma": amd.mfma}
-    code = machine_code.read(compiled, arch)
+        amd = amd_code.read(compiled, arch, launch.num_warps)
+        return row | {"spills": amd.spills, "shared": amd.shared, "mma": len(amd.loops)}
+    code = machine_code.read(compiled, arch, launch.num_warps)
     text = compiled.asm["ptx"]
     row |= {"spills": code.spills, "shared": code.shared, "loads": code.loads}
     row["mma"] = sum(text.count(x) for x in ("mma.sync", "wgmma.mma", "tcgen05.mma"))

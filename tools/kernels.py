@@ -53,7 +53,7 @@ def measure(case: Case) -> dict[str, Any]:
 def measure_config(case: Case, config: Any, source: str = "", spec: str | None = None) -> dict[str, Any]:
     import torch
 
-    from tvcompile.tuning import machine_code
+    from tvcompile.tuning import amd_code, machine_code
     from tvcompile.tuning.cross_compile import SPEC, compile_launch, launches
 
     arch, pass_, size, width = case
@@ -64,9 +64,10 @@ def measure_config(case: Case, config: Any, source: str = "", spec: str | None =
     tile = {k: getattr(config, k) for k in ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages", "descriptors")}
     row = {"arch": arch, "pass": pass_, "size": size, "D": width, "source": source, **tile}
     if arch.startswith("gfx"):
-        code = machine_code.read_amd(compiled)
-        return {**row, "registers": code.vgprs, "spills": code.spills, "shared": code.shared, "mma": code.mfma}
-    found = machine_code.read(compiled, arch)
+        code = amd_code.read(compiled, arch, config.num_warps)
+        mfma = len(code.loops)
+        return {**row, "registers": code.registers, "spills": code.spills, "shared": code.shared, "mma": mfma}
+    found = machine_code.read(compiled, arch, config.num_warps)
     row |= {"registers": found.registers, "spills": found.spills, "shared": found.shared, "ctas": found.ctas}
     row |= {"loads": found.loads, "mma": 0}
     if (loop := found.steady) is not None:

@@ -135,7 +135,7 @@ def cases(archs: list[str], ops: list[str], dtypes: list[str], passes: list[str]
 
 def compiled(case: Case, config: Any) -> dict[str, Any]:
     """registers, spills and shared memory of a case's kernel, and what is `wrong` with them."""
-    from tvcompile.tuning import machine_code
+    from tvcompile.tuning import amd_code, machine_code
     from tvcompile.tuning.cross_compile import compile_launch
 
     row = {"case": str(case), "config": dataclasses.asdict(config), "spills": 0, "shared": 0, "wrong": ""}
@@ -144,11 +144,10 @@ def compiled(case: Case, config: Any) -> dict[str, Any]:
     except Exception as error:
         return row | {"wrong": f"{type(error).__name__}: {error}"[:300]}
     if case.arch.startswith("gfx"):
-        amd = machine_code.read_amd(kernel)
-        row |= {"registers": amd.vgprs, "spills": amd.spills, "shared": amd.shared}
+        code = amd_code.read(kernel, case.arch, config.num_warps)
     else:
-        code = machine_code.read(kernel, case.arch)
-        row |= {"registers": code.registers, "spills": code.spills, "shared": code.shared}
+        code = machine_code.read(kernel, case.arch, config.num_warps)
+    row |= {"registers": code.registers, "spills": code.spills, "shared": code.shared}
     limit = case.ask.device.shared
     if row["spills"]:
         row["wrong"] = f"{row['spills']} spills"

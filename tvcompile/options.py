@@ -59,5 +59,10 @@ def cache_folder() -> Path:
     return Path(os.environ.get("TVCOMPILE_CACHE_DIR") or f"{base}/tvcompile").expanduser()
 
 
+def compiling_environment() -> dict[str, str]:
+    """The environment of a process that compiles kernels, also where this one interprets them."""
+    return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+
+
 def from_environment() -> dict[str, str]:
     return {name: value for name in ("log", "tune") if (value := os.environ.get(f"TVCOMPILE_{name.upper()}"))}

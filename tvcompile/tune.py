@@ -28,7 +28,8 @@ from .moe_spec import MoESpec
 from .options import CHOICES
 from .sites import unknown
 from .spec import AttentionSpec
-from .tuning import search, store
+from .tuning import search, static_report, store
+from .tuning.rates import rates
 from .tuning.work import Attention, Capture, Experts, Work
 
 Problem = tuple[Work, torch.device]
@@ -64,17 +65,8 @@ def parser() -> argparse.ArgumentParser:
     kept.add_argument("--clear", action="store_true", help="forget it")
     kept.add_argument("--export", metavar="FILE", help="write it to a file")
     kept.add_argument("--import", dest="import_", metavar="FILE", help="add what --export wrote")
-    if static := _static():
-        static.add_arguments(p)
+    static_report.add_arguments(p)
     return p
-
-
-def _static() -> Any:
-    """The report of the static model, where there is one."""
-    try:
-        return importlib.import_module(".tuning.static_report", __package__)
-    except ModuleNotFoundError:
-        return None
 
 
 def main(arguments: Sequence[str] | None = None, console: Console | None = None) -> int:
@@ -86,10 +78,10 @@ def main(arguments: Sequence[str] | None = None, console: Console | None = None)
         for name, act in KEPT.items():
             if value := getattr(options, name):
                 return act(value, console)
-        if _static() and any(getattr(options, name, None) for name in ("static", "validate", "tables")):
+        if any(getattr(options, name, None) for name in ("static", "validate", "tables")):
             if options.static and options.model:
                 return rank(options, console)
-            return _static().run(options, console)
+            return static_report.run(options, console)
         return tune(problems(options), options.effort, console)
     except Usage as error:
         console.print(f"tvcompile.tune: {error}", style="red", highlight=False, markup=False)
@@ -101,14 +93,14 @@ def main(arguments: Sequence[str] | None = None, console: Console | None = None)
 
 def rank(options: argparse.Namespace, console: Console) -> int:
     """The static model's ranking for every pass of a model's sites, on boards of the architectures that are named."""
-    static, works = _static(), [work for work, _ in collected(options.model)]
+    works = [work for work, _ in collected(options.model)]
     for arch in options.arch or ():
         if family(arch) is None:
             raise Usage(f"--arch {arch}: known are {', '.join(SHARED)}")
-        device = Device.typical(arch, options.units or static.rates(arch).units)
+        device = Device.typical(arch, options.units or rates(arch).units)
         for ask in {ask.key: ask for work in works for ask in work.asks(device)}.values():
-            console.print(static.title(ask), markup=False, highlight=False)
-            static.show(ask, static.ranked(ask, console), options.show, console)
+            console.print(static_report.title(ask), markup=False, highlight=False)
+            static_report.show(ask, static_report.ranked(ask, console), options.show, console)
     if not options.arch:
         raise Usage(f"--static needs --arch, one or more of {', '.join(SHARED)}")
     return 0

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 
 from .. import expr as E
@@ -134,6 +135,46 @@ class Ask(ask.Ask):
         if self.arch is None or not self.width:
             return []
         return [formula(self)]
+
+    def candidates(self) -> list[Config]:
+        """Tiles that can fit the registers and shared memory; the formula's config is the first."""
+        found = [c for c in _tiles(self.arch or "", self.pass_, self.width) if self._plausible(c)]
+        # A row of a table serves many lengths: splits are found when it is used.
+        return list(dict.fromkeys([*self.formula(), *found]))
+
+    def _plausible(self, c: Config) -> bool:
+        """Whether a config is worth compiling: 16 rows or more for a warp, sums and blocks that can have a place."""
+        stays, moves = (c.BLOCK_N, c.BLOCK_M) if self.pass_ == "dkdv" else (c.BLOCK_M, c.BLOCK_N)
+        if self.pass_ != "decode" and stays < 16 * min(c.num_warps, 4):
+            return False
+        sums = stays * self.width * (2 if self.pass_ == "dkdv" else 1) + c.BLOCK_M * c.BLOCK_N
+        # What comes to AMD's shared memory comes through registers, of which it compiles for minutes if there are many.
+        if self.device.arch.startswith("gfx") and moves * self.width > 8192:
+            return False
+        # A thread of NVIDIA has 255 registers, one of AMD 512; Blackwell's sums have memory of their own.
+        each = sums / (c.num_warps * (64 if self.device.arch.startswith("gfx") else 32))
+        held = (c.num_stages - (0 if self.arch in ("sm90", "sm100") else 1)) * moves * 2 * self.width * self.size
+        return each <= 256 and held <= self.device.shared
+
+
+def _tiles(arch: str, pass_: str, width: int) -> list[Config]:
+    """Every combination of what a pass may take on an architecture."""
+    amd, described = arch.startswith("gfx"), arch in ("sm90", "sm100", "sm120")
+    stages = (1, 2) if amd or arch == "sm120" else (2, 3)
+    if pass_ == "decode":
+        sides: list[tuple[int, int]] = [(16, n) for n in (16, 32, 64, 128)]
+        return [Config(*tile, w, s, packed=True) for tile in sides for w in (2, 4, 8) for s in (1, *stages)]
+    stay, move = (32, 64, 128), (16, 32, 64, 128)
+    sides = [(m, n) for m in move for n in stay] if pass_ == "dkdv" else [(m, n) for m in stay for n in move[1:]]
+    backward = pass_ in ("dq", "dkdv")
+    found = []
+    for tile, warps, flight in itertools.product(sides, (4, 8), (1, 2) if backward else stages):
+        for by_descriptor, hoist in itertools.product((False, True)[: 1 + described], (True, False)[: 1 + backward]):
+            c = Config(*tile, warps, flight, by_descriptor, hoist=hoist)
+            found.append(c)
+            if arch == "sm100" and by_descriptor and pass_ in ("fwd", "dkdv"):
+                found.append(dataclasses.replace(c, specialize=True))
+    return found
 
 
 def formula(asked: Ask) -> Config:

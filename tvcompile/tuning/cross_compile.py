@@ -9,6 +9,9 @@ from unittest import mock
 
 import torch
 
+from .. import expr as E
+from ..spec import AttentionSpec
+
 SPEC = "scale=0.088; keep = kv <= q"
 MASKS = {
     "full": "",
@@ -56,7 +59,6 @@ def spec_of(work: str) -> str:
 
 def captured(spec: Any, sizes: Mapping[str, int], dtype: torch.dtype) -> list[torch.Tensor]:
     """Tensors without memory for what a spec captures, each index as long as it may be."""
-    from .. import expr as E
 
     kinds = {"bool": torch.bool, "int": torch.int64, "float": dtype}
     found = {}
@@ -71,7 +73,6 @@ def launches(pass_: str, config: Any, dtype: torch.dtype, D: int, D_v: int, spec
     """What a pass (fwd, dq, dkdv, decode) launches; sizes: B H H_kv S_q S_kv."""
     from ..kernels import flash
     from ..kernels.problem import Given, Problem
-    from ..spec import AttentionSpec
 
     n = {"B": 2, "H": 16, "H_kv": 4, "S_q": 1 if pass_ == "decode" else 4096, "S_kv": 4096} | sizes
 

@@ -2,7 +2,7 @@
 
     code = read(compiled, "sm90")      # Code; code.steady is the loop that does the work
     per_kib(code.steady, nbytes)       # warp instructions per KiB that a trip loads, for decoding
-    read_amd(compiled)                 # AmdCode, from compiled.asm["amdgcn"]
+    amd_code.read(compiled, "gfx942")  # the same of AMD's assembly
 
 A loop is a bound and not a time. One trip of one CTA holds n warp instructions of a pipe that starts r lanes per SM and
 clock, so that pipe is busy 32 n / r clocks; latency, barriers, L2 and DRAM are not in it. Of the clocks per pipe:
@@ -10,12 +10,10 @@ clock, so that pipe is busy 32 n / r clocks; latency, barriers, L2 and DRAM are 
     bound  = tensor / busiest pipe               everything overlaps
     serial = tensor / (tensor + busiest other)   the tensor cores and the rest take turns
 
-Rates are results per SM and clock, CUDA C++ Programming Guide, "Throughput of Native Arithmetic Instructions": fp32 64
-on 8.0 and 128 since, integers, compares and selects 64, IMAD 64, special functions 16; four schedulers issue one warp
-instruction each. Dense bf16 tensor FLOP with fp32 sums: white papers of A100, H100 and B200; 8.6, 8.9 and 12.0 by the
-peaks of A40, L40S and RTX PRO 6000 (GeForce boards run half). Shared memory gives 128 bytes per clock. What HGMMA and
-UTCHMMA read from shared and tensor memory themselves is not counted. The loops of a warp-specialized kernel are read
-one by one, as if all warps ran each.
+Rates are data, with sources: rates.py. What HGMMA and
+UTCHMMA read from shared and tensor memory themselves is not counted. In a warp-specialized
+kernel each partition of warps has a loop of its own, and they run side by side (`partitions`): loads and products are
+run by one warp, what else there is by as many as a plain kernel has.
 """
 
 from __future__ import annotations
@@ -23,23 +21,12 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections import Counter, namedtuple
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# One SM: fp32 lanes and tensor FLOP per clock; KiB of shared memory, warps and CTAs that it holds, by the guide's
-# "Technical Specifications per Compute Capability".
-Sm = namedtuple("Sm", "fp32 tensor shared warps ctas")
-SMS = {
-    "sm80": Sm(64, 2048, 164, 64, 32),
-    "sm86": Sm(128, 1024, 100, 48, 16),
-    "sm89": Sm(128, 1024, 100, 48, 24),
-    "sm90": Sm(128, 4096, 228, 64, 32),
-    "sm100": Sm(128, 8192, 228, 64, 32),
-    "sm120": Sm(128, 1024, 100, 48, 24),
-}
-REGISTERS, TENSOR_COLUMNS = 65536, 512  # per SM
+from .rates import Rates, rates
 
 WARP_MMA, GROUP_MMA, CTA_MMA = {"HMMA", "QMMA", "IMMA"}, {"HGMMA", "QGMMA"}, {"UTCHMMA", "UTCQMMA"}
 ASYNC = {"LDGSTS", "UTMALDG", "UBLKCP"}
@@ -56,6 +43,8 @@ CLASSES = {
     "memory": ASYNC | SPILL | set("LDS STS LDSM STSM SHFL LDTM STTM LDG STG RED ATOM ATOMS ATOMG".split()),
 }
 CLASS_OF = {op: name for name, ops in CLASSES.items() for op in ops}
+TOOLS = (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
+FEW_FMA = 64 * 32  # FLOP of a warp's trip below which FMAs are no product
 # A block with one of the first and none of the second is what one elected warp runs for its CTA.
 ELECTED = CTA_MMA | {"UTMALDG", "UBLKCP"}
 BY_ALL = WARP_MMA | GROUP_MMA | set("MUFU FADD FMUL FFMA F2FP LDSM LDS STS LDTM STTM SHFL BAR LDGSTS".split())
@@ -110,7 +99,9 @@ class Loop:
 
 @dataclass(frozen=True)
 class Code:
-    """`spills`: LDL and STL anywhere; `ctas`: what an SM holds, 0 where none fits; `loads`: global ones by width."""
+    """`spills`: LDL and STL anywhere; `ctas`: what an SM holds, 0 where none fits; `loads`: global ones by width;
+    `outside`: instructions of a warp before, between and after its loops; `partitions`: loops of specialised warps.
+    `unrolled`: there is no loop with products; the one in `loops` is all of the code, once."""
 
     registers: int
     spills: int
@@ -118,29 +109,31 @@ class Code:
     ctas: int
     loads: dict[str, int]
     loops: list[Loop] = field(repr=False)
+    outside: int = 0
+    partitions: list[Loop] = field(default_factory=list, repr=False)
+    unrolled: bool = False
 
     @property
     def steady(self) -> Loop | None:
         """The loop with the fewest instructions per FLOP: of a masked and an unmasked one, the unmasked."""
-        return min(self.loops, key=lambda loop: loop.instr_per_mflop, default=None)
+        found = [*self.loops, *(loop for loop in self.partitions if loop.flop)]
+        return min(found, key=lambda loop: loop.instr_per_mflop, default=None)
 
 
-AmdCode = namedtuple("AmdCode", "vgprs agprs spills shared mfma")
-
-
-def read(compiled: Any, arch: str) -> Code:
-    """What a kernel holds that `triton.compile` gave."""
-    meta, sm = compiled.metadata, SMS[arch]
-    sass, usage = _disassemble(compiled.asm["cubin"])
+def read(compiled: Any, arch: str, warps: int = 0) -> Code:
+    """What a kernel holds that `triton.compile` gave; warps: as launched, without those that specialising adds."""
+    meta, sm = compiled.metadata, rates(arch)
+    usage, sass = (_tool(name, option, compiled.asm["cubin"]) for name, option in TOOLS)
     code, labels = _parse(sass)
     registers, static = (int(n) for name in ("REG", "SHARED") for n in re.findall(rf"{name}:(\d+)", usage)[:1])
     shared, columns = max(meta.shared, static), getattr(meta, "tmem_size", 0)
     per_warp = -(-registers * 32 // 256) * 256  # registers come in steps of 256; of shared memory each CTA costs a KiB
-    ctas = min(REGISTERS // (per_warp * meta.num_warps), sm.warps // meta.num_warps, sm.ctas)
-    ctas = min(ctas, sm.shared * 1024 // (shared + 1024), TENSOR_COLUMNS // columns if columns else ctas)
+    ctas = min(sm.registers // (per_warp * meta.num_warps), sm.warps // meta.num_warps, sm.ctas)
+    ctas = min(ctas, sm.shared * 1024 // (shared + 1024), sm.columns // columns if columns else ctas)
     wide = [i.op + "".join(re.findall(r"\.(?:64|128|U8|U16|\dD)\b", i.suffix)) for i in code if i.op in ASYNC | {"LDG"}]
     spills = sum(i.op in SPILL for i in code)
-    return Code(registers, spills, shared, ctas, dict(Counter(wide)), _loops(code, labels, arch, meta.num_warps))
+    loops, partitions, outside = _loops(code, labels, sm, warps or meta.num_warps)
+    return Code(registers, spills, shared, ctas, dict(Counter(wide)), loops, outside, partitions, outside == 0)
 
 
 def per_kib(loop: Loop, nbytes: int) -> float:
@@ -148,29 +141,21 @@ def per_kib(loop: Loop, nbytes: int) -> float:
     return loop.issued / (nbytes / 1024)
 
 
-def read_amd(compiled: Any) -> AmdCode:
-    """From the metadata and text that LLVM writes for amdgcn; `shared` is LDS in bytes.
-
-    Spills are of vector registers. Scalar ones go into lanes of a vector register and not to memory.
-    """
-    text = compiled.asm["amdgcn"]
-    number = {name: int(n) for name, n in re.findall(r"^\s*(?:- +)?\.(\w+): +(\d+)$", text, re.M)}
-    spills = number.get("vgpr_spill_count", 0)
-    mfma = len(re.findall(r"^\s+v_s?w?mf?ma", text, re.M))
-    return AmdCode(number.get("vgpr_count", 0), number.get("agpr_count", 0), spills, compiled.metadata.shared, mfma)
+def stack(compiled: Any) -> int:
+    """Bytes of a thread's stack, which is where registers spill to: the quick way to see that they do."""
+    return int(re.findall(r"STACK:(\d+)", _tool(*TOOLS[0], compiled.asm["cubin"]))[0])
 
 
-def _disassemble(cubin: bytes) -> tuple[str, str]:
-    """SASS and resource usage, by the tools in Triton's wheel."""
+def _tool(name: str, option: str, cubin: bytes) -> str:
+    """What a tool in Triton's wheel says of a kernel."""
     import triton
 
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        quiet: Any = {"text": True, "stderr": subprocess.DEVNULL}  # it warns of an older ELF format
-        run = lambda tool, option: subprocess.check_output([tools / tool, option, file.name], **quiet)
-        return run("nvdisasm", "-c"), run("cuobjdump", "-res-usage")
+        # It warns of an older ELF format.
+        return subprocess.check_output([tools / name, option, file.name], text=True, stderr=subprocess.DEVNULL)
 
 
 def _parse(sass: str) -> tuple[list[Instruction], dict[str, int]]:
@@ -205,7 +190,7 @@ def _flow(code: list[Instruction], labels: dict[str, int]) -> tuple[list[range],
     return blocks, [{starts.index(n) for n in jumps.get(b[-1], [b[-1] + 1]) if n < len(code)} for b in blocks]
 
 
-def _innermost(nodes: set[int], after: list[set[int]], busy: set[int]) -> list[tuple[int, set[int]]]:
+def innermost(nodes: set[int], after: list[set[int]], busy: set[int]) -> list[tuple[int, set[int]]]:
     """(head, blocks) of each loop with a busy block and no such loop inside. A loop is a strongly connected part of the
     graph; without its heads, where it is entered, only the loops inside it are left."""
     reached = {n: after[n] & nodes for n in nodes}
@@ -217,11 +202,11 @@ def _innermost(nodes: set[int], after: list[set[int]], busy: set[int]) -> list[t
     for loop in {frozenset(u for u in reached[n] if n in reached[u]) for n in nodes if n in reached[n]}:
         heads = loop & set().union(*(goals for n, goals in enumerate(after) if n not in loop)) or {min(loop)}
         if loop & busy:
-            found += _innermost(set(loop - heads), after, busy) or [(min(heads), set(loop))]
+            found += innermost(set(loop - heads), after, busy) or [(min(heads), set(loop))]
     return found
 
 
-def _trip(head: int, loop: set[int], after: list[set[int]], weights: list[Weight]) -> set[int]:
+def steady_trip(head: int, loop: set[int], after: list[set[int]], weights: list[Weight]) -> set[int]:
     """The blocks of the heaviest way around a loop; a waiting loop on the way is gone through once."""
     best: dict[int, tuple[Weight, tuple[int, ...]]] = {}
     entered: set[int] = set()
@@ -243,20 +228,45 @@ def _trip(head: int, loop: set[int], after: list[set[int]], weights: list[Weight
     return set(best[head][1])
 
 
-def _loops(code: list[Instruction], labels: dict[str, int], arch: str, warps: int) -> list[Loop]:
-    """Every innermost loop with tensor-core work, by its steady trip."""
+def _loops(
+    code: list[Instruction], labels: dict[str, int], sm: Rates, warps: int
+) -> tuple[list[Loop], list[Loop], int]:
+    """Every innermost loop with products by its steady trip, those of specialised warps, and what is outside loops."""
     spans, after = _flow(code, labels)
     blocks = [[code[at] for at in span] for span in spans]
-    flop = [sum(_flop(code, at, warps) for at in span) for span in spans]
+    fma = not any(i.op in CLASSES["tensor"] for i in code)
+    flop = [sum(_flop(code, at, warps, fma) for at in span) for span in spans]
     weights = [(n, sum(i.op in ASYNC for i in block), -len(block)) for n, block in zip(flop, blocks)]
-    loops = _innermost(set(range(len(blocks))), after, {n for n, work in enumerate(flop) if work})
-    trips = [_trip(head, inside, after, weights) for head, inside in loops]
-    return [_price([blocks[n] for n in trip], sum(flop[n] for n in trip), arch, warps) for trip in trips]
+    everywhere = set(range(len(blocks)))
+    specialised = any(i.op == "USETMAXREG" for i in code)
+    busy = {n for n, work in enumerate(flop) if work >= (FEW_FMA * warps if fma else 1)}
+    if specialised:
+        busy |= {n for n, block in enumerate(blocks) if {i.op for i in block} & (ELECTED | {"MUFU", "LDTM"})}
+    loops: list[Loop] = []
+    partitions: list[Loop] = []
+    outside = everywhere
+    for head, inside in innermost(everywhere, after, busy):
+        trip = steady_trip(head, inside, after, weights)
+        ops = {i.op for n in trip for i in blocks[n]}
+        part = specialised and not (ops & CTA_MMA and ops & {"MUFU", "LDTM"})
+        alone = part and not ops & {"MUFU", "LDTM", "STTM"}
+        found = _price([blocks[n] for n in sorted(trip)], sum(flop[n] for n in trip), sm, 1 if alone else warps)
+        (partitions if part else loops).append(found)
+        outside = outside - inside
+    if not loops and not partitions and any(flop):
+        # Few trips of a known number are unrolled.
+        return [_price(blocks, sum(flop), sm, warps)], [], 0
+    return loops, partitions, sum(len(blocks[n]) for n in outside)
 
 
-def _flop(code: list[Instruction], at: int, warps: int) -> int:
-    """FLOP of a CTA in one instruction: 2 m n k of its shape, times the warps or warpgroups that run it."""
+def _flop(code: list[Instruction], at: int, warps: int, fma: bool) -> int:
+    """FLOP of a CTA in one instruction: 2 m n k of its shape, times the warps or warpgroups that run it.
+
+    fma: there are no tensor-core instructions, as for float32, whose products are FMAs.
+    """
     i = code[at]
+    if fma:
+        return {"FFMA": 2, "FFMA2": 4}.get(i.op, 0) * 32 * warps
     if i.op in WARP_MMA and (shape := re.search(r"\.168(\d+)", i.suffix)):  # .16816 is m16 n8 k16
         return 2 * 16 * 8 * int(shape[1]) * warps
     if i.op in GROUP_MMA and (shape := re.search(r"(\d+)x(\d+)x(\d+)", i.suffix)):
@@ -270,7 +280,7 @@ def _flop(code: list[Instruction], at: int, warps: int) -> int:
     return 0
 
 
-def _price(trip: list[list[Instruction]], flop: int, arch: str, warps: int) -> Loop:
+def _price(trip: list[list[Instruction]], flop: int, sm: Rates, warps: int) -> Loop:
     counts: Counter[str] = Counter()
     clocks = dict.fromkeys(("tensor", "issue", "mufu", "fp32", "alu", "smem"), 0.0)
     for block in trip:
@@ -280,19 +290,20 @@ def _price(trip: list[list[Instruction]], flop: int, arch: str, warps: int) -> L
             kind = CLASS_OF.get(i.op, "other")
             counts[kind] += runs
             if kind in ("mufu", "fp32", "alu"):
-                clocks[kind] += runs * 32 / _lanes(i.op, kind, arch)
-            clocks["smem"] += runs * _shared_bytes(i) / 128
-    clocks |= {"issue": sum(counts.values()) / 4, "tensor": flop / SMS[arch].tensor}
+                clocks[kind] += runs * sm.warp / _lanes(i.op, kind, sm)
+            clocks["smem"] += runs * _shared_bytes(i) / sm.smem
+    tensor = flop / sm.products["2"] if counts["tensor"] else 0.0
+    clocks |= {"issue": sum(counts.values()) / sm.issue, "tensor": tensor}
     return Loop(flop, dict(counts), clocks, dict(Counter(i.op for block in trip for i in block)))
 
 
-def _lanes(op: str, kind: str, arch: str) -> float:
+def _lanes(op: str, kind: str, sm: Rates) -> float:
     """Results per SM and clock. F2FP is priced as ALU; of 10.0 min and max, of 12.0 additions are twice as fast."""
     if op in PACKED:
-        return SMS[arch].fp32 / 2
-    if arch == "sm100" and "MNMX" in op or arch == "sm120" and op in ("IADD3", "VIADD"):
-        return 128
-    return {"fp32": 64 if op == "IMAD" else SMS[arch].fp32, "alu": 64, "mufu": 16}[kind]
+        return sm.fp32 / 2
+    if any(name in op for name in sm.fast):
+        return 2 * sm.alu
+    return {"fp32": 64 if op == "IMAD" else sm.fp32, "alu": sm.alu, "mufu": sm.mufu}[kind]
 
 
 def _shared_bytes(i: Instruction) -> int:

@@ -10,6 +10,8 @@ stages    as many as shared memory holds, four at most
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Iterator
 
 from ..arch import Device, family
 from . import ask
@@ -83,6 +85,31 @@ class Ask(ask.Ask):
         tiles = (config.BLOCK_M + config.BLOCK_N) * config.BLOCK_K * self.size
         held = (config.num_stages + 1) // 2 if self.pass_ == "dw" else config.num_stages
         return (held - in_registers(self.device)) * tiles + 1024 <= self.device.shared
+
+    def candidates(self) -> list[Config]:
+        """Tiles around the formula's; the formula's configs are the first."""
+        return list(dict.fromkeys([*self.formula(), *filter(self._plausible, self._tiles())]))
+
+    def _tiles(self) -> Iterator[Config]:
+        arch = self.arch or ""
+        able = arch in ("sm90", "sm100") and self.size == 2
+        usual = 128 if self.pass_ == "dw" else row_block(self.rows or 128)
+        sides = [M for M in (usual // 2, usual, 2 * usual) if 16 <= M <= 128]
+        for M, N, K, warps in itertools.product(sides, (64, 128, 256), (32, 64, 128), (4, 8)):
+            most = stages(self.device, (M + N) * K * self.size, self.pass_ == "dw")
+            for flight, described in itertools.product({most, max(2, most - 1)}, (False, True)[: 1 + able]):
+                yield Config(M, N, K, warps, flight, described)
+                if described and arch == "sm100" and M == 128 and self.pass_ != "dw":
+                    yield Config(M, N, K, warps, flight, True, True)
+
+    def _plausible(self, c: Config) -> bool:
+        """Whether a config is worth compiling: 16 rows or columns for a warp, sums and tiles that can have a place."""
+        lanes = c.num_warps * (64 if self.device.arch.startswith("gfx") else 32)
+        sums = c.BLOCK_M * c.BLOCK_N / lanes
+        spare = 0 if self.arch in ("sm90", "sm100") else 1
+        tiles = (c.BLOCK_M + c.BLOCK_N) * c.BLOCK_K * self.size
+        held = (c.num_stages - spare) * tiles / (2 if self.pass_ == "dw" else 1)
+        return 8 <= sums <= 160 and held <= self.device.shared
 
 
 def formula(device: Device, pass_: str, size: int, rows: int, plain: bool = False) -> Config:

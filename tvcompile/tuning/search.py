@@ -32,7 +32,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from .. import options
 from ..arch import Device
-from . import store
+from . import static, store
 from .ask import Ask
 from .lookup import choose
 from .trial import Clock, Unfit
@@ -79,21 +79,9 @@ def shortlist(ask: Ask, effort: str) -> list[Any]:
     if ask.arch == "cpu":
         found = ask.candidates()
     else:
-        try:
-            found = ask.candidates()
-            found = [config for config, _ in _ranked(ask, found)][:FEW]
-        except NotImplementedError:
-            found = []
+        found = [config for config, _ in static.rank(ask, ask.candidates())][:FEW]
         found = [choice.config for choice in choose(ask)] + found
     return [config for config in dict.fromkeys(found) if config != standard]
-
-
-def _ranked(ask: Ask, configs: list[Any]) -> list[tuple[Any, Any]]:
-    try:
-        from . import static  # type: ignore[attr-defined]
-    except ImportError:
-        return [(config, None) for config in configs]
-    return static.rank(ask, configs)
 
 
 def neighbours(config: Any, ask: Ask, known: Sequence[Any]) -> list[Any]:
