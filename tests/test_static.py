@@ -91,7 +91,6 @@ def test_candidates_hold_the_formula_and_can_fit(arch):
 @pytest.fixture
 def compiler(monkeypatch, tmp_path):
     """A cache of its own, and calls in place of compilers: config -> Code, or the reason why there is none."""
-    monkeypatch.setenv("TVCOMPILE_CACHE", str(tmp_path))
     monkeypatch.setenv("TVCOMPILE_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(static, "sources", lambda: "as-tested")
     calls: list = []
@@ -274,7 +273,6 @@ def test_the_loop_of_amd_assembly_is_found_and_priced():
 
 def test_a_real_ranking(monkeypatch, tmp_path):
     pytest.importorskip("triton", reason="no Triton beside this PyTorch")
-    monkeypatch.setenv("TVCOMPILE_CACHE", str(tmp_path))
     monkeypatch.setenv("TVCOMPILE_CACHE_DIR", str(tmp_path))
     a = ask(arch="sm90", D=64)
     configs = [attention.Config(128, 64, 4, 2), attention.Config(64, 16, 4, 2), attention.Config(64, 64, 4, 2)]

@@ -156,27 +156,12 @@ def test_a_model_without_sites_says_what_was_refused():
 
 
 def test_the_static_model_is_asked_for_the_sites_of_a_model(monkeypatch):
-    def add_arguments(parser):
-        parser.add_argument("--static", action="store_true")
-        parser.add_argument("--arch", nargs="+")
-        parser.add_argument("--dtype", help="the same option once more")
-        parser.add_argument("--units", type=int, default=0)
-        parser.add_argument("--show", type=int, default=3)
-
-    static = types.SimpleNamespace(
-        add_arguments=add_arguments,
-        run=lambda options, console: 7,
-        rates=lambda arch: types.SimpleNamespace(units=132),
-        title=lambda ask: ask.pass_,
-        ranked=lambda ask, console: "a ranking",
-        show=lambda ask, ranking, most, console: shown.append((ask, ranking, most)),
-    )
     shown = []
-    monkeypatch.setattr(tune, "_static", lambda: static)
+    monkeypatch.setattr(tune.static_report, "ranked", lambda ask, console: "a ranking")
+    monkeypatch.setattr(tune.static_report, "show", lambda ask, ranking, most, console: shown.append((ask, ranking)))
     model = model_module(lambda: (attend, (torch.randn(1, 2, 100, 8, requires_grad=True),)))
     said("--static", "--arch", "sm90", "sm80", "--model", model)
     assert [(a.arch, a.pass_) for a, *_ in shown] == [(a, p) for a in ("sm90", "sm80") for p in ("fwd", "dq", "dkdv")]
-    assert {(a.keys, a.device.units, r, n) for a, r, n in shown} == {(100, 132, "a ranking", 3)}
+    assert {(a.keys, a.device.units, r) for a, r in shown} == {(100, n, "a ranking") for n in (108, 132)}
     assert "--static needs --arch" in said("--static", "--model", model, status=2)
     assert "known are sm80" in said("--static", "--arch", "sm10", "--model", model, status=2)
-    said("--static", status=7)
