@@ -277,3 +277,20 @@ class SortedRowsByMask(Block):
         for e in range(self.count):
             y[expert == e] = self.expert(rows[expert == e], e)
         return torch.zeros_like(x).index_add_(0, token, y * weight[:, None])
+
+
+@moe()
+@moe(kind="gelu", bias=True, router="top1", top=1)
+class AddedToTheTokens(Block):
+    """The residual inside: results are added to a copy of the tokens, flat where x is not."""
+
+    def experts(self, x, ids, w):
+        out = x.clone()
+        for k in range(self.top):
+            for e in range(self.count):
+                mask = ids[:, k] == e
+                out[mask] += self.expert(x[mask], e) * w[mask, k, None]
+        return out
+
+    def reference(self, x):
+        return super().reference(x) + x

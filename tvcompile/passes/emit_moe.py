@@ -45,7 +45,10 @@ def write_moe(graph: fx.Graph, m: MoEMatch, nodes: Mapping[str, fx.Node]) -> tup
     shape = [w.size(size(n), sources) for n in before.shape]
     out = w.call(aten.reshape.default, out, shape)
     if m.base is not None:
-        out = w.call(aten.add.Tensor, nodes[m.base.name], out)
+        base = nodes[m.base.name]
+        if m.base.meta["val"].shape != before.shape:  # the same elements in the same order
+            base = w.call(aten.reshape.default, base, shape)
+        out = w.call(aten.add.Tensor, base, out)
     out = w.cast(out, before.dtype)
     m.anchor.replace_all_uses_with(out)
     graph.erase_node(m.anchor)
