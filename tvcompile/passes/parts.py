@@ -11,8 +11,9 @@ from .. import expr as E
 from ..expr import Expr
 from ..spec import Refuse
 from .expert import Expert, bias_of, expert_number, read_expert
+from .places import compared
 from .projections import Weight, number_of, places
-from .routing import Chosen, Token, chosen, compared, without_rows
+from .routing import Chosen, Token, chosen, without_rows
 from .rows import RowReader, settle
 from .terms_of import Term
 

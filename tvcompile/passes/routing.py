@@ -18,6 +18,7 @@ from .. import expr as E
 from ..expr import Expr, IntCall
 from ..spec import Refuse
 from .movement import axis
+from .places import compared, digits, exclude, solved
 from .rows import RowReader, over
 from .terms_of import Term, distinct, scattered
 
@@ -37,7 +38,8 @@ def without_rows(r: RowReader, term: Term, token: Token, at: int) -> Term:
     for _ in term.links:
         term = _solved(r, term, token)
     term = term.put({}, r.bounds)
-    term = _pinned(term, r)
+    term = _pinned(_in_digits(r, term), r)
+    term = dataclasses.replace(term, guards=digits(r, _flat(term.guards), term.bound))
     guards: list[Expr] = []
     for g in term.guards:
         g = r.truth(g)
@@ -45,6 +47,30 @@ def without_rows(r: RowReader, term: Term, token: Token, at: int) -> Term:
             raise Refuse("a condition on the rows of an expert never holds", None)
         guards += g.args if isinstance(g, sympy.And) else [g]
     return _unscattered(r, dataclasses.replace(term, guards=tuple(g for g in guards if g is not E.TRUE)))
+
+
+def possible(r: RowReader, term: Term) -> bool:
+    """May a term count: do its conditions not exclude each other?"""
+    return not exclude(*map(r.truth, term.guards))
+
+
+def _flat(guards: tuple[Expr, ...]) -> tuple[Expr, ...]:
+    return tuple(x for g in guards for x in (g.args if isinstance(g, sympy.And) else [g]))
+
+
+def _in_digits(r: RowReader, term: Term) -> Term:
+    """A summed position of which n // C and n % C are read is e*C + c."""
+    for call in (*_calls(term, "//"), *_calls(term, "%")):
+        n, c = E.operands(call)
+        if n in term.bound and c.is_Integer and sympy.cancel(r.ranges[n] / c).is_Integer:
+            high, low = r.fresh(sympy.cancel(r.ranges[n] / c), "n"), r.fresh(c, "n")
+            return _in_digits(r, _bind(term, n, high * c + low, [high, low], r))
+    return term
+
+
+def without_rows_of(r: RowReader, term: Term) -> Term:
+    """Rows that go into places: those that a mask chose are every place of the mask, under the mask."""
+    return _unsorted(r, _unmasked(r, term, len(r.position)))
 
 
 def _calls(term: Term, op: str) -> list[Expr]:
@@ -111,6 +137,11 @@ def _pinned(term: Term, r: RowReader) -> Term:
             sign, symbol = rest.as_coeff_Mul()
             if symbol in term.bound and abs(sign) == 1:
                 return _pinned(_bind(term, symbol, -number * sign, [], r), r)
+            for symbol in term.bound:
+                value = solved(g, symbol)
+                if value is not None and value.free_symbols <= set(term.bound) and not value.atoms(*E.CALLS):
+                    if E.within(value, r.ranges[symbol], r.bounds):
+                        return _pinned(_bind(term, symbol, value, [], r), r)
     return term
 
 
@@ -272,30 +303,6 @@ def chosen(r: RowReader, term: Term, expert: Expr, token: Token) -> Chosen:
     if strange - {token.t, *k}:
         raise Refuse("the weight of an expert depends on more than token and choice", None)
     return Chosen(ids, k[0] if k else sympy.Integer(0), tuple(counts), tuple(factors))
-
-
-def compared(guard: Expr, expert: Expr) -> Expr | None:
-    """I where the guard says I == expert, and I is read from a tensor."""
-    if E.op_of(guard) != "eq":
-        return None
-    gap = E.operands(guard)[0]
-    for sign in (1, -1):
-        other = sympy.expand(sign * gap + expert)
-        if E.op_of(other) == "load" and not (expert.free_symbols & other.free_symbols):
-            return other
-    return None
-
-
-def solved(guard: Expr, symbol: Expr) -> Expr | None:
-    """P where the guard says P == symbol."""
-    if E.op_of(guard) != "eq" or not E.mentions(guard, symbol):
-        return None
-    gap = E.operands(guard)[0]
-    for sign in (1, -1):
-        other = sympy.expand(sign * gap + symbol)
-        if not E.mentions(other, symbol):
-            return other
-    return None
 
 
 def _implied(r: RowReader, guard: Expr, ids: Expr, expert: Expr) -> bool:

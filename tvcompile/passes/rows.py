@@ -23,6 +23,7 @@ from .movement import Index, axis
 from .pointwise import POINTWISE
 from .read import Reader
 
+EMPTY = ("empty", "empty_like", "new_empty", "empty_strided")
 GROUPED = ("_grouped_mm", "transformers::grouped_mm_fallback")
 
 
