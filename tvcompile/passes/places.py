@@ -200,7 +200,7 @@ def _digits(r: RowReader, guard: Expr, symbols: Collection[Expr], guards: tuple[
     value = sympy.Add(*(x for x, _, s in parts if s not in symbols)) * (-1 if moving[0][0] > 0 else 1)
     (one, low), *rest = [(abs(a), s) for a, s in moving]
     size = r.ranges[low]
-    if one != 1 or not size.is_Integer or any(a % size for a, _ in rest) or E.mentions(value, *symbols):
+    if one != 1 or not size.is_Integer or any(a % size for a, _ in rest) or E.mentions(value, *(s for _, s in moving)):
         return [guard]
     terms = sympy.Add.make_args(sympy.expand(value))
     high = [x for x in terms if not x.is_Integer and x.as_coeff_Mul()[0] % size == 0]

@@ -166,13 +166,18 @@ def _unscattered(r: RowReader, term: Term) -> Term:
             ids, values, k, set_at = source
             expert = load.args[-1]
             chosen = r.read(ids, (*set_at, k), r.position[ids] + 1)
+            held = [b for b in term.bound if any(compared(g, expert) == E.substitute(chosen, {k: b}) for g in term.guards)]
+            if held:
+                # The ids of a token are distinct: the one place that is set at this expert is known already.
+                values, chosen, k = E.substitute(values, {k: held[0]}), E.substitute(chosen, {k: held[0]}), held[0]
             # A softmax has no value of its own per place that was set: it is read at the id.
             value = values if E.op_of(load) == "load" else load.func(*load.args[:-1], chosen)
             new = E.substitute(e, {load: value})
             factors = tuple(new if f is e and not is_guard else f for f in term.factors)
             guards = tuple(g for g in term.guards if not (is_guard and g is e))
-            bound = (*term.bound, k) if k != 0 else term.bound
-            term = dataclasses.replace(term, factors=factors, guards=(*guards, E.eq(chosen, expert)), bound=bound)
+            bound = term.bound if k == 0 or k in term.bound else (*term.bound, k)
+            guards = guards if held else (*guards, E.eq(chosen, expert))
+            term = dataclasses.replace(term, factors=factors, guards=guards, bound=bound)
             return _unscattered(r, term)
     return term
 
