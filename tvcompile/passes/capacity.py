@@ -23,7 +23,7 @@ from ..spec import Refuse
 from .buffers import Way
 from .places import compared, digits, dim_of, exclude, opened, solved
 from .projections import number_of
-from .routing import without_rows_of
+from .routing import unscattered, without_rows_of
 from .rows import RowReader, over as positions_of
 from .terms_of import Term, terms_of
 
@@ -69,8 +69,16 @@ def _opened_ways(r: RowReader, ways: Sequence[Way], outer: Term) -> list[Way]:
             guards = digits(r, alternative.term.guards, outer.bound)
             guards = tuple(g for g in map(r.truth, guards) if g is not E.TRUE)
             if not exclude(*guards):
-                found.append(Way(dataclasses.replace(alternative.term, guards=guards), alternative.needs))
+                found.append(_unscattered(r, Way(dataclasses.replace(alternative.term, guards=guards), alternative.needs)))
     return found
+
+
+def _unscattered(r: RowReader, way: Way) -> Way:
+    """What a row needs, read from what was scattered rather than from the matrix [T,E] that it was scattered into."""
+    term = unscattered(r, dataclasses.replace(way.term, factors=way.needs.factors))
+    if (term.bound, term.guards) != (way.term.bound, way.term.guards):
+        return way
+    return Way(way.term, dataclasses.replace(way.needs, factors=term.factors))
 
 
 def _not_zero(r: RowReader, way: Way) -> list[Way]:

@@ -46,7 +46,7 @@ def without_rows(r: RowReader, term: Term, token: Token, at: int) -> Term:
         if g is E.FALSE:
             raise Refuse("a condition on the rows of an expert never holds", None)
         guards += g.args if isinstance(g, sympy.And) else [g]
-    return _unscattered(r, dataclasses.replace(term, guards=tuple(g for g in guards if g is not E.TRUE)))
+    return unscattered(r, dataclasses.replace(term, guards=tuple(g for g in guards if g is not E.TRUE)))
 
 
 def possible(r: RowReader, term: Term) -> bool:
@@ -153,7 +153,7 @@ def _bind(term: Term, symbol: Expr, value: Expr, new: list[Expr], r: RowReader) 
 # Routing matrices [T, E] in which a scatter set K places per row
 
 
-def _unscattered(r: RowReader, term: Term) -> Term:
+def unscattered(r: RowReader, term: Term) -> Term:
     """w[t, e] that is zero but where a scatter set it: sum_k where ids[t,k] = e, the value that was set."""
     for i, e in enumerate((*term.factors, *term.guards)):
         is_guard = i >= len(term.factors)
@@ -178,7 +178,7 @@ def _unscattered(r: RowReader, term: Term) -> Term:
             bound = term.bound if k == 0 or k in term.bound else (*term.bound, k)
             guards = guards if held else (*guards, E.eq(chosen, expert))
             term = dataclasses.replace(term, factors=factors, guards=guards, bound=bound)
-            return _unscattered(r, term)
+            return unscattered(r, term)
     return term
 
 

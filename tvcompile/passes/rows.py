@@ -12,6 +12,8 @@ the graph trains.
 
 from __future__ import annotations
 
+import functools
+
 import sympy
 import torch
 from sympy.core.symbol import Str
@@ -19,6 +21,7 @@ from torch import fx
 
 from .. import expr as E
 from ..expr import BoolCall, Expr, IntCall
+from .contraction import letters
 from .movement import Index, axis
 from .pointwise import POINTWISE
 from .read import Reader
@@ -211,7 +214,18 @@ def _cumsum(r, a, n, idx):
     return IntCall("cumsum", Str(n.name), *idx) if closed is None else closed
 
 
+def _einsum(r, a, n, idx):
+    """A product of integers without a sum."""
+    names, out = letters(a["equation"], [len(r.shape(t)) for t in a["tensors"]])
+    if n.meta["val"].dtype.is_floating_point or any(len(set(t)) != len(t) or set(t) - set(out) for t in (*names, out)):
+        return None
+    at = dict(zip(out, idx))
+    factors = [r.operand(t, tuple(at[c] for c in term), r.position[n]) for t, term in zip(a["tensors"], names)]
+    return functools.reduce(lambda x, y: E.apply("mul", x, y), factors)
+
+
 ROWS = {
+    "einsum": _einsum,
     "cumsum": _cumsum,
     "linear": _linear,
     "addmm": _addmm,
