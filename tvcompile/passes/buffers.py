@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-import sympy
 from torch import fx
 
 from .. import expr as E
@@ -38,7 +37,7 @@ class Way:
 def rows_put(r: RowReader, node: fx.Node, idx: Index, at: int, fix: Callable[[Expr], Expr]) -> list[Way] | None:
     """The rows that a buffer holds at idx; None where it is no buffer."""
     node, idx, at = leaf_of(r, node, idx, at)
-    if node.op != "call_function" or r.name(node) not in (*ADDED, *PUT):
+    if node.op != "call_function" or r.name(node) not in (*ADDED, *PUT) or r.cut(node):
         return None
     a, here = r.arguments(node), r.position[node]
     adds = r.name(node) in ADDED or bool(a.get("accumulate"))
@@ -79,7 +78,9 @@ def _put_at(r: RowReader, node: fx.Node, a: dict, idx: Index) -> tuple[list[Expr
         if any(i is None or i.meta["val"].dtype.itemsize == 1 for i in indices):
             raise Refuse("rows are put at places that are no lists of numbers", node)
         rank = max(len(r.shape(i)) for i in indices)
-        sizes = [max((r.shape(i)[k - rank] for i in indices if len(r.shape(i)) >= rank - k), key=_large) for k in range(rank)]
+        sizes = [
+            max((r.shape(i)[k - rank] for i in indices if len(r.shape(i)) >= rank - k), key=_large) for k in range(rank)
+        ]
         rows = [r.fresh(n, "r") for n in sizes]
         at = [E.as_int(r.operand(i, tuple(rows), here)) for i in indices]
         value = r.operand(a["values"], (*rows, *idx[len(at) :]), here)
@@ -89,8 +90,10 @@ def _put_at(r: RowReader, node: fx.Node, a: dict, idx: Index) -> tuple[list[Expr
     if not isinstance(rows_of, fx.Node):
         raise Refuse("experts' places are filled with a number", node)
     shape = r.shape(rows_of)
-    if len(r.shape(index)) > 1 and (r.shape(index) != shape) or any(
-        n != m for k, (n, m) in enumerate(zip(shape, r.shape(node))) if k != d
+    if (
+        len(r.shape(index)) > 1
+        and (r.shape(index) != shape)
+        or any(n != m for k, (n, m) in enumerate(zip(shape, r.shape(node))) if k != d)
     ):
         raise Refuse("rows are put into a part of the experts' places", node)
     row = r.fresh(shape[d], "r")
@@ -113,7 +116,7 @@ def _cases(r: RowReader, coordinates: list[tuple[Expr, Expr]], node: fx.Node):
         if exclude(*guards):
             continue
         for position, place in places:
-            low = least(r, opened(r, place, None, guards))
+            low = least(r, opened(r, place, guards))
             if low is None or low < 0:
                 raise Refuse("the places that tokens are sent to may count from the end", node)
         yield guards, places

@@ -33,10 +33,11 @@ NOT_DISPATCHED = "the rows of an expert are no dispatched tokens"
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """The place of pair p of `way` is running - 1 + added, in expert ids(p), which is position `expert`."""
+    """Pair p of `way` goes to position `expert` = ids(p) and position `at` = running - 1 + added of the rows."""
 
     way: Way
     expert: Expr
+    at: Expr
     ids: Expr
     running: IntCall
     added: Expr
@@ -69,7 +70,9 @@ def _opened_ways(r: RowReader, ways: Sequence[Way], outer: Term) -> list[Way]:
             guards = digits(r, alternative.term.guards, outer.bound)
             guards = tuple(g for g in map(r.truth, guards) if g is not E.TRUE)
             if not exclude(*guards):
-                found.append(_unscattered(r, Way(dataclasses.replace(alternative.term, guards=guards), alternative.needs)))
+                found.append(
+                    _unscattered(r, Way(dataclasses.replace(alternative.term, guards=guards), alternative.needs))
+                )
     return found
 
 
@@ -89,9 +92,7 @@ def _not_zero(r: RowReader, way: Way) -> list[Way]:
             if found and not any(f.links for f in found):
                 rest = dataclasses.replace(way.term, guards=tuple(o for o in way.term.guards if o is not g))
                 # At most one pair has a place, so that the sum of the coefficients is not zero where one is not.
-                return [
-                    Way(rest.under(f.bound, f.guards), way.needs.times(Term(factors=f.factors))) for f in found
-                ]
+                return [Way(rest.under(f.bound, f.guards), way.needs.times(Term(factors=f.factors))) for f in found]
     return [way]
 
 
@@ -125,8 +126,8 @@ def _sent(r: RowReader, place: Place, pair: dict, ids: Expr, known: set[Expr], o
 def _known(r: RowReader, guards: Sequence[Expr], expert: Expr, ids: Expr, more: set[Expr] = frozenset()) -> set[Expr]:
     """Guards at expert == ids, with what they say of each other used."""
     put = [_in_range_of_place(r, E.substitute(g, {expert: ids})) for g in guards]
-    first = {opened(r, g, ids, more) for g in put} | more
-    return {g for g in (_in_range_of_place(r, opened(r, x, ids, first)) for x in put) if g is not E.TRUE}
+    first = {opened(r, g, more) for g in put} | more
+    return {g for g in (_in_range_of_place(r, opened(r, x, first)) for x in put) if g is not E.TRUE}
 
 
 def _in_range_of_place(r: RowReader, g: Expr) -> Expr:
@@ -161,7 +162,7 @@ def _place(r: RowReader, way: Way, outer: Term, about: fx.Node) -> Place:
     bound = way.term.bound
     for e, g in itertools.product(outer.bound, way.term.guards):
         ids = compared(g, e)
-        if ids is None or not bound:
+        if ids is None or not bound or way.term.links:
             continue
         known = _known(r, way.term.guards, e, ids)
         for c, k in itertools.product(outer.bound, known):
@@ -170,7 +171,7 @@ def _place(r: RowReader, way: Way, outer: Term, about: fx.Node) -> Place:
                 added = sympy.expand(place - x + 1)
                 constant = not any(E.mentions(E.substitute(added, {ids: sympy.Integer(0)}), s) for s in bound)
                 if E.op_of(x) == "cumsum" and constant and _counts(r, x, ids, bound):
-                    return Place(way, e, ids, x, added)
+                    return Place(way, e, c, ids, x, added)
     raise Refuse(NOT_ALONE, about)
 
 
@@ -194,6 +195,8 @@ def _counts(r: RowReader, x: Expr, ids: Expr, bound: tuple[Expr, ...]) -> bool:
 
 def _check_apart(r: RowReader, places: list[Place], about: fx.Node) -> None:
     """Places of later choices begin after all of the earlier ones, expert by expert."""
+    if len({(p.expert, p.at) for p in places}) > 1:
+        raise Refuse(NOT_ALONE, about)
     earlier: list[Place] = []
     for place in sorted(places, key=lambda p: 0 if p.added == 0 else len(sympy.Add.make_args(p.added))):
         counts = [x for x in sympy.Add.make_args(place.added) if x != 0]

@@ -8,7 +8,7 @@ experts under their one-hot are opened: sum_e (ids = e) f(e) is f(ids), where id
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 import sympy
 
@@ -46,10 +46,14 @@ def solved(guard: Expr, symbol: Expr) -> Expr | None:
     return None
 
 
+def flat(conditions: Iterable[Expr]) -> tuple[Expr, ...]:
+    return tuple(x for c in conditions for x in (c.args if isinstance(c, sympy.And) else [c]))
+
+
 def exclude(*conditions: Expr) -> bool:
     """Do conditions exclude each other?"""
-    flat = {x for c in conditions for x in (c.args if isinstance(c, sympy.And) else [c])}
-    return any(E.not_(x) in flat for x in flat) or E.and_(*flat) is E.FALSE
+    parts = set(flat(conditions))
+    return any(E.not_(x) in parts for x in parts) or E.and_(*parts) is E.FALSE
 
 
 def counts(e: Expr) -> bool:
@@ -81,19 +85,19 @@ def _numbers(e: Expr) -> Iterator[Expr]:
 # Sums over experts
 
 
-def opened(r: RowReader, e: Expr, ids: Expr | None, known: Collection[Expr]) -> Expr:
-    """A formula at ids == e: sums over experts under their one-hot are their only term; what is known to hold holds."""
+def opened(r: RowReader, e: Expr, known: Collection[Expr]) -> Expr:
+    """A formula in which sums over experts under a one-hot are their only term, and what is known to hold holds."""
     table = {}
     for x in e.atoms(IntCall, E.BoolCall):
         if E.op_of(x) == "count":
-            only = _only_term(r, x, ids, known)
+            only = _only_term(r, x, known)
             if only is not None:
                 table[x] = only
     e = E.substitute(e, table) if table else e
     return _clamped(r, e, known)
 
 
-def _only_term(r: RowReader, count: Expr, ids: Expr | None, known: Collection[Expr]) -> Expr | None:
+def _only_term(r: RowReader, count: Expr, known: Collection[Expr]) -> Expr | None:
     """sum_e (ids = e) f(e) is f(ids)."""
     node = r.nodes[E.operands(count)[0].name]
     source, at, gone = positions_of(r, node, E.operands(count)[1:])
@@ -102,7 +106,7 @@ def _only_term(r: RowReader, count: Expr, ids: Expr | None, known: Collection[Ex
     total = sympy.Integer(0)
     for term in terms_of(r, r.read(source, at, r.position[node])):
         own = next((i for g in term.guards if (i := compared(g, gone[0])) is not None), None)
-        if own is None or (own != ids and not in_range(r, own, r.ranges[gone[0]])) or term.bound or term.links:
+        if own is None or not in_range(r, own, r.ranges[gone[0]]) or term.bound or term.links:
             return None
         rest = {E.substitute(g, {gone[0]: own}) for g in term.guards if compared(g, gone[0]) != own}
         if not rest <= set(known):
@@ -186,7 +190,7 @@ def below(r: RowReader, e: Expr, size: Expr, known: Collection[Expr]) -> bool:
 
 def digits(r: RowReader, guards: tuple[Expr, ...], symbols: Collection[Expr]) -> tuple[Expr, ...]:
     """Guards in which e*C + c = v*C + p became e = v and c = p, where 0 <= p < C is proven."""
-    found: list[Expr] = []
+    guards, found = flat(guards), []
     for g in guards:
         found += _digits(r, g, symbols, guards) if E.op_of(g) == "eq" else [g]
     return tuple(found)
@@ -205,8 +209,8 @@ def _digits(r: RowReader, guard: Expr, symbols: Collection[Expr], guards: tuple[
     terms = sympy.Add.make_args(sympy.expand(value))
     high = [x for x in terms if not x.is_Integer and x.as_coeff_Mul()[0] % size == 0]
     digit = sympy.Add(*(x for x in terms if x not in high))
-    known = {opened(r, g, None, ()) for g in guards}
-    shown = opened(r, digit, None, known)
+    known = {opened(r, g, ()) for g in guards}
+    shown = opened(r, digit, known)
     bottom = least(r, shown)
     if bottom is None or bottom < 0 or not below(r, shown, size, known):
         return [guard]

@@ -39,7 +39,7 @@ def without_rows(r: RowReader, term: Term, token: Token, at: int) -> Term:
         term = _solved(r, term, token)
     term = term.put({}, r.bounds)
     term = _pinned(_in_digits(r, term), r)
-    term = dataclasses.replace(term, guards=digits(r, _flat(term.guards), term.bound))
+    term = dataclasses.replace(term, guards=digits(r, term.guards, term.bound))
     guards: list[Expr] = []
     for g in term.guards:
         g = r.truth(g)
@@ -52,10 +52,6 @@ def without_rows(r: RowReader, term: Term, token: Token, at: int) -> Term:
 def possible(r: RowReader, term: Term) -> bool:
     """May a term count: do its conditions not exclude each other?"""
     return not exclude(*map(r.truth, term.guards))
-
-
-def _flat(guards: tuple[Expr, ...]) -> tuple[Expr, ...]:
-    return tuple(x for g in guards for x in (g.args if isinstance(g, sympy.And) else [g]))
 
 
 def _in_digits(r: RowReader, term: Term) -> Term:
@@ -166,7 +162,9 @@ def unscattered(r: RowReader, term: Term) -> Term:
             ids, values, k, set_at = source
             expert = load.args[-1]
             chosen = r.read(ids, (*set_at, k), r.position[ids] + 1)
-            held = [b for b in term.bound if any(compared(g, expert) == E.substitute(chosen, {k: b}) for g in term.guards)]
+            held = [
+                b for b in term.bound if any(compared(g, expert) == E.substitute(chosen, {k: b}) for g in term.guards)
+            ]
             if held:
                 # The ids of a token are distinct: the one place that is set at this expert is known already.
                 values, chosen, k = E.substitute(values, {k: held[0]}), E.substitute(chosen, {k: held[0]}), held[0]

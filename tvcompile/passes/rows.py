@@ -39,7 +39,7 @@ class RowReader(Reader):
 
     def _read(self, node: fx.Node, idx: Index) -> Expr:
         if node.op == "call_function" and isinstance(node.meta.get("val"), torch.Tensor):
-            if self._cut(node):
+            if self.cut(node):
                 return self.leaf(node, idx)
             rule = ROWS.get(self.name(node))
             formula = rule(self, self.arguments(node), node, idx) if rule else None
@@ -56,14 +56,14 @@ class RowReader(Reader):
         named = self.masks.setdefault((formula, shape), mask)
         return IntCall("nth", Str(named.name), sympy.Integer(coordinate), row)
 
-    def _cut(self, node: fx.Node) -> bool:
+    def cut(self, node: fx.Node) -> bool:
         """Does no gradient flow through a node, though the graph trains?"""
         val = node.meta.get("val")
         floating = isinstance(val, torch.Tensor) and val.dtype.is_floating_point
         return floating and self.trains and not self.grad[node]
 
     def step(self, node: fx.Node, idx: Index):
-        if self._cut(node):
+        if self.cut(node):
             return None
         if node.op == "call_function" and self.name(node) == "index" and (mask := mask_of(node)) is not None:
             return self.arguments(node)["self"], masked_index(self, node, mask, idx)

@@ -63,7 +63,7 @@ class Sums:
             bound, conditions, read = [], list(guards), []
             for x, n in zip(where, r.shape(source)):
                 if E.loads(x) or counts(x):
-                    if (low := least(r, opened(r, x, None, guards))) is None or low < 0:
+                    if (low := least(r, opened(r, x, guards))) is None or low < 0:
                         raise Refuse("the places that are read back may count from the end", node)
                     bound.append(r.fresh(n, "n"))
                     conditions.append(E.eq(bound[-1], x))
