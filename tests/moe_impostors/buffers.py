@@ -1,4 +1,4 @@
-"""Buffers of places in which rows meet, are replaced, or are read back by other pairs than those that put them there."""
+"""Buffers of places in which rows meet, are replaced, or are read back by other pairs than theirs."""
 
 import torch
 import torch.nn.functional as F
@@ -142,13 +142,8 @@ class ReadsTheNextSlot(Slots):
 class ReadsOnePlaceLater(Slots):
     """The last place of an expert is read as the first of the next one."""
 
-    capacity = 8
-
-    def stays(self, place):
-        return place < self.capacity - 1
-
     def returned(self, y, slot):
-        return y[slot + 1]
+        return y[(slot + 1).clamp(max=y.shape[0] - 1)]
 
 
 @impostor(ANY)

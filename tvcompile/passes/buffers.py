@@ -115,7 +115,7 @@ def _cases(r: RowReader, coordinates: list[tuple[Expr, Expr]], node: fx.Node):
     for guards, places in ways:
         if exclude(*guards):
             continue
-        for position, place in places:
+        for _, place in places:
             low = least(r, opened(r, place, guards))
             if low is None or low < 0:
                 raise Refuse("the places that tokens are sent to may count from the end", node)

@@ -3,8 +3,8 @@
     rows[e, c] = sum_p dispatch[p, e, c] x[token(p)]      dispatch[p, e, c] = (ids[p] = e) (c = place(p)) (place(p) < C)
 
 p is a token or a pair of token and choice. Where place(p) counts the pairs of e up to p (a running sum of the ids'
-one-hot, less one), no two pairs of e have one place. So what a pair gets back from its place was computed from its token
-alone, and the sum over p is x[t]. Second choices begin where the first ones of their expert end: place(p) + (number of
+one-hot, less one), no two pairs of e have one place. So what a pair gets back from its place was computed from its
+token alone, and the sum over p is x[t]. Second choices begin where the first ones of their expert end: place(p) + (number of
 first choices of e). The dispatch is a sum of products, or rows put into a buffer (buffers.py).
 """
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import sympy
 from torch import fx
@@ -123,10 +123,10 @@ def _sent(r: RowReader, place: Place, pair: dict, ids: Expr, known: set[Expr], o
     return {E.substitute(at(f), {place.expert: ids}) for f in place.way.needs.factors} <= have
 
 
-def _known(r: RowReader, guards: Sequence[Expr], expert: Expr, ids: Expr, more: set[Expr] = frozenset()) -> set[Expr]:
+def _known(r: RowReader, guards: Sequence[Expr], expert: Expr, ids: Expr, more: Collection[Expr] = ()) -> set[Expr]:
     """Guards at expert == ids, with what they say of each other used."""
     put = [_in_range_of_place(r, E.substitute(g, {expert: ids})) for g in guards]
-    first = {opened(r, g, more) for g in put} | more
+    first = {opened(r, g, more) for g in put} | set(more)
     return {g for g in (_in_range_of_place(r, opened(r, x, first)) for x in put) if g is not E.TRUE}
 
 
