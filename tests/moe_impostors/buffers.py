@@ -103,6 +103,12 @@ class RowsAreScaledAsTheyArePut(Slots):
 
 
 @impostor(ANY)
+class RowsAreRoundedAsTheyAreSent(Slots):
+    def sent(self, rows, kept, weights):
+        return super().sent(rows.bfloat16().float(), kept, weights)
+
+
+@impostor(ANY)
 class RowsArePutTwice(Slots):
     def filled(self, buffer, slot, rows):
         return buffer.index_add(0, slot, rows).index_add(0, slot, rows)

@@ -4,8 +4,8 @@
 
 p is a token or a pair of token and choice. Where place(p) counts the pairs of e up to p (a running sum of the ids'
 one-hot, less one), no two pairs of e have one place. So what a pair gets back from its place was computed from its
-token alone, and the sum over p is x[t]. Second choices begin where the first ones of their expert end: place(p) + (number of
-first choices of e). The dispatch is a sum of products, or rows put into a buffer (buffers.py).
+token alone, and the sum over p is x[t]. Second choices begin where the first ones of their expert end: place(p) +
+(number of first choices of e). The dispatch is a sum of products, or rows put into a buffer (buffers.py).
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ import itertools
 from collections.abc import Collection, Iterator, Sequence
 
 import sympy
+import torch
 from torch import fx
 
 from .. import expr as E
 from ..expr import Expr, IntCall
 from ..spec import Refuse
 from .buffers import Way
+from .facts import between
 from .places import compared, digits, dim_of, exclude, opened, solved
 from .projections import number_of
 from .routing import unscattered, without_rows_of
@@ -57,8 +59,18 @@ def placed_row(r: RowReader, ways: Sequence[Way], outer: Term, about: fx.Node, h
             name, *idx = (E.substitute(x, pair, r.bounds) for x in E.operands(factors[0]))
             node = r.nodes[name.name[1:]]
             if sympy.expand(number_of(r, node, tuple(idx)) - (t * length + h)) == 0:
+                _check_unrounded(r, node, about)
                 return node
     raise Refuse(NOT_DISPATCHED, about)
+
+
+def _check_unrounded(r: RowReader, x: fx.Node, about: fx.Node) -> None:
+    """No tensor between the tokens and the experts' rows is coarser than both: formulas do not hold such casts."""
+    allowed = max(torch.finfo(n.meta["val"].dtype).eps for n in (x, about))
+    for node in between(r, [x], about):
+        val = node.meta.get("val")
+        if isinstance(val, torch.Tensor) and val.dtype.is_floating_point and torch.finfo(val.dtype).eps > allowed:
+            raise Refuse(f"tokens are rounded to {val.dtype} as they are sent", node)
 
 
 def _opened_ways(r: RowReader, ways: Sequence[Way], outer: Term) -> list[Way]:
