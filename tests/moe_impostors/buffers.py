@@ -109,6 +109,12 @@ class RowsAreRoundedAsTheyAreSent(Slots):
 
 
 @impostor(ANY)
+class RowsOfTheNextToken(Slots):
+    def sent(self, rows, kept, weights):
+        return super().sent(rows[(torch.arange(rows.shape[0]) + 1) % rows.shape[0]], kept, weights)
+
+
+@impostor(ANY)
 class RowsArePutTwice(Slots):
     def filled(self, buffer, slot, rows):
         return buffer.index_add(0, slot, rows).index_add(0, slot, rows)
@@ -191,6 +197,20 @@ class PairsWithoutAPlaceReadOnes(Slots):
 
     def weight(self, weights, kept):
         return weights
+
+
+@impostor(ANY)
+class PaddedWithOnes(PairsWithoutAPlaceReadOnes):
+    def returned(self, y, slot):
+        return F.pad(y, (0, 0, 0, 1), value=1.0)[slot]
+
+
+@impostor(ANY)
+class PaddedInFront(PairsWithoutAPlaceReadOnes):
+    """Every pair reads the place before its own."""
+
+    def returned(self, y, slot):
+        return F.pad(y, (0, 0, 1, 0))[slot]
 
 
 @impostor(ANY)

@@ -183,6 +183,42 @@ class SwitchPerSequence(Capacity):
 
 
 @moe(kind="relu", bias=True)
+class PlaceByGather(Buffer):
+    """The running sum is read at the pair's expert, without the pair itself."""
+
+    def numbers(self, flat):
+        hits = F.one_hot(flat, self.count)
+        return (hits.cumsum(0) - hits).gather(1, flat[:, None]).squeeze(1)
+
+
+@moe(first=False, kind="relu", bias=True)
+class SlotZero(Places):
+    """Pairs without a place go to slot 0, as zeros, and read it times zero."""
+
+    def experts(self, x, ids, w):
+        rows, flat, weights = self.pairs(x, ids, w)
+        place, C, E = self.numbers(flat), self.capacity, self.count
+        kept = place < C
+        slot = torch.where(kept, flat * C + place, torch.zeros_like(flat))
+        buffer = x.new_zeros(E * C, x.shape[-1]).index_add(0, slot, rows * kept[:, None])
+        y = self.places(buffer.view(E, C, -1)).flatten(0, 1)[slot]
+        return self.combined(y * (weights * kept)[:, None])
+
+
+@moe(kind="relu", bias=True)
+class PlaceMajor(Places):
+    """A buffer [C,E,H] of memory that is not set, and one row more."""
+
+    def experts(self, x, ids, w):
+        rows, flat, weights = self.pairs(x, ids, w)
+        place, C, E = self.numbers(flat), self.capacity, self.count
+        slot = torch.where(place < C, place * E + flat, E * C)
+        buffer = x.new_empty(E * C + 1, x.shape[-1]).index_copy(0, slot, rows)
+        y = self.places(buffer[:-1].view(C, E, -1).transpose(0, 1)).transpose(0, 1).reshape(E * C, -1)
+        return self.combined(F.pad(y, (0, 0, 0, 1))[slot] * weights[:, None])
+
+
+@moe(kind="relu", bias=True)
 @moe(first=False)
 class OnlyWhatIsKept(Places):
     """Pairs without a place are left out of the rows."""

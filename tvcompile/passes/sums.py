@@ -260,6 +260,26 @@ def _cat(s: Sums, a, n, idx):
     return found
 
 
+def _pad(s: Sums, a, n, idx):
+    """Zeros around, read at a position that a tensor says."""
+    if (
+        a.get("mode", "constant") != "constant"
+        or a.get("value")
+        or any(not isinstance(k, int) or k < 0 for k in a["pad"])
+    ):
+        raise Refuse("results of experts are padded with what is not zero, or cut", n)
+    at, bound, guards = list(idx), [], []
+    for d, left, right in zip(range(len(idx))[::-1], a["pad"][::2], a["pad"][1::2]):
+        if left or right:
+            at[d] = s.r.fresh(s.r.shape(a["self"])[d], "n")
+            bound.append(at[d])
+            guards.append(E.eq(idx[d], left + at[d]))
+    if E.FALSE in guards:
+        return []
+    terms = s.of(a["self"], tuple(at), s.r.position[n])
+    return [t.under(bound, [g for g in guards if g is not E.TRUE]) for t in terms]
+
+
 LINEAR = {
     "add": _add(1),
     "mul": _mul,
@@ -276,6 +296,7 @@ LINEAR = {
     "masked_fill": _masked_fill,
     "stack": _stack,
     **dict.fromkeys(("cat", "concat", "concatenate"), _cat),
+    **dict.fromkeys(("pad", "constant_pad_nd"), _pad),
 }
 # Data movement and sums that results of experts go through.
 THROUGH = frozenset(LINEAR) | frozenset(SPLITS) | {"getitem"}
