@@ -380,7 +380,7 @@ class TakenByTheNextExpert(Choices):
 @impostor(ANY)
 class TakenByHalfTheTokens(Choices):
     def taken(self, hits, ids):
-        return super().taken([h[::2] for h in hits], ids)
+        return super().taken([h[: h.shape[0] // 2] for h in hits], ids)
 
 
 @impostor(ANY)
