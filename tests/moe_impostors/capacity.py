@@ -71,3 +71,41 @@ class ReadsTheNextPlace(Switch):
 class SentWhereAnotherFactorIsNotZero(Switch):
     def sent(self, combine, x, w):
         return ((combine * torch.relu(x[:, :1, None])) != 0).to(x.dtype)
+
+
+class Compared(Switch):
+    """Places are compared with numbers: there is no place -1, and none beyond the last."""
+
+    def experts(self, x, ids, w):
+        mask = F.one_hot(ids.squeeze(-1), self.count)
+        place = (self.running(mask) * mask).sum(dim=-1) - 1
+        where = place[:, None] == torch.arange(self.capacity)
+        dispatch = (mask.unsqueeze(-1) * where.unsqueeze(1)).to(x.dtype)
+        rows = torch.einsum("tec,th->ech", dispatch, x)
+        return torch.einsum("tec,ech->th", dispatch * w.unsqueeze(-1), self.places(rows))
+
+
+@impostor(ANY)
+class EveryOtherTokenIsCounted(Compared):
+    """The others have the place of the one before."""
+
+    def running(self, mask):
+        return (mask * (torch.arange(mask.shape[0]) % 2)[:, None]).cumsum(0)
+
+
+@impostor(ANY)
+class CountedInTwoHalves(Compared):
+    """Even and odd tokens are counted apart: two have one place."""
+
+    def running(self, mask):
+        t = torch.arange(mask.shape[0])
+        halves = mask * (t % 2 == torch.arange(2)[:, None]).unsqueeze(-1)
+        return halves.cumsum(1)[t % 2, t]
+
+
+@impostor(None)
+class CountedAsTheyAre(Compared):
+    """No near miss: what the others change."""
+
+    def running(self, mask):
+        return mask.cumsum(0)

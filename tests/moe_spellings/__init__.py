@@ -5,6 +5,7 @@ One module per form of dispatch; a form comes with several kinds of experts, lay
 
 from tests.moe_spellings import (  # noqa: F401  (importing a family registers its spellings)
     batched,
+    buffers,
     capacity,
     dense,
     grouped,

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from tests.moe_spellings.base import B, Block, S, T, moe
+from tests.moe_spellings.base import Block, T, moe
 
 
 class Capacity(Block):
@@ -92,47 +92,3 @@ class GShard(Capacity):
         dispatch = combine.bool().to(x.dtype)
         rows = torch.einsum("sec,sm->ecm", dispatch, x)
         return torch.einsum("sec,ecm->sm", combine.to(x.dtype), self.places(rows))
-
-
-class Buffer(Capacity):
-    """Places by cumsum over all pairs, choices first; rows scattered into a buffer, gathered back."""
-
-    def experts(self, x, ids, w):
-        flat = ids.T.reshape(-1)
-        hits = F.one_hot(flat, self.count)
-        place = ((hits.cumsum(0) - 1) * hits).sum(-1)
-        kept = place < self.capacity
-        slot = torch.where(kept, flat * self.capacity + place, self.count * self.capacity)
-        buffer = x.new_zeros(self.count * self.capacity + 1, x.shape[-1])
-        buffer[slot] = x.repeat(self.top, 1)
-        y = self.places(buffer[:-1].view(self.count, self.capacity, -1)).flatten(0, 1)
-        y = torch.cat([y, y.new_zeros(1, x.shape[-1])])[slot]
-        weights = (w.T.reshape(-1) * kept).unsqueeze(-1)
-        return (y * weights).view(self.top, -1, x.shape[-1]).sum(0)
-
-
-class SwitchPerSequence(Capacity):
-    """Places are counted in every sequence by itself: [B,S,E,C]."""
-
-    top, capacity = 1, 3
-
-    def coefficients(self, x):
-        w, ids = self.route(x.view(B, S, -1))
-        kept = torch.cat([self.kept(of_sequence) for of_sequence in ids])
-        return torch.zeros(x.shape[0], self.count, dtype=w.dtype).scatter_add(
-            1, ids.flatten(0, 1), w.flatten(0, 1) * kept
-        )
-
-    def experts(self, x, ids, w):
-        mask = F.one_hot(ids.squeeze(-1), self.count)
-        place = (torch.cumsum(mask, dim=1) * mask).sum(dim=-1) - 1
-        mask = mask * (place < self.capacity).unsqueeze(-1)
-        where = F.one_hot(place.clamp(max=self.capacity - 1), self.capacity)
-        dispatch = torch.einsum("bse,bsc->bsec", mask, where).to(x.dtype)
-        rows = torch.einsum("bsec,bsh->ebch", dispatch, x)
-
-        def product(x, weight, bias):
-            y = torch.einsum("ebci,eio->ebco", x, weight)
-            return y if bias is None else y + bias[:, None, None]
-
-        return torch.einsum("bsec,ebch->bsh", dispatch * w.unsqueeze(-1), self.mlp(rows, product))

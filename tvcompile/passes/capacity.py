@@ -1,193 +1,237 @@
 """Experts with a capacity: each place (e, c) of an expert holds one token at most.
 
-    rows[e, c] = sum_t dispatch[t, e, c] x[t]        dispatch[t, e, c] = (ids[t] = e) (c = place(t)) (place(t) < C)
+    rows[e, c] = sum_p dispatch[p, e, c] x[token(p)]      dispatch[p, e, c] = (ids[p] = e) (c = place(p)) (place(p) < C)
 
-Where place(t) counts the tokens of e up to t (a running sum of the ids' one-hot, less one), no two tokens of e have one
-place. So what a token gets back from its place was computed from the token alone, and the sum over t is x[t]. Second
-choices begin where the first ones of their expert end: place(t) + (number of first choices of e).
+p is a token or a pair of token and choice. Where place(p) counts the pairs of e up to p (a running sum of the ids'
+one-hot, less one), no two pairs of e have one place. So what a pair gets back from its place was computed from its
+token alone, and the sum over p is x[t]. Second choices begin where the first ones of their expert end: place(p) +
+(number of first choices of e). The dispatch is a sum of products, or rows put into a buffer (buffers.py).
 """
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+from collections.abc import Collection, Iterator, Sequence
+
 import sympy
+import torch
 from torch import fx
 
 from .. import expr as E
 from ..expr import Expr, IntCall
 from ..spec import Refuse
-from .movement import axis
+from .buffers import Way
+from .facts import between
+from .places import compared, digits, dim_of, exclude, opened, solved
 from .projections import number_of
-from .routing import compared, solved
+from .routing import unscattered, without_rows_of
 from .rows import RowReader, over as positions_of
 from .terms_of import Term, terms_of
 
 NOT_ALONE = "a place of an expert is not proven to hold one token at most"
+NOT_DISPATCHED = "the rows of an expert are no dispatched tokens"
 
 
-def placed_row(
-    r: RowReader, dispatched: list[Term], outer: Term, about: fx.Node, h: Expr, length: Expr, t: Expr
-) -> fx.Node:
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Pair p of `way` goes to position `expert` = ids(p) and position `at` = running - 1 + added of the rows."""
+
+    way: Way
+    expert: Expr
+    at: Expr
+    ids: Expr
+    running: IntCall
+    added: Expr
+
+
+def placed_row(r: RowReader, ways: Sequence[Way], outer: Term, about: fx.Node, h: Expr, length: Expr, t: Expr):
     """x where the row that `outer` reads back is x[t]."""
-    ways = [way for term in dispatched for way in _alternatives(r, term)]
-    alternatives = [alt for alt, _ in ways]
-    sources, places = set(), []
-    for alt in alternatives:
-        (other,) = alt.bound
-        if len(alt.factors) != 1 or E.op_of(alt.factors[0]) != "load" or alt.links:
-            raise Refuse("the rows of an expert are no dispatched tokens", about)
-        name, *idx = E.operands(alt.factors[0])
-        node = r.nodes[name.name[1:]]
-        if sympy.expand(number_of(r, node, tuple(idx)) - (other * length + h)) != 0 or r.ranges[other] != r.ranges.get(
-            t, 1
-        ):
-            raise Refuse("the rows of an expert are no dispatched tokens", about)
-        sources.add(node)
-        places.append(_place(r, alt, outer, about))
-    if len(sources) != 1:
-        raise Refuse("the rows of an expert come from several tensors", about)
+    outer = dataclasses.replace(outer, guards=digits(r, outer.guards, outer.bound))
+    places = [_place(r, way, outer, about) for way in _opened_ways(r, ways, outer)]
     _check_apart(r, places, about)
-    if not any(_holds(alt, needs, outer, t) for alt, needs in ways):
+    own = [(p, pair) for p in places for pair in _own_pairs(r, p, outer)]
+    if not own:
         raise Refuse("the places that are read back are not those that tokens were sent to", about)
-    return sources.pop()
+    for place, pair in own:
+        factors = place.way.term.factors
+        if len(factors) == 1 and E.op_of(factors[0]) == "load":
+            name, *idx = (E.substitute(x, pair, r.bounds) for x in E.operands(factors[0]))
+            node = r.nodes[name.name[1:]]
+            if sympy.expand(number_of(r, node, tuple(idx)) - (t * length + h)) == 0:
+                _check_unrounded(r, node, about)
+                return node
+    raise Refuse(NOT_DISPATCHED, about)
 
 
-def _alternatives(r: RowReader, term: Term) -> list[tuple[Term, tuple[Expr, ...]]]:
-    """A condition `coefficient != 0` as the ways in which the coefficient is not zero, and its factors there."""
-    for g in term.guards:
+def _check_unrounded(r: RowReader, x: fx.Node, about: fx.Node) -> None:
+    """No tensor between the tokens and the experts' rows is coarser than both: formulas do not hold such casts."""
+    allowed = max(torch.finfo(n.meta["val"].dtype).eps for n in (x, about))
+    for node in between(r, [x], about):
+        val = node.meta.get("val")
+        if isinstance(val, torch.Tensor) and val.dtype.is_floating_point and torch.finfo(val.dtype).eps > allowed:
+            raise Refuse(f"tokens are rounded to {val.dtype} as they are sent", node)
+
+
+def _opened_ways(r: RowReader, ways: Sequence[Way], outer: Term) -> list[Way]:
+    """Without rows that masks chose, and with a condition `coefficient != 0` as the ways in which it is not zero."""
+    found = []
+    for way in ways:
+        term = without_rows_of(r, way.term)
+        for alternative in _not_zero(r, Way(term, way.needs)):
+            guards = digits(r, alternative.term.guards, outer.bound)
+            guards = tuple(g for g in map(r.truth, guards) if g is not E.TRUE)
+            if not exclude(*guards):
+                found.append(
+                    _unscattered(r, Way(dataclasses.replace(alternative.term, guards=guards), alternative.needs))
+                )
+    return found
+
+
+def _unscattered(r: RowReader, way: Way) -> Way:
+    """What a row needs, read from what was scattered rather than from the matrix [T,E] that it was scattered into."""
+    term = unscattered(r, dataclasses.replace(way.term, factors=way.needs.factors))
+    if (term.bound, term.guards) != (way.term.bound, way.term.guards):
+        return way
+    return Way(way.term, dataclasses.replace(way.needs, factors=term.factors))
+
+
+def _not_zero(r: RowReader, way: Way) -> list[Way]:
+    for g in way.term.guards:
         if isinstance(g, sympy.Not) and E.op_of(g.args[0]) == "feq":
             x, zero = E.operands(g.args[0])
-            if E.constant(zero) == 0:
-                rest = Term(term.bound, tuple(o for o in term.guards if o is not g), term.links, term.factors)
-                found = terms_of(r, x)
-                if all(not f.bound and not f.links for f in found):
-                    return [(rest.times(Term(guards=f.guards)), f.factors) for f in found]
-    return [(term, ())]
+            found = terms_of(r, x) if E.constant(zero) == 0 else []
+            if found and not any(f.links for f in found):
+                rest = dataclasses.replace(way.term, guards=tuple(o for o in way.term.guards if o is not g))
+                # At most one pair has a place, so that the sum of the coefficients is not zero where one is not.
+                return [Way(rest.under(f.bound, f.guards), way.needs.times(Term(factors=f.factors))) for f in found]
+    return [way]
 
 
-def _holds(alt: Term, needs: tuple[Expr, ...], outer: Term, t: Expr) -> bool:
-    """Was token t sent to the place that `outer` reads, unless its weight is zero?"""
-    (other,) = alt.bound
-    guards, factors = ({E.substitute(e, {other: t}) for e in es} for es in (alt.guards, needs))
-    return guards <= set(outer.guards) and factors <= set(outer.factors)
+def _own_pairs(r: RowReader, place: Place, outer: Term) -> Iterator[dict[Expr, Expr]]:
+    """The pairs p, as a value of what is bound, that were sent to the place that `outer` reads, or weigh zero."""
+    for ids in {i for g in outer.guards if (i := compared(g, place.expert)) is not None}:
+        known = _known(r, outer.guards, place.expert, ids)
+        sums = {x for g in known for x in g.atoms(IntCall) if E.op_of(x) == "cumsum"}
+        for x in sorted(sums, key=sympy.default_sort_key):
+            if E.operands(x)[0] != E.operands(place.running)[0]:
+                continue
+            d = dim_of(r, x)
+            pair = _inverse(r, E.operands(place.running)[1:][d], E.operands(x)[1:][d], place.way.term.bound)
+            if pair is not None and _sent(r, place, pair, ids, known, outer):
+                yield pair
 
 
-def _place(r: RowReader, alt: Term, outer: Term, about: fx.Node) -> tuple[Expr, IntCall, Expr]:
-    """(ids of the token, the running sum of their one-hot, what is added to it): the place is sum - 1 + added."""
-    (other,) = alt.bound
-    for e in outer.bound:
-        ids = next((i for g in alt.guards if (i := compared(g, e)) is not None), None)
-        if ids is not None:
-            break
-    else:
-        raise Refuse(NOT_ALONE, about)
-    known = {opened(r, E.substitute(g, {e: ids}), ids, set()) for g in alt.guards}
-    for c in outer.bound:
-        place = next((p for g in alt.guards if c != e and (p := solved(g, c)) is not None), None)
-        if place is not None:
-            break
-    else:
-        raise Refuse(NOT_ALONE, about)
-    if E.op_of(place) in ("clamp_max", "min") and E.at_most(r.ranges[c], E.operands(place)[1]):
-        place = E.operands(place)[0]  # min(x, n) = c < n is x = c
-    place = opened(r, E.substitute(place, {e: ids}), ids, known)
-    sums = [x for x in place.atoms(IntCall) if E.op_of(x) == "cumsum"]
-    for x in sums:
-        added = sympy.expand(place - x + 1)
-        name, at, expert = E.operands(x) if len(E.operands(x)) == 3 else (None, None, None)
-        if (
-            at == other
-            and expert == ids
-            and not any(E.mentions(y, other) for y in _but(added, ids))
-            and _counts(r, name, ids, other)
-        ):
-            return ids, x, added
+def _sent(r: RowReader, place: Place, pair: dict, ids: Expr, known: set[Expr], outer: Term) -> bool:
+    def at(e: Expr) -> Expr:
+        return E.substitute(e, pair, r.bounds)
+
+    if at(place.ids) != ids:
+        return False
+    wanted = [at(g) for g in (*place.way.term.guards, *place.way.needs.guards)]
+    if not all(exclude(*known, E.not_(g)) for g in _known(r, wanted, place.expert, ids, known)):
+        return False
+    have = {E.substitute(f, {place.expert: ids}) for f in outer.factors}
+    return {E.substitute(at(f), {place.expert: ids}) for f in place.way.needs.factors} <= have
+
+
+def _known(r: RowReader, guards: Sequence[Expr], expert: Expr, ids: Expr, more: Collection[Expr] = ()) -> set[Expr]:
+    """Guards at expert == ids, with what they say of each other used."""
+    put = [_in_range_of_place(r, E.substitute(g, {expert: ids})) for g in guards]
+    first = {opened(r, g, more) for g in put} | set(more)
+    return {g for g in (_in_range_of_place(r, opened(r, x, first)) for x in put) if g is not E.TRUE}
+
+
+def _in_range_of_place(r: RowReader, g: Expr) -> Expr:
+    """c = min(x, n) is c = x where c < n."""
+    if E.op_of(g) != "eq":
+        return g
+    for c in sympy.Add.make_args(E.operands(g)[0]):
+        c = c.as_coeff_Mul()[1]
+        value = solved(g, c) if c in r.ranges else None
+        if value is not None and E.op_of(value) in ("clamp_max", "min"):
+            if E.at_most(r.ranges[c], E.operands(value)[1]):
+                return E.eq(c, E.operands(value)[0])
+    return g
+
+
+def _inverse(r: RowReader, number: Expr, value: Expr, bound: tuple[Expr, ...]) -> dict[Expr, Expr] | None:
+    """What is bound, where number is value: number counts all values of it, each once."""
+    for order in itertools.permutations(bound):
+        total, stride, found = sympy.Integer(0), sympy.Integer(1), {}
+        for s in reversed(order):
+            whole = E.floordiv(value, stride, r.bounds)
+            found[s] = whole if s == order[0] else E.mod(whole, r.ranges[s], r.bounds)
+            total, stride = total + s * stride, sympy.expand(stride * r.ranges[s])
+        if sympy.expand(total - number) == 0:
+            inside = all(E.within(x, r.ranges[s], r.bounds) for s, x in found.items())
+            return found if inside else None
+    return None
+
+
+def _place(r: RowReader, way: Way, outer: Term, about: fx.Node) -> Place:
+    """The proof that pairs of one expert that are sent have different places."""
+    bound = way.term.bound
+    for e, g in itertools.product(outer.bound, way.term.guards):
+        ids = compared(g, e)
+        if ids is None or not bound or way.term.links:
+            continue
+        known = _known(r, way.term.guards, e, ids)
+        for c, k in itertools.product(outer.bound, known):
+            place = solved(k, c)
+            for x in place.atoms(IntCall) if place is not None else ():
+                added = sympy.expand(place - x + 1)
+                constant = not any(E.mentions(E.substitute(added, {ids: sympy.Integer(0)}), s) for s in bound)
+                if E.op_of(x) == "cumsum" and constant and _counts(r, x, ids, bound):
+                    return Place(way, e, c, ids, x, added)
     raise Refuse(NOT_ALONE, about)
 
 
-def _but(e: Expr, ids: Expr) -> list[Expr]:
-    """The formula with the token's expert made a constant."""
-    return [E.substitute(e, {ids: sympy.Integer(0)})]
-
-
-def _counts(r: RowReader, name, ids: Expr, other: Expr) -> bool:
-    """Is the running sum one over tokens, of the one-hot of their ids?"""
-    node = r.nodes[name.name]
-    a = r.arguments(node)
-    source = a["self"]
-    if axis(a["dim"], len(r.shape(source))) != 0:
+def _counts(r: RowReader, x: Expr, ids: Expr, bound: tuple[Expr, ...]) -> bool:
+    """Is a running sum one over all pairs, of the one-hot of their ids, at the pair's own?"""
+    name, *at = E.operands(x)
+    d = dim_of(r, x)
+    others = [j for j in range(len(at)) if j != d]
+    own = [j for j in others if at[j] == ids]
+    if len(own) != 1 or any(E.mentions(at[j], s) for j in others if j != own[0] for s in bound):
         return False
-    e = r.fresh(r.shape(source)[1], "e")
-    hit = r.read(source, (other, e), r.position[node])
+    if _inverse(r, at[d], at[d], bound) is None:
+        return False
+    node = r.nodes[name.name]
+    source = r.arguments(node)["self"]
+    e = r.fresh(r.shape(source)[own[0]], "e")
+    at[own[0]] = e
+    hit = E.as_int(r.read(source, tuple(at), r.position[node]))
     return hit == E.where(E.eq(ids, e), sympy.Integer(1), sympy.Integer(0))
 
 
-def _check_apart(r: RowReader, places: list, about: fx.Node) -> None:
+def _check_apart(r: RowReader, places: list[Place], about: fx.Node) -> None:
     """Places of later choices begin after all of the earlier ones, expert by expert."""
-    expected = sympy.Integer(0)
-    for ids, _, added in sorted(places, key=lambda p: len(sympy.Add.make_args(p[2])) if p[2] != 0 else 0):
-        counts = [x for x in sympy.Add.make_args(added) if x != 0]
-        if len(counts) != expected:
-            raise Refuse(NOT_ALONE, about)
-        for count, (_, before, _) in zip(counts, places):
-            if E.op_of(count) != "count" or not _total(r, count, before, ids):
-                raise Refuse(NOT_ALONE, about)
-        expected = expected + 1
-    if len({p[1] for p in places}) != len(places):
+    if len({(p.expert, p.at) for p in places}) > 1:
         raise Refuse(NOT_ALONE, about)
+    earlier: list[Place] = []
+    for place in sorted(places, key=lambda p: 0 if p.added == 0 else len(sympy.Add.make_args(p.added))):
+        counts = [x for x in sympy.Add.make_args(place.added) if x != 0]
+        left = list(earlier)
+        for count in counts:
+            before = next((p for p in left if E.op_of(count) == "count" and _total(r, count, p, place.ids)), None)
+            if before is None:
+                raise Refuse(NOT_ALONE, about)
+            left.remove(before)
+        if left:
+            raise Refuse(NOT_ALONE, about)
+        earlier.append(place)
 
 
-def _total(r: RowReader, count: Expr, running: IntCall, ids: Expr) -> bool:
+def _total(r: RowReader, count: Expr, before: Place, ids: Expr) -> bool:
     """Is a count the whole of an earlier running sum, at the same expert?"""
     node = r.nodes[E.operands(count)[0].name]
     source, at, gone = positions_of(r, node, E.operands(count)[1:])
-    summed = r.arguments(r.nodes[E.operands(running)[0].name])["self"]
-    if len(gone) != 1 or at[0] != gone[0] or at[1] != ids:
+    summed = r.nodes[E.operands(before.running)[0].name]
+    d, where = dim_of(r, before.running), list(E.operands(before.running)[1:])
+    where[where.index(before.ids)] = ids
+    hits = r.arguments(summed)["self"]
+    if len(gone) != 1 or r.ranges.get(gone[0]) != r.shape(hits)[d]:
         return False
-    probe = (r.fresh(r.shape(summed)[0], "p"), r.fresh(r.shape(summed)[1], "p"))
-    return r.read(source, probe, r.position[node]) == r.read(summed, probe, r.position[node])
-
-
-def opened(r: RowReader, e: Expr, ids: Expr, known: set[Expr]) -> Expr:
-    """A formula at ids == e: sums over experts under their one-hot are their only term; what is known to hold holds."""
-    table = {}
-    for x in e.atoms(IntCall, E.BoolCall):
-        if E.op_of(x) == "count":
-            only = _only_term(r, x, ids, known)
-            if only is not None:
-                table[x] = only
-    e = E.substitute(e, table) if table else e
-    return _clamped(e, known)
-
-
-def _only_term(r: RowReader, count: Expr, ids: Expr, known: set[Expr]) -> Expr | None:
-    """sum_e (ids = e) f(e) is f(ids)."""
-    node = r.nodes[E.operands(count)[0].name]
-    source, at, gone = positions_of(r, node, E.operands(count)[1:])
-    if len(gone) != 1:
-        return None
-    total = sympy.Integer(0)
-    for term in terms_of(r, r.read(source, at, r.position[node])):
-        hit = [g for g in term.guards if compared(g, gone[0]) == ids]
-        rest = {E.substitute(g, {gone[0]: ids}) for g in term.guards if g not in hit}
-        if not hit or term.bound or term.links or not rest <= known:
-            return None
-        total = total + sympy.Mul(*[E.substitute(f, {gone[0]: ids}) for f in term.factors])
-    return sympy.expand(total)
-
-
-def _clamped(e: Expr, known: set[Expr]) -> Expr:
-    """min(x, n) is x where x <= n is known; a running sum over a token's own kind is at least 1 there."""
-    table = {}
-    for x in e.atoms(IntCall):
-        if E.op_of(x) in ("clamp_min", "max") and E.operands(x)[1] == 0:
-            value = E.operands(x)[0]
-            if any(E.op_of(y) == "cumsum" for y in sympy.Add.make_args(sympy.expand(value + 1))):
-                table[x] = value
-    e = E.substitute(e, table) if table else e
-    table = {}
-    for x in e.atoms(IntCall):
-        if E.op_of(x) in ("clamp_max", "min"):
-            value, most = E.operands(x)
-            if E.le(value, most) in known:
-                table[x] = value
-    return E.substitute(e, table) if table else e
+    where[d] = gone[0]
+    return r.read(source, at, r.position[node]) == r.read(hits, tuple(where), r.position[summed])

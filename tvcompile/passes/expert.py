@@ -15,6 +15,7 @@ from torch import fx
 from .. import expr as E
 from ..expr import Expr
 from ..spec import Refuse, Weights
+from .buffers import Way, rows_put
 from .capacity import placed_row
 from .contraction import CONTRACTIONS
 from .movement import Index
@@ -201,8 +202,10 @@ def token_row(
             return x, (*terms[0].factors, *conditions, *rest)
     if name in CONTRACTIONS:
         terms = terms_of(r, fix(r.read(leaf, where, used)))
-        if terms and all(len(x.bound) == 1 for x in terms):
-            return placed_row(r, terms, outer, leaf, over, length, t), ()
+        if terms:
+            return placed_row(r, [Way(x) for x in terms], outer, leaf, over, length, t), ()
+    if (ways := rows_put(r, leaf, where, used, fix)) is not None:
+        return placed_row(r, ways, outer, leaf, over, length, t), ()
     raise Refuse("the rows of an expert are not its tokens", leaf)
 
 

@@ -26,7 +26,7 @@ from .movement import unravel
 from .parts import Column, add_biases, base_of_sum, check_whole, in_columns, part_of
 from .projections import Weight, in_range
 from .read import Unreadable
-from .routing import Token, without_rows
+from .routing import Token, possible, without_rows
 from .rows import RowReader
 from .sums import Sums
 from .terms_of import CASTS
@@ -90,6 +90,7 @@ def lift_at(r: RowReader, facts: Facts, sums: Sums, anchor: fx.Node) -> MoEMatch
     idx = (*unravel(token.t, lead, r.bounds), d)
     sums.d = d
     terms = sums.of(anchor, idx, at + 1)
+    terms = [t for t in terms if possible(r, t)]
     parts = [part_of(r, without_rows(r, t, token, at), token, d) for t in terms if t.product]
     if not parts:
         raise Refuse("no expert's result reaches it", anchor)

@@ -164,9 +164,10 @@ def _repeat(reader, a, node, idx) -> Source:
 
 
 def _repeat_interleave(reader, a, node, idx) -> Source | None:
-    if a.get("dim") is None or isinstance(a.get("repeats"), fx.Node):
+    flat = a.get("dim") is None
+    if flat and len(reader.shape(a["self"])) != 1 or isinstance(a.get("repeats"), fx.Node):
         return None
-    d = axis(a["dim"], len(idx))
+    d = 0 if flat else axis(a["dim"], len(idx))
     inner = E.floordiv(idx[d], reader.scalar(a["repeats"]), reader.bounds)
     return a["self"], (*idx[:d], inner, *idx[d + 1 :])
 

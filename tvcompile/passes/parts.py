@@ -11,8 +11,9 @@ from .. import expr as E
 from ..expr import Expr
 from ..spec import Refuse
 from .expert import Expert, bias_of, expert_number, read_expert
+from .places import compared
 from .projections import Weight, number_of, places
-from .routing import Chosen, Token, chosen, compared, without_rows
+from .routing import Chosen, Token, chosen, without_rows
 from .rows import RowReader, settle
 from .terms_of import Term
 
@@ -106,24 +107,26 @@ def _is_added(r: RowReader, parts: list[Part], term: Term, token: Token, d: Expr
     bias = bias_of(r, held[0], d, parts[0].expert.down.columns)
     rest = dataclasses.replace(term, factors=tuple(x for x in term.factors if x is not held[0]))
     for part in parts:
-        if bias is None or part.expert.down_bias or (k := is_bias(r, part, rest, bias, token)) is None:
+        if bias is None or part.expert.down_bias or not is_bias(r, part, rest, bias, token):
             continue
-        number = E.substitute(bias.rest, {k: part.k}) if k != 0 else bias.rest
+        own = expert_number(bias)
+        # Both numbers are the token's id: the bias is read at the number of its part.
+        number = bias.rest if own is None else E.substitute(bias.rest, {own: part.formula})
         part.expert = dataclasses.replace(part.expert, down_bias=dataclasses.replace(bias, rest=number))
         return True
     return False
 
 
-def is_bias(r: RowReader, p: Part, term: Term, bias: Weight, token: Token) -> Expr | None:
-    """The term's k where it is chosen, without its load, as the part is."""
+def is_bias(r: RowReader, p: Part, term: Term, bias: Weight, token: Token) -> bool:
+    """Is the term chosen, without its load, as the part is?"""
     try:
         number = expert_number(bias)
         if (number is None) != (p.number is not None):
-            return None
+            return False
         found = chosen(r, term, number if p.number is None else sympy.Integer(p.number), token)
-        return found.k if canonical(r, found) == p.choice else None
+        return canonical(r, found) == p.choice
     except Refuse:
-        return None
+        return False
 
 
 def base_of_sum(r: RowReader, plain: list[Term], token: Token, d: Expr, width: Expr, anchor: fx.Node) -> fx.Node | None:

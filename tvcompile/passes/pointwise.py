@@ -250,16 +250,16 @@ def _diff(r, a, n, idx):
 
 def _cumsum(r, a, n, idx):
     d = axis(a["dim"], len(idx))
-    term = E.as_int(r.read(a["self"], idx, r.position[n]))
-    if not E.constant(term) and E.constant(term) is not None:
-        return ZERO
-    if E.constant(term) is not None and idx[d] != 0:
-        return term * (idx[d] + 1)
+    # The terms are read at a position of their own: what else is read may depend on idx[d], as hits[i, ids[i]] does.
+    at = r.fresh(r.shape(n)[d], "s")
+    term = E.as_int(r.read(a["self"], (*idx[:d], at, *idx[d + 1 :]), r.position[n]))
+    if E.constant(term) is not None:
+        return sympy.expand(term * (idx[d] + 1))
     # One step at position 0 only: the running sum is that step everywhere.
     if E.op_of(term) == "where":
         c, x, y = E.operands(term)
-        if E.op_of(c) == "le" and c == E.le(idx[d], ZERO) and E.constant(y) == 0:
-            return x
+        if E.op_of(c) == "le" and c == E.le(at, ZERO) and E.constant(y) == 0:
+            return E.substitute(x, {at: ZERO})
     return None
 
 

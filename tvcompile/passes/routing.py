@@ -18,6 +18,7 @@ from .. import expr as E
 from ..expr import Expr, IntCall
 from ..spec import Refuse
 from .movement import axis
+from .places import compared, digits, exclude, solved
 from .rows import RowReader, over
 from .terms_of import Term, distinct, scattered
 
@@ -38,14 +39,35 @@ def without_rows(r: RowReader, term: Term, token: Token, at: int) -> Term:
     for _ in term.links:
         term = _solved(r, term, token)
     term = term.put({}, r.bounds)
-    term = _pinned(term, r)
+    term = _pinned(_in_digits(r, term), r)
+    term = dataclasses.replace(term, guards=digits(r, term.guards, term.bound))
     guards: list[Expr] = []
     for g in term.guards:
         g = r.truth(g)
         if g is E.FALSE:
             raise Refuse("a condition on the rows of an expert never holds", None)
         guards += g.args if isinstance(g, sympy.And) else [g]
-    return _unscattered(r, dataclasses.replace(term, guards=tuple(g for g in guards if g is not E.TRUE)))
+    return unscattered(r, dataclasses.replace(term, guards=tuple(g for g in guards if g is not E.TRUE)))
+
+
+def possible(r: RowReader, term: Term) -> bool:
+    """May a term count: do its conditions not exclude each other?"""
+    return not exclude(*map(r.truth, term.guards))
+
+
+def _in_digits(r: RowReader, term: Term) -> Term:
+    """A summed position of which n // C and n % C are read is e*C + c."""
+    for call in (*_calls(term, "//"), *_calls(term, "%")):
+        n, c = E.operands(call)
+        if n in term.bound and c.is_Integer and sympy.cancel(r.ranges[n] / c).is_Integer:
+            high, low = r.fresh(sympy.cancel(r.ranges[n] / c), "n"), r.fresh(c, "n")
+            return _in_digits(r, _bind(term, n, high * c + low, [high, low], r))
+    return term
+
+
+def without_rows_of(r: RowReader, term: Term) -> Term:
+    """Rows that go into places: those that a mask chose are every place of the mask, under the mask."""
+    return _unsorted(r, _unmasked(r, term, len(r.position)))
 
 
 def _calls(term: Term, op: str) -> list[Expr]:
@@ -122,6 +144,11 @@ def _pinned(term: Term, r: RowReader) -> Term:
             sign, symbol = rest.as_coeff_Mul()
             if symbol in term.bound and abs(sign) == 1:
                 return _pinned(_bind(term, symbol, -number * sign, [], r), r)
+            for symbol in term.bound:
+                value = solved(g, symbol)
+                if value is not None and value.free_symbols <= set(term.bound) and not value.atoms(*E.CALLS):
+                    if E.within(value, r.ranges[symbol], r.bounds):
+                        return _pinned(_bind(term, symbol, value, [], r), r)
     return term
 
 
@@ -133,7 +160,7 @@ def _bind(term: Term, symbol: Expr, value: Expr, new: list[Expr], r: RowReader) 
 # Routing matrices [T, E] in which a scatter set K places per row
 
 
-def _unscattered(r: RowReader, term: Term) -> Term:
+def unscattered(r: RowReader, term: Term) -> Term:
     """w[t, e] that is zero but where a scatter set it: sum_k where ids[t,k] = e, the value that was set."""
     for i, e in enumerate((*term.factors, *term.guards)):
         is_guard = i >= len(term.factors)
@@ -146,14 +173,21 @@ def _unscattered(r: RowReader, term: Term) -> Term:
             ids, values, k, set_at = source
             expert = load.args[-1]
             chosen = r.read(ids, (*set_at, k), r.position[ids] + 1)
+            held = [
+                b for b in term.bound if any(compared(g, expert) == E.substitute(chosen, {k: b}) for g in term.guards)
+            ]
+            if held:
+                # The ids of a token are distinct: the one place that is set at this expert is known already.
+                values, chosen, k = E.substitute(values, {k: held[0]}), E.substitute(chosen, {k: held[0]}), held[0]
             # A softmax has no value of its own per place that was set: it is read at the id.
             value = values if E.op_of(load) == "load" else load.func(*load.args[:-1], chosen)
             new = E.substitute(e, {load: value})
             factors = tuple(new if f is e and not is_guard else f for f in term.factors)
             guards = tuple(g for g in term.guards if not (is_guard and g is e))
-            bound = (*term.bound, k) if k != 0 else term.bound
-            term = dataclasses.replace(term, factors=factors, guards=(*guards, E.eq(chosen, expert)), bound=bound)
-            return _unscattered(r, term)
+            bound = term.bound if k == 0 or k in term.bound else (*term.bound, k)
+            guards = guards if held else (*guards, E.eq(chosen, expert))
+            term = dataclasses.replace(term, factors=factors, guards=guards, bound=bound)
+            return unscattered(r, term)
     return term
 
 
@@ -283,30 +317,6 @@ def chosen(r: RowReader, term: Term, expert: Expr, token: Token) -> Chosen:
     if strange - {token.t, *k}:
         raise Refuse("the weight of an expert depends on more than token and choice", None)
     return Chosen(ids, k[0] if k else sympy.Integer(0), tuple(counts), tuple(factors))
-
-
-def compared(guard: Expr, expert: Expr) -> Expr | None:
-    """I where the guard says I == expert, and I is read from a tensor."""
-    if E.op_of(guard) != "eq":
-        return None
-    gap = E.operands(guard)[0]
-    for sign in (1, -1):
-        other = sympy.expand(sign * gap + expert)
-        if E.op_of(other) == "load" and not (expert.free_symbols & other.free_symbols):
-            return other
-    return None
-
-
-def solved(guard: Expr, symbol: Expr) -> Expr | None:
-    """P where the guard says P == symbol."""
-    if E.op_of(guard) != "eq" or not E.mentions(guard, symbol):
-        return None
-    gap = E.operands(guard)[0]
-    for sign in (1, -1):
-        other = sympy.expand(sign * gap + symbol)
-        if not E.mentions(other, symbol):
-            return other
-    return None
 
 
 def _implied(r: RowReader, guard: Expr, ids: Expr, expert: Expr) -> bool:

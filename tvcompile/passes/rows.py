@@ -12,6 +12,8 @@ the graph trains.
 
 from __future__ import annotations
 
+import functools
+
 import sympy
 import torch
 from sympy.core.symbol import Str
@@ -19,10 +21,12 @@ from torch import fx
 
 from .. import expr as E
 from ..expr import BoolCall, Expr, IntCall
+from .contraction import letters
 from .movement import Index, axis, unravel
 from .pointwise import POINTWISE
 from .read import Reader
 
+EMPTY = ("empty", "empty_like", "new_empty", "empty_strided")
 GROUPED = ("_grouped_mm", "transformers::grouped_mm_fallback")
 
 
@@ -35,7 +39,7 @@ class RowReader(Reader):
 
     def _read(self, node: fx.Node, idx: Index) -> Expr:
         if node.op == "call_function" and isinstance(node.meta.get("val"), torch.Tensor):
-            if self._cut(node):
+            if self.cut(node):
                 return self.leaf(node, idx)
             rule = ROWS.get(self.name(node))
             formula = rule(self, self.arguments(node), node, idx) if rule else None
@@ -60,14 +64,14 @@ class RowReader(Reader):
             number = number * n + at
         return unravel(sympy.expand(number), shape, self.bounds)[coordinate]
 
-    def _cut(self, node: fx.Node) -> bool:
+    def cut(self, node: fx.Node) -> bool:
         """Does no gradient flow through a node, though the graph trains?"""
         val = node.meta.get("val")
         floating = isinstance(val, torch.Tensor) and val.dtype.is_floating_point
         return floating and self.trains and not self.grad[node]
 
     def step(self, node: fx.Node, idx: Index):
-        if self._cut(node):
+        if self.cut(node):
             return None
         if node.op == "call_function" and self.name(node) == "index" and (mask := mask_of(node)) is not None:
             return self.arguments(node)["self"], masked_index(self, node, mask, idx)
@@ -218,7 +222,18 @@ def _cumsum(r, a, n, idx):
     return IntCall("cumsum", Str(n.name), *idx) if closed is None else closed
 
 
+def _einsum(r, a, n, idx):
+    """A product of integers without a sum."""
+    names, out = letters(a["equation"], [len(r.shape(t)) for t in a["tensors"]])
+    if n.meta["val"].dtype.is_floating_point or any(len(set(t)) != len(t) or set(t) - set(out) for t in (*names, out)):
+        return None
+    at = dict(zip(out, idx))
+    factors = [r.operand(t, tuple(at[c] for c in term), r.position[n]) for t, term in zip(a["tensors"], names)]
+    return functools.reduce(lambda x, y: E.apply("mul", x, y), factors)
+
+
 ROWS = {
+    "einsum": _einsum,
     "cumsum": _cumsum,
     "linear": _linear,
     "addmm": _addmm,

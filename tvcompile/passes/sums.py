@@ -16,7 +16,8 @@ from .. import expr as E
 from ..expr import Expr
 from ..spec import Refuse
 from .movement import SPLITS, Index, axis
-from .rows import RowReader, mask_of, over
+from .places import cases, counts, least, opened
+from .rows import EMPTY, RowReader, mask_of, over
 from .terms_of import CASTS, Term, contracted, lazily, once, product, terms_of
 
 
@@ -41,12 +42,38 @@ class Sums:
             extra = E.operands(whole)[1:] if E.op_of(whole) == "add" else ()
             return [Term(product=(node, idx)), *(Term(factors=(e,)) for e in extra)]
         moved = r.step(node, idx)
+        if moved is not None and any(map(counts, moved[1])):
+            return self.at_places(node, *moved)
         if moved is not None:
             return self.of(moved[0], moved[1], r.position[node])
         rule = LINEAR.get(r.name(node))
         if rule is None:
             raise Refuse(f"{r.name(node)} of what the experts gave is no weighted sum", node)
         return rule(self, r.arguments(node), node, idx)
+
+    def at_places(self, node: fx.Node, source: fx.Node, at: Index) -> list[Term]:
+        """What is read at counted places: source[place] = sum_n (n = place) source[n]"""
+        r, found = self.r, []
+        ways: list[tuple[tuple[Expr, ...], Index]] = [((), ())]
+        for x in at:
+            given = cases(x) if E.loads(x) or counts(x) else [((), x)]
+            split = list(given)
+            ways = [((*g, *conditions), (*done, y)) for g, done in ways for conditions, y in split]
+        for guards, where in ways:
+            bound, conditions, read = [], list(guards), []
+            for x, n in zip(where, r.shape(source)):
+                if E.loads(x) or counts(x):
+                    if (low := least(r, opened(r, x, guards))) is None or low < 0:
+                        raise Refuse("the places that are read back may count from the end", node)
+                    bound.append(r.fresh(n, "n"))
+                    conditions.append(E.eq(bound[-1], x))
+                    x = bound[-1]
+                elif x.is_Integer and x < 0:
+                    x = x + n
+                read.append(x)
+            terms = self.of(source, tuple(read), r.position[node])
+            found += [t.under(bound, conditions) for t in terms]
+        return found
 
     def operand(self, value, idx: Index, at: int) -> list[Term]:
         if isinstance(value, fx.Node) and isinstance(value.meta.get("val"), torch.Tensor):
@@ -217,7 +244,42 @@ def _stack(s: Sums, a, n, idx):
     return found
 
 
-EMPTY = ("empty", "empty_like", "new_empty", "empty_strided")
+def _cat(s: Sums, a, n, idx):
+    """Parts one after the other, read at a position that a tensor says."""
+    r, here = s.r, s.r.position[n]
+    d, start, found = axis(a.get("dim", 0), len(idx)), sympy.Integer(0), []
+    for part in a["tensors"]:
+        if len(r.shape(part)) != len(idx):
+            raise Refuse("results of experts are joined with what has other dims", n)
+        own = r.fresh(r.shape(part)[d], "n")
+        guard = E.eq(idx[d], sympy.expand(start + own))
+        if guard is not E.FALSE:
+            terms = s.of(part, (*idx[:d], own, *idx[d + 1 :]), here)
+            found += [t.under([own], [] if guard is E.TRUE else [guard]) for t in terms]
+        start = sympy.expand(start + r.shape(part)[d])
+    return found
+
+
+def _pad(s: Sums, a, n, idx):
+    """Zeros around, read at a position that a tensor says."""
+    if (
+        a.get("mode", "constant") != "constant"
+        or a.get("value")
+        or any(not isinstance(k, int) or k < 0 for k in a["pad"])
+    ):
+        raise Refuse("results of experts are padded with what is not zero, or cut", n)
+    at, bound, guards = list(idx), [], []
+    for d, left, right in zip(range(len(idx))[::-1], a["pad"][::2], a["pad"][1::2]):
+        if left or right:
+            at[d] = s.r.fresh(s.r.shape(a["self"])[d], "n")
+            bound.append(at[d])
+            guards.append(E.eq(idx[d], left + at[d]))
+    if E.FALSE in guards:
+        return []
+    terms = s.of(a["self"], tuple(at), s.r.position[n])
+    return [t.under(bound, [g for g in guards if g is not E.TRUE]) for t in terms]
+
+
 LINEAR = {
     "add": _add(1),
     "mul": _mul,
@@ -233,6 +295,8 @@ LINEAR = {
     "where": _where,
     "masked_fill": _masked_fill,
     "stack": _stack,
+    **dict.fromkeys(("cat", "concat", "concatenate"), _cat),
+    **dict.fromkeys(("pad", "constant_pad_nd"), _pad),
 }
 # Data movement and sums that results of experts go through.
 THROUGH = frozenset(LINEAR) | frozenset(SPLITS) | {"getitem"}

@@ -1,0 +1,225 @@
+"""Integer formulas that number places: cases, ranges, and what an equation of places says about its parts.
+
+    where(keep, ids*C + place, E*C) = e*C + c     keep  and  ids = e  and  place = c     (0 <= place < C)
+
+A place is a running sum of a one-hot, read at the token's own expert, less one: so it is no less than 0. Sums over
+experts under their one-hot are opened: sum_e (ids = e) f(e) is f(ids), where ids is proven to be one of the e.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator
+
+import sympy
+
+from .. import expr as E
+from ..expr import Expr, IntCall
+from .movement import axis
+from .projections import in_range, places as places_of
+from .rows import RowReader, over as positions_of
+from .terms_of import terms_of
+
+ARITHMETIC = ("clamp_min", "clamp_max", "min", "max", "where", "neg")
+
+
+def compared(guard: Expr, expert: Expr) -> Expr | None:
+    """I where the guard says I == expert, and I is read from a tensor."""
+    if E.op_of(guard) != "eq":
+        return None
+    gap = E.operands(guard)[0]
+    for sign in (1, -1):
+        other = sympy.expand(sign * gap + expert)
+        if E.op_of(other) == "load" and not (expert.free_symbols & other.free_symbols):
+            return other
+    return None
+
+
+def solved(guard: Expr, symbol: Expr) -> Expr | None:
+    """P where the guard says P == symbol."""
+    if E.op_of(guard) != "eq" or not E.mentions(guard, symbol):
+        return None
+    gap = E.operands(guard)[0]
+    for sign in (1, -1):
+        other = sympy.expand(sign * gap + symbol)
+        if not E.mentions(other, symbol):
+            return other
+    return None
+
+
+def flat(conditions: Iterable[Expr]) -> tuple[Expr, ...]:
+    return tuple(x for c in conditions for x in (c.args if isinstance(c, sympy.And) else [c]))
+
+
+def exclude(*conditions: Expr) -> bool:
+    """Do conditions exclude each other?"""
+    parts = set(flat(conditions))
+    return any(E.not_(x) in parts for x in parts) or E.and_(*parts) is E.FALSE
+
+
+def counts(e: Expr) -> bool:
+    """Does a formula hold a running sum or a count?"""
+    return any(E.op_of(x) in ("count", "cumsum") for x in E.walk(e))
+
+
+def cases(e: Expr, guards: tuple[Expr, ...] = ()) -> Iterator[tuple[tuple[Expr, ...], Expr]]:
+    """(conditions, value there) for every way that the choices in a formula of numbers may go."""
+    choice = next((x for x in _numbers(e) if E.op_of(x) == "where"), None)
+    if choice is None:
+        yield guards, e
+        return
+    c, a, b = E.operands(choice)
+    for condition, value in ((c, a), (E.not_(c), b)):
+        if not exclude(condition, *guards):
+            yield from cases(sympy.expand(E.substitute(e, {choice: value})), (*guards, condition))
+
+
+def _numbers(e: Expr) -> Iterator[Expr]:
+    """The parts of a formula that it is computed from, not where tensors are read."""
+    yield e
+    if isinstance(e, (sympy.Add, sympy.Mul)) or E.op_of(e) in ARITHMETIC:
+        for x in E.operands(e):
+            if E.kind(x) != "bool":
+                yield from _numbers(x)
+
+
+# Sums over experts
+
+
+def opened(r: RowReader, e: Expr, known: Collection[Expr]) -> Expr:
+    """A formula in which sums over experts under a one-hot are their only term, and what is known to hold holds."""
+    table = {}
+    for x in e.atoms(IntCall, E.BoolCall):
+        if E.op_of(x) == "count":
+            only = _only_term(r, x, known)
+            if only is not None:
+                table[x] = only
+    e = E.substitute(e, table) if table else e
+    return _clamped(r, e, known)
+
+
+def _only_term(r: RowReader, count: Expr, known: Collection[Expr]) -> Expr | None:
+    """sum_e (ids = e) f(e) is f(ids)."""
+    node = r.nodes[E.operands(count)[0].name]
+    source, at, gone = positions_of(r, node, E.operands(count)[1:])
+    if len(gone) != 1 or gone[0] == 0:
+        return None
+    total = sympy.Integer(0)
+    for term in terms_of(r, r.read(source, at, r.position[node])):
+        own = next((i for g in term.guards if (i := compared(g, gone[0])) is not None), None)
+        if own is None or not in_range(r, own, r.ranges[gone[0]]) or term.bound or term.links:
+            return None
+        rest = {E.substitute(g, {gone[0]: own}) for g in term.guards if compared(g, gone[0]) != own}
+        if not rest <= set(known):
+            return None
+        total = total + sympy.Mul(*[E.substitute(f, {gone[0]: own}) for f in term.factors])
+    return sympy.expand(total)
+
+
+def _clamped(r: RowReader, e: Expr, known: Collection[Expr]) -> Expr:
+    """min(x, n) is x where x <= n is known; max(x, 0) is x where x is no less than 0."""
+    for op, holds in (
+        ("max", lambda value, other: other == 0 and (low := least(r, value)) is not None and low >= 0),
+        ("min", lambda value, other: E.le(value, other) in known),
+    ):
+        table = {}
+        for x in e.atoms(IntCall):
+            if E.op_of(x) in (op, {"max": "clamp_min", "min": "clamp_max"}[op]) and holds(*E.operands(x)):
+                table[x] = E.operands(x)[0]
+        e = E.substitute(e, table) if table else e
+    return e
+
+
+# Ranges
+
+
+def least(r: RowReader, e: Expr) -> int | None:
+    """A number that an opened formula is never below, or None."""
+    if e.is_Integer:
+        return int(e)
+    if e in r.ranges:
+        return 0
+    if isinstance(e, sympy.Add):
+        parts = [least(r, x) for x in e.args]
+        return None if any(p is None for p in parts) else sum(p for p in parts if p is not None)
+    if isinstance(e, sympy.Mul):
+        factor, rest = e.as_coeff_Mul()
+        low = least(r, rest) if factor.is_Integer and factor > 0 and factor != 1 else None
+        return None if low is None else int(factor) * low
+    op, args = E.op_of(e), E.operands(e)
+    if op in ("clamp_min", "max", "clamp_max", "min"):
+        lows = [least(r, x) for x in args]
+        found = [x for x in lows if x is not None]
+        if op in ("clamp_min", "max"):
+            return max(found, default=None)
+        return min(found) if len(found) == 2 else None
+    if op == "load":
+        return 0 if places_of(r, r.nodes[args[0].name[1:]]) is not None else None
+    if op == "where":
+        lows = [least(r, x) for x in args[1:]]
+        return None if any(x is None for x in lows) else min(x for x in lows if x is not None)
+    return _least_sum(r, e) if op in ("count", "cumsum") else None
+
+
+def _least_sum(r: RowReader, e: Expr) -> int | None:
+    """Sums of ones and zeros: 0, or 1 for a running sum that has counted its own place."""
+    node = r.nodes[E.operands(e)[0].name]
+    at = E.operands(e)[1:]
+    source = r.arguments(node)["self"]
+    probe = tuple(r.fresh(n, "p") for n in r.shape(source))
+    ends = [E.constant(x) for x in E.leaves(E.as_int(r.read(source, probe, r.position[node])))]
+    if any(x is None or x < 0 for x in ends):
+        return None
+    own = E.as_int(r.read(source, at, r.position[node])) if E.op_of(e) == "cumsum" else 0
+    return 1 if own == 1 else 0
+
+
+def below(r: RowReader, e: Expr, size: Expr, known: Collection[Expr]) -> bool:
+    """Is e < size, where what is known holds?"""
+    if E.op_of(e) in ("clamp_max", "min") and any(x.is_Integer and E.at_most(x + 1, size) for x in E.operands(e)):
+        return True
+    if E.op_of(e) == "load" and in_range(r, e, size):
+        return True
+    low, high = r.bounds(e)
+    if high is not None and E.at_most(high + 1, size):
+        return True
+    return exclude(E.not_(E.lt(e, size)), *known)
+
+
+# Equations
+
+
+def digits(r: RowReader, guards: tuple[Expr, ...], symbols: Collection[Expr]) -> tuple[Expr, ...]:
+    """Guards in which e*C + c = v*C + p became e = v and c = p, where 0 <= p < C is proven."""
+    guards, found = flat(guards), []
+    for g in guards:
+        found += _digits(r, g, symbols, guards) if E.op_of(g) == "eq" else [g]
+    return tuple(found)
+
+
+def _digits(r: RowReader, guard: Expr, symbols: Collection[Expr], guards: tuple[Expr, ...]) -> list[Expr]:
+    parts = [(x, *x.as_coeff_Mul()) for x in sympy.Add.make_args(E.operands(guard)[0])]
+    moving = sorted(((int(a), s) for _, a, s in parts if s in symbols and a.is_Integer), key=lambda p: abs(p[0]))
+    if len(moving) < 2 or len({a > 0 for a, _ in moving}) != 1:
+        return [guard]
+    value = sympy.Add(*(x for x, _, s in parts if s not in symbols)) * (-1 if moving[0][0] > 0 else 1)
+    (one, low), *rest = [(abs(a), s) for a, s in moving]
+    size = r.ranges[low]
+    if one != 1 or not size.is_Integer or any(a % size for a, _ in rest) or E.mentions(value, *(s for _, s in moving)):
+        return [guard]
+    terms = sympy.Add.make_args(sympy.expand(value))
+    high = [x for x in terms if not x.is_Integer and x.as_coeff_Mul()[0] % size == 0]
+    digit = sympy.Add(*(x for x in terms if x not in high))
+    known = {opened(r, g, ()) for g in guards}
+    shown = opened(r, digit, known)
+    bottom = least(r, shown)
+    if bottom is None or bottom < 0 or not below(r, shown, size, known):
+        return [guard]
+    above = sympy.Add(*(a // size * s for a, s in rest))
+    return [E.eq(low, digit), *_digits(r, E.eq(above, sympy.expand(sympy.Add(*high) / size)), symbols, guards)]
+
+
+def dim_of(r: RowReader, call: Expr) -> int:
+    """Along which dim a running sum runs."""
+    node = r.nodes[E.operands(call)[0].name]
+    a = r.arguments(node)
+    return axis(a["dim"], len(r.shape(a["self"])))
