@@ -9,7 +9,7 @@ ANY_VALUE = r"(?m)^( +)((x|w|h|y|g|u|r|rows|ys|c|dense|dispatch|combine|slots|wh
 NEAR_MISSES: dict[str, tuple[str, str]] = {
     "a value scaled": (ANY_VALUE, r"\1\2\n\1\3 = \3 * 1.25"),
     "a value shifted": (ANY_VALUE, r"\1\2\n\1\3 = \3 + 0.25"),
-    "a value rolled": (ANY_VALUE, r"\1\2\n\1\3 = \3.roll(1, 0)"),
+    "a value upside down": (ANY_VALUE, r"\1\2\n\1\3 = \3.flip(0)"),
     "a value flipped": (ANY_VALUE, r"\1\2\n\1\3 = \3.flip(-1)"),
     "a value scaled by its rows": (
         ANY_VALUE,

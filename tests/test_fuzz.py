@@ -1,6 +1,6 @@
 """Random attention programs are refused or right: output and gradients.
 
-2,000 programs, or TV_FUZZ_PROGRAMS, in slices that the test workers share.
+1,000 programs, or TV_FUZZ_PROGRAMS, in slices that the test workers share.
 """
 
 import os
@@ -9,7 +9,7 @@ import pytest
 
 from tests import fuzz
 
-PROGRAMS = int(os.environ.get("TV_FUZZ_PROGRAMS", "2000"))
+PROGRAMS = int(os.environ.get("TV_FUZZ_PROGRAMS", "1000"))
 SLICE = 50
 
 

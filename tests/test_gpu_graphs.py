@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ARCHS = ("sm80", "sm86", "sm90", "sm100", "sm120")
 ALWAYS = ("llama", "gpt_oss", "t5")
 SLICES = 4
-TURNS = 10  # in which all models come by, in inference and in training
+TURNS = 20  # in which all models come by, in inference and in training
 
 
 def run(*arguments: str) -> str:

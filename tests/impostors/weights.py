@@ -299,3 +299,9 @@ def another_logit_cut(q, k, v):
     """The sink is last, the first is cut off."""
     s = torch.cat([scores(q, k), torch.zeros(4, 6, 37, 1, dtype=q.dtype)], -1)
     return F.softmax(s, -1)[..., 1:] @ v
+
+
+@impostor(None, *QKV, "N")
+def bias_rounded_after_it_is_looked_up(q, k, v, table):
+    distance = (torch.arange(37)[:, None] - torch.arange(41)).abs()
+    return F.softmax(scores(q, k) + table[distance].bfloat16().to(q.dtype), -1) @ v

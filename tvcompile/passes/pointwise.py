@@ -121,7 +121,9 @@ def _to(r, a, n, idx):
     if E.op_of(x) == "load" and dtype != was and not _widening(was, dtype):
         held = r.nodes[E.operands(x)[0].name[1:]].meta["val"]
         # The cast of a whole captured tensor is captured itself.
-        return r.leaf(n, idx) if isinstance(held, torch.Tensor) and held.numel() == n.meta["val"].numel() else x
+        if isinstance(held, torch.Tensor) and held.numel() == n.meta["val"].numel():
+            return r.leaf(n, idx)
+        return E.FloatCall(name, x) if was.is_floating_point and dtype.is_floating_point else x
     if all(E.constant(c) is not None for c in E.leaves(x)):
         return x
     if dtype.is_floating_point and E.kind(x) == "float" and dtype != was:
