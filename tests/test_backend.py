@@ -326,3 +326,36 @@ def test_a_size_without_a_formula_hides_nothing_else():
         found = torch.compile(program, backend="tv", options={"tv.strict": True})(q, ids)
     torch.testing.assert_close(found, program(q, ids))
     assert len(report.sites) == 1
+
+
+def test_a_rewritten_graph_that_does_not_compile_is_left_to_inductor(monkeypatch):
+    whole = backend.hand_off
+
+    def fails_once_rewritten(program, *how):
+        if any("tv." in str(n.target) for n in program.graph.nodes):
+            raise RuntimeError("no such kernel")
+        return whole(program, *how)
+
+    monkeypatch.setattr(backend, "hand_off", fails_once_rewritten)
+
+    def program(q):
+        return (q @ q.mT * 0.25).softmax(-1) @ q
+
+    q = torch.randn(1, 2, 9, 16)
+    with pytest.warns(UserWarning, match="left it to Inductor: RuntimeError: no such kernel"):
+        found = torch.compile(program, backend="tv")(q)
+    torch.testing.assert_close(found, program(q))
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="no such kernel"):
+        torch.compile(program, backend="tv", options={"tv.strict": True})(q)
+
+
+def test_a_graph_with_vmap_is_left_whole():
+    def program(q):
+        return torch.vmap(lambda x: x * 2)(q), (q @ q.mT * 0.25).softmax(-1) @ q
+
+    q = torch.randn(2, 9, 16)
+    with tvcompile.collect() as report:
+        found = torch.compile(program, backend="tv", options={"tv.strict": True})(q)
+    torch.testing.assert_close(found, program(q))
+    assert not report.sites and "function transform" in report.refusals[0].reason
