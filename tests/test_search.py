@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import json
+import pickle
 import time
 import warnings
 
@@ -20,9 +20,9 @@ from tvcompile.kernels.problem import Need
 from tvcompile.moe_spec import MoESpec
 from tvcompile.spec import AttentionSpec
 from tvcompile.tuning import choose, cpu, search, store, trial
-from tvcompile.tuning.trial import Trial, Unfit, race
-from tvcompile.tuning.work import Attention, Capture, Experts, from_json, to_json
-from tvcompile.tuning.worker import Worker
+from tvcompile.tuning.trial import Job, Trial, Unfit, race, ratio_of
+from tvcompile.tuning.work import Attention, Capture, Experts
+from tvcompile.tuning.workers import Outcome, Worker
 
 CPU = torch.device("cpu")
 CAUSAL = Attention(AttentionSpec.parse("scale=0.3; keep = kv <= q"), "float32", 1, 4, 2, 300, 300, 8, 8)
@@ -173,7 +173,7 @@ class InProcess:
     ratios: dict = {}
     jobs: list = []
 
-    def __init__(self, limit):
+    def __init__(self, function):
         pass
 
     def __enter__(self):
@@ -182,12 +182,13 @@ class InProcess:
     def __exit__(self, *_):
         pass
 
-    def ratio(self, work, pass_, config, device, rounds):
-        self.jobs.append((work, pass_, config))
+    def call(self, asked, limit):
+        job, config, _ = asked
+        self.jobs.append((job.work, job.pass_, config))
         value = self.ratios.get(config, 0.5)
         if isinstance(value, BaseException):
             raise value
-        return value
+        return Outcome(value)
 
 
 @pytest.fixture
@@ -346,12 +347,20 @@ def test_a_candidate_that_cannot_serve_is_skipped():
 
 
 def test_a_job_that_hangs_is_killed_and_one_that_crashes_is_counted():
-    with Worker(limit=1.0) as worker:
-        with pytest.raises(Unfit, match="not done after 1 s"):
-            worker.do({"sleep": 600})
+    with Worker(exec) as worker:
+        assert worker.call("import time; time.sleep(600)", 1.0) == Outcome(None, "more than 1 s")
         assert worker.process is None, "another one takes the next job"
-        with pytest.raises(Unfit, match="crashed: exit status 3"):
-            worker.do({"exit": 3})
+        assert worker.call("import os; os._exit(3)", 60.0) == Outcome(None, "crashed with exit code 3")
+        assert worker.call("1 / 0", 60.0) == Outcome(None, "ZeroDivisionError: division by zero")
+        here = worker.process
+        assert worker.call("1", 60.0) == Outcome(None) and worker.process is here
+
+
+def test_a_candidate_that_is_unfit_says_why_through_the_pipe():
+    work = dataclasses.replace(CAUSAL, spec=AttentionSpec.parse("scale=1; dropout=0.5"))
+    job = Job(work, "fwd", "cpu", 1, "highest")
+    with Worker(ratio_of) as worker:
+        assert "cpu.flash does not serve" in worker.call((job, SECOND, 3), 60.0).value
 
 
 def test_a_model_is_tuned_while_it_is_compiled():
@@ -460,8 +469,8 @@ def test_the_environment_sets_the_effort(monkeypatch):
 
 
 @pytest.mark.parametrize("work", [CAUSAL, PADDED, MIXTURE, LISTED], ids=["causal", "padded", "stacked", "listed"])
-def test_a_problem_is_text_and_back(work):
-    assert from_json(json.loads(json.dumps(to_json(work)))) == work
+def test_a_problem_goes_to_another_process(work):
+    assert pickle.loads(pickle.dumps(work)) == work
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -3,7 +3,7 @@
     quick   the first FEW of what the static model ranks are timed; on a CPU all that an Ask names
     full    from the best of these on: one field at a time goes to its neighbours until nothing improves
 
-Each candidate runs in a process of its own (worker.py), is checked there before it may win (trial.py), and is timed in
+Each candidate runs in a process of its own (workers.py), is checked there before it may win (trial.py), and is timed in
 turns with the formula's config. One that fails is skipped and counted with its reason. The best is timed once more; it
 wins if it is GAIN times as fast then. Else the formula's config stays, and that is kept too, so that it is not searched
 again. What was timed is written down as it comes, so that a search that was broken off goes on where it was.
@@ -35,9 +35,9 @@ from ..arch import Device
 from . import static, store
 from .ask import Ask
 from .lookup import choose
-from .trial import Clock, Unfit
+from .trial import Clock, Job, Unfit, ratio_of
 from .work import Work
-from .worker import Worker
+from .workers import Worker
 
 EFFORTS = ("none", "quick", "full")
 FEW = 8  # candidates that `quick` times on a GPU
@@ -235,7 +235,7 @@ def tune(works: Sequence[Work], device: torch.device, effort: str, console: Cons
     with store.turn("tune", wait=WAIT) as mine:
         # What another process found meanwhile is known now.
         left = pending(works, here) if mine else []
-        with Worker(LIMIT["cpu" if device.type == "cpu" else "cuda"]) as worker:
+        with Worker(ratio_of) as worker:
             with _progress(console or Console(stderr=True)) as progress:
                 for work, ask in left:
                     sites.append(Site(work, ask, _one(work, ask, device, effort, worker, progress)))
@@ -251,8 +251,13 @@ def _one(work: Work, ask: Ask, device: torch.device, effort: str, worker: Worker
         done = found.tried + found.skipped.total()
         progress.update(bar, completed=done, total=max(of, done), best=f"{found.ratio:.2f}x")
 
+    job = Job(work, ask.pass_, str(device), torch.get_num_threads(), torch.get_float32_matmul_precision())
+
     def ratio(config: Any, rounds: int) -> float:
-        return worker.ratio(work, ask.pass_, config, str(device), rounds)
+        outcome = worker.call((job, config, rounds), LIMIT[device.type])
+        if outcome.failure or isinstance(outcome.value, str):
+            raise Unfit(outcome.failure or outcome.value)
+        return outcome.value
 
     journal = Journal.of(ask)
     found = search(ask, effort, ratio, time.monotonic, journal, step)

@@ -3,12 +3,16 @@
 python serve.py FD        function -> (True, None), then argument -> (True, value) or (False, reason), again and again
 """
 
+import os
 import sys
+import threading
+import time
 from multiprocessing.connection import Connection
 
 
 def serve(pipe: Connection) -> None:
     """Makes calls until the other end is gone; its first word is that the function and its imports are there."""
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     function = pipe.recv()
     pipe.send((True, None))
     while True:
@@ -21,6 +25,13 @@ def serve(pipe: Connection) -> None:
         except Exception as error:
             answer = False, f"{type(error).__name__}: {error}".splitlines()[0][:200]
         pipe.send(answer)
+
+
+def _end_with(parent: int) -> None:
+    """A call that hangs does not outlive the program that asked for it."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 if __name__ == "__main__":

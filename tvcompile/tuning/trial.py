@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -80,6 +81,49 @@ class Trial:
     def wrong(self, config: Any) -> str:
         """ "" if a config is right on the part of the problem that the formula was computed for."""
         return wrong(self.part.run(config)(), self.found, self.exact, self.eps)
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A candidate to try in a process of its own, with what the program has set for all of its threads."""
+
+    work: Work
+    pass_: str
+    device: str
+    threads: int
+    precision: str
+
+
+_latest: list[tuple[Job, Trial]] = []  # the tensors of one problem are kept for its next candidate
+
+
+def ratio_of(asked: tuple[Job, Any, int]) -> float | str:
+    """How many times as fast as the formula's a config is, or why it is unfit; asked: (job, config, rounds)."""
+    from .. import kernels  # noqa: F401  registers the ops
+
+    job, config, rounds = asked
+    if not _latest or _latest[0][0] != job:
+        _latest.clear()
+        torch.set_num_threads(job.threads)
+        torch.set_float32_matmul_precision(job.precision)
+        device = torch.device(job.device)
+        _latest.append((job, Trial(job.work, job.pass_, device, clock_of(device))))
+    try:
+        return _latest[0][1].ratio(config, rounds)
+    except Unfit as why:
+        return str(why)
+
+
+def clock_of(device: torch.device) -> Clock:
+    """Seconds; on a GPU those until all that was asked of it is done."""
+    if device.type != "cuda":
+        return time.perf_counter
+
+    def clock() -> float:
+        torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    return clock
 
 
 def wrong(found: list[Tensor], standard: list[Tensor], exact: list[Tensor], eps: float) -> str:

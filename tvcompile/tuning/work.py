@@ -3,7 +3,7 @@
     Attention(spec, "bfloat16", B=2, H=32, H_kv=8, S_q=4096, S_kv=4096, D=128, D_v=128).asks(Device.typical("sm90"))
     -> what the configs of fwd, dq and dkdv are for; of a CPU fwd and bwd; of few rows decode
 
-Text and back by `to_json` and `from_json`; `inputs` makes random tensors of its sizes, `captures` among them.
+Plain data, so that another process can be asked; `inputs` makes random tensors of its sizes, `captures` among them.
 """
 
 from __future__ import annotations
@@ -184,23 +184,6 @@ def _capture(c: Capture, make: Callable[..., Tensor]) -> Tensor:
 @functools.lru_cache(maxsize=1024)
 def _text(spec: MoESpec) -> str:
     return str(spec)
-
-
-def to_json(work: Work) -> dict[str, Any]:
-    """As a JSON object; `op` says which class."""
-    fields = {f.name: getattr(work, f.name) for f in dataclasses.fields(work)}
-    if isinstance(work, Attention):
-        fields["captures"] = [dataclasses.asdict(c) for c in work.captures]
-    return {"op": "attention" if isinstance(work, Attention) else "moe", **fields, "spec": str(work.spec)}
-
-
-def from_json(held: dict[str, Any]) -> Work:
-    fields = dict(held)
-    if fields.pop("op") == "attention":
-        captures = tuple(Capture(**{**c, "shape": tuple(c["shape"])}) for c in fields.pop("captures"))
-        spec, sizes = AttentionSpec.parse(fields.pop("spec")), tuple(fields.pop("sizes"))
-        return Attention(spec, captures=captures, sizes=sizes, **fields)
-    return Experts(MoESpec.parse(fields.pop("spec")), biases=tuple(fields.pop("biases")), **fields)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
