@@ -1,6 +1,6 @@
 """Near-misses: name -> a block that looks like a mixture of experts -> why it must be refused."""
 
-from tests.moe_impostors import buffers, capacity, experts, positions, routing, state  # noqa: F401  (registers them)
+from tests.moe_impostors import buffers, capacity, choices, experts, positions, routing, state  # noqa: F401  (registers them)
 from tests.moe_impostors.base import IMPOSTORS, Impostor
 
 __all__ = ["IMPOSTORS", "Impostor"]

@@ -4,8 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.moe_impostors.base import ANY, NOTHING, impostor
-from tests.moe_spellings.base import B, S
-from tests.moe_spellings.buffers import ChoiceAfterChoice, OneMaskOfAllChoices, Places, SwitchPerSequence
+from tests.moe_spellings.buffers import Places
 
 
 class Slots(Places):
@@ -331,92 +330,3 @@ class DispatchWithoutGradient(Slots):
     def filled(self, buffer, slot, rows):
         with torch.no_grad():
             return super().filled(buffer, slot, rows)
-
-
-class Choices(ChoiceAfterChoice):
-    """Choices one after the other, in parts."""
-
-    top, kind = 3, "relu"
-
-    def experts(self, x, ids, w):
-        E, C = self.count, self.capacity
-        hits = [F.one_hot(ids[:, k], E) for k in range(self.top)]
-        places = [((torch.cumsum(h, 0) - 1 + self.taken(hits[:k], ids)) * h).sum(1) for k, h in enumerate(hits)]
-        kept = [(p < C).unsqueeze(-1) for p in places]
-        slots = [ids[:, k] * C + p.clamp(max=C - 1) for k, p in enumerate(places)]
-        sent = x.new_zeros(E * C, x.shape[-1])
-        for k in range(self.top):
-            sent = sent.index_add(0, slots[k], x * kept[self.asks(k)])
-        y = self.places(sent.view(E, C, -1)).view(E * C, -1)
-        return sum(y[slots[k]] * (w[:, k, None] * kept[k]) for k in range(self.top))
-
-    def taken(self, hits, ids):
-        return sum(h.sum(0, keepdim=True) for h in hits)
-
-    def asks(self, k):
-        return k
-
-
-@impostor(ANY)
-class ThirdChoicesAfterTheFirst(Choices):
-    def taken(self, hits, ids):
-        return super().taken(hits[:1], ids)
-
-
-@impostor(ANY)
-class EachAfterTheFirstTwice(Choices):
-    """As many as there must be, but the same ones."""
-
-    def taken(self, hits, ids):
-        return super().taken(hits[:1] * len(hits), ids)
-
-
-@impostor(ANY)
-class TakenByTheNextExpert(Choices):
-    def taken(self, hits, ids):
-        return super().taken([h.roll(1, 1) for h in hits], ids)
-
-
-@impostor(ANY)
-class TakenByHalfTheTokens(Choices):
-    def taken(self, hits, ids):
-        return super().taken([h[: h.shape[0] // 2] for h in hits], ids)
-
-
-@impostor(ANY)
-class KeptAsAnotherChoice(Choices):
-    def asks(self, k):
-        return 0
-
-
-@impostor(ANY)
-class MatrixOfOtherIds(OneMaskOfAllChoices):
-    """The routing matrix is set at other experts than the mask's."""
-
-    def experts(self, x, ids, w):
-        T, E, C = x.shape[0], self.count, self.capacity
-        dense = torch.zeros(T, E, dtype=w.dtype).scatter(-1, x[:, :E].topk(self.top).indices, w)
-        mask = F.one_hot(ids, num_classes=E).permute(1, 0, 2)
-        rank = (mask.reshape(self.top * T, E).cumsum(0) - 1).reshape(self.top, T, E)
-        mask = mask * torch.lt(rank, C)
-        rank = torch.sum(mask * rank, dim=-1)
-        combine = torch.sum((mask * dense[None]).unsqueeze(3) * F.one_hot(rank, num_classes=C).unsqueeze(2), dim=0)
-        y = self.places(combine.bool().permute(1, 2, 0).type_as(x) @ x)
-        return combine.view(T, -1).type_as(x) @ y.view(E * C, -1)
-
-
-@impostor(ANY)
-class SequencesShareTheirPlaces(SwitchPerSequence):
-    """Places are counted in a sequence, and hold the tokens of all of them."""
-
-    router, kind, three = "top1", "relu", True
-
-    def experts(self, x, ids, w):
-        mask = F.one_hot(ids.squeeze(-1), self.count)
-        place = (torch.cumsum(mask, dim=1) * mask).sum(dim=-1) - 1
-        mask = mask * (place < self.capacity).unsqueeze(-1)
-        where = F.one_hot(place.clamp(max=self.capacity - 1), self.capacity)
-        dispatch = torch.einsum("bse,bsc->bsec", mask, where).to(x.dtype).view(B * S, self.count, -1)
-        rows = torch.einsum("tec,th->ech", dispatch, x.reshape(B * S, -1))
-        y = torch.einsum("tec,ech->th", dispatch * w.view(B * S, 1, 1), self.places(rows))
-        return y.view(x.shape)
