@@ -30,7 +30,7 @@ def table(monkeypatch):
     """Puts rows in the place of the shipped ones."""
 
     def forget() -> None:
-        for cached in (lookup.rows, lookup._rows_of, choose):
+        for cached in (lookup.rows, lookup._plain, lookup._filed, choose):
             cached.cache_clear()
 
     def put(*rows: tuple) -> None:

@@ -78,10 +78,21 @@ def rows(op: str) -> tuple[Row, ...]:
     return tuple(sorted(found, key=lambda row: row.bounds))
 
 
-@functools.lru_cache(maxsize=256)
-def _rows_of(op: str, **given: str) -> tuple[Row, ...]:
-    """Those that may serve, by the values that every Ask has."""
-    return tuple(row for row in rows(op) if all(_holds(x, row.when.get(n, x)) for n, x in given.items()))
+@functools.lru_cache(maxsize=8)
+def _plain(op: str) -> tuple[str, ...]:
+    """What every row names by one value: rows are filed under these."""
+    whens = [row.when for row in rows(op)]
+    plain = [{n for n, x in when.items() if not isinstance(x, list) and not _bounds(x)} for when in whens]
+    return tuple(sorted(set.intersection(*plain))) if plain else ()
+
+
+@functools.lru_cache(maxsize=1024)
+def _filed(op: str, values: tuple[Any, ...]) -> tuple[Row, ...]:
+    """Rows of these values, with what else they ask for."""
+    found = (row for row in rows(op) if all(row.when[n] == x for n, x in zip(_plain(op), values)))
+    return tuple(
+        dataclasses.replace(row, when={n: x for n, x in row.when.items() if n not in _plain(op)}) for row in found
+    )
 
 
 @functools.lru_cache(maxsize=8192)
@@ -92,7 +103,7 @@ def choose(ask: Ask) -> tuple[Choice, ...]:
         return ()
     fallback = "" if ask.arch == ask.device.arch else f" (fallback from {ask.arch})"
     found = measured(ask)
-    for row in _rows_of(ask.op, arch=ask.arch, pass_=ask.pass_):
+    for row in _filed(ask.op, tuple(getattr(ask, name) for name in _plain(ask.op))):
         if row.serves(ask) and ask.fits(config := ask.answer(**row.config)):
             found.append(Choice(ask.fitted(config), f"table {ask.arch}: {row.source}{fallback}"))
     found += [Choice(ask.fitted(config), "formula" + fallback) for config in formula]
