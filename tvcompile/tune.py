@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None, console: Console | None = None)
         return tune(problems(options), options.effort, console)
     except Usage as error:
         console.print(f"tvcompile.tune: {error}", style="red", highlight=False, markup=False)
-        console.print(p.format_usage().rstrip(), highlight=False, markup=False)
+        console.print(f"{p.prog} --help lists the options", highlight=False, markup=False)
         return 2
     except KeyboardInterrupt:
         return 130

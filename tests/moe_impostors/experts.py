@@ -73,11 +73,11 @@ class HiddenScaledByItsToken(Masked):
 class HalvesHaveBiasesOfTheirOwn(Masked):
     def __init__(self):
         super().__init__()
-        self.b_g, self.b_u = (nn.Parameter(torch.randn(self.count, FF) / 2) for _ in range(2))
+        self.b_g, self.b_u = (nn.Parameter(torch.randn(self.count, 2 * FF) / 2) for _ in range(2))
 
     def one(self, x, e):
         g, u = self.linear(x, "up", e).chunk(2, -1)
-        return self.linear(F.silu(g + self.b_g[e]) * (u + self.b_u[e]), "down", e)
+        return self.linear(F.silu(g + self.b_g[e, :FF]) * (u + self.b_u[e, FF:]), "down", e)
 
 
 @impostor(ANY)
