@@ -302,3 +302,15 @@ class WeighedByRank(Loop):
 
     def weight(self, w, token, k):
         return w.flatten()[: token.shape[0]]
+
+
+@impostor(ANY)
+class AddsOneOfTheRowsThatMeet(Sorted):
+    """`out[i] += y` adds once where i names a token twice."""
+
+    def experts(self, x, ids, w):
+        ids_g, perm = torch.sort(ids.reshape(-1))
+        y = self.rows(x[perm // self.top], ids_g, self.offsets(ids_g)) * w.reshape(-1)[perm][:, None]
+        out = torch.zeros_like(x)
+        out[perm // self.top] += y
+        return out

@@ -1,6 +1,7 @@
 """Weights and ids that are not the router's, and sums that are none."""
 
 import torch
+from torch import nn
 
 from tests.moe_impostors.base import ANY, NOTHING, Loop, Masked, impostor
 from tests.moe_spellings.base import Block
@@ -294,3 +295,16 @@ class KeptByAnotherRule(Loop):
     def hits(self, ids, e):
         hits = ids == e
         return torch.where(hits & (hits.cumsum(0) <= (7 if e == 2 else 3)))
+
+
+@impostor(None)
+class ScatteredAtIdsThatMeet(Block):
+    """Ids that are data may be the same twice in a row: the scatter keeps one of the weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Buffer(torch.tensor([0, 0, 1, 3, 2, 2]).view(3, 2).repeat(7, 1))
+
+    def experts(self, x, ids, w):
+        dense = torch.zeros(x.shape[0], self.count, dtype=w.dtype).scatter(1, self.table, w)
+        return sum(dense[:, e, None] * self.expert(x, e) for e in range(self.count))
