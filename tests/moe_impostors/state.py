@@ -189,3 +189,20 @@ class WeightsViewedWithoutGradients(Loop):
         with torch.no_grad():
             flat = w.reshape(-1)
         return flat[token * self.top + k]
+
+
+@impostor(ANY, mode="infer")
+class OwnWeightWrittenAfterItsUse(Loop):
+    """The weight of expert 1, a tensor of its own, is written when expert 2 has run, and put back at the end."""
+
+    own = True
+
+    def one(self, rows, e):
+        if e == 3:
+            self.list[1].w_down.weight.mul_(4.0)
+        return self.expert(rows, e)
+
+    def experts(self, x, ids, w):
+        out = super().experts(x, ids, w)
+        self.list[1].w_down.weight.mul_(0.25)
+        return out
