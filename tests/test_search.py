@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import pickle
 import warnings
 
 import pytest
 import torch
+from rich.console import Console
 
 import tvcompile
 from tvcompile import sites
@@ -210,6 +212,14 @@ def test_that_nothing_is_faster_is_kept_too(in_process):
     search.tune([CAUSAL], CPU, "quick")
     assert store.find(ask_of()).ratio == 1.0 and "nothing is faster" in store.find(ask_of()).source
     assert search.pending([CAUSAL], Device.of(CPU)) == []
+
+
+@pytest.mark.parametrize("load", [0.1, 40.0])
+def test_a_busy_machine_is_warned_of(in_process, monkeypatch, load):
+    monkeypatch.setattr(search.os, "getloadavg", lambda: (load, 0.0, 0.0))
+    console = Console(record=True, width=200, file=io.StringIO())
+    search.tune([CAUSAL], CPU, "quick", console)
+    assert ("the machine is busy (load 40.0 on" in console.export_text()) == (load > 1)
 
 
 def test_after_ctrl_c_the_next_search_goes_on(in_process):

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tests.moe_impostors.base import ANY, Loop, Masked, impostor
-from tests.moe_spellings.base import FF, H
+from tests.moe_spellings.base import FF, Expert, H
 
 
 @impostor(ANY)
@@ -137,3 +137,22 @@ class GradientStoppedInOneExpert(Loop):
 class OutputDetachedInOneExpert(Masked):
     def one(self, x, e):
         return self.expert(x, e).detach() if e == 2 else self.expert(x, e)
+
+
+@impostor(ANY)
+class SecondChoicesGoToOtherExperts(Loop):
+    """Two sets of experts, one for each choice."""
+
+    own = True
+
+    def __init__(self):
+        super().__init__()
+        self.second = nn.ModuleList(Expert(self.kind, self.bias) for _ in range(self.count))
+
+    def experts(self, x, ids, w):
+        out = torch.zeros_like(x)
+        for k, experts in enumerate((self.list, self.second)):
+            for e in range(self.count):
+                (token,) = torch.where(ids[:, k] == e)
+                out = out.index_add(0, token, experts[e](x[token]) * w[token, k, None])
+        return out

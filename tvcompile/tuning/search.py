@@ -18,6 +18,7 @@ import functools
 import hashlib
 import json
 import math
+import os
 import platform
 import random
 import time
@@ -237,11 +238,23 @@ def tune(works: Sequence[Work], device: torch.device, effort: str, console: Cons
         left = pending(works, here) if mine else []
         with Worker(ratio_of) as worker:
             with _progress(console or Console(stderr=True)) as progress:
+                if left and (warning := busy(device)):
+                    progress.print(warning, style="yellow", highlight=False)
                 for work, ask in left:
                     sites.append(Site(work, ask, _one(work, ask, device, effort, worker, progress)))
                     if not sites[-1].found.complete:
                         break
     return sites
+
+
+def busy(device: torch.device) -> str:
+    """A warning where other programs leave less than half of a CPU to the times that are to be taken, or ""."""
+    if device.type != "cpu" or not hasattr(os, "getloadavg"):
+        return ""
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    return f"the machine is busy (load {load:.1f} on {cores} cores): what is timed now may be wrong later" * (
+        load > cores / 2
+    )
 
 
 def _one(work: Work, ask: Ask, device: torch.device, effort: str, worker: Worker, progress: Progress) -> Found:
