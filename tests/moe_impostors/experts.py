@@ -139,7 +139,7 @@ class OutputDetachedInOneExpert(Masked):
         return self.expert(x, e).detach() if e == 2 else self.expert(x, e)
 
 
-@impostor(ANY)
+@impostor(None)
 class SecondChoicesGoToOtherExperts(Loop):
     """Two sets of experts, one for each choice."""
 
