@@ -318,3 +318,17 @@ class AddedWithAFactor(Loop):
             token, k = torch.where(ids == e)
             out.index_add_(0, token, self.expert(x[token], e) * w[token, k, None], alpha=1.5)
         return out
+
+
+@impostor(None)
+class IdsCountFromTheEnd(Block):
+    """Ids that are data: -1 is the last expert of a gather."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Buffer(torch.tensor([0, -1, -3, 3, 2, -4]).view(3, 2).repeat(7, 1))
+
+    def experts(self, x, ids, w):
+        pre = torch.einsum("th,tkhf->tkf", x, self.w_up[self.table])
+        y = torch.einsum("tkf,tkfh->tkh", self.activate(pre), self.w_down[self.table])
+        return (y * w.unsqueeze(-1)).sum(1)
