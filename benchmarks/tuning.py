@@ -44,6 +44,7 @@ def asks() -> list[tuple[str, Callable[[], object]]]:
         ("attention, known, with its Ask made", lambda: choose(Ask(SM90, "fwd", "bfloat16", 128, 128, "causal", 4096))),
         ("experts, known", lambda: choose(experts)),
         ("attention, new", lambda: choose(dataclasses.replace(attention, rows=next(lengths)))),
+        ("experts, new", lambda: choose(dataclasses.replace(experts, rows=next(lengths)))),
     ]
 
 

@@ -41,7 +41,8 @@ class Config:
     splits: int = 1
 
     def __post_init__(self) -> None:
-        if any(n & (n - 1) or n < 16 for n in (self.BLOCK_M, self.BLOCK_N)):
+        M, N = self.BLOCK_M, self.BLOCK_N
+        if M & (M - 1) or N & (N - 1) or min(M, N) < 16:
             raise ValueError(f"blocks have a power of two of rows, at least 16: {self}")
 
     @property
