@@ -308,9 +308,10 @@ def test_a_mixture_is_tuned(in_process, monkeypatch):
     search.tune([MIXTURE], CPU, "quick")
     seen = []
     kernel = moe.choose(moe.ExpertNeed(MIXTURE.spec, torch.float32))
-    spy = dataclasses.replace(kernel, forward=lambda p, save: [seen.append(p.config), kernel.forward(p, save)][1])
+    spy = dataclasses.replace(kernel, backward=lambda p, *rest: [seen.append(p.config), kernel.backward(p, *rest)][1])
     monkeypatch.setattr(moe, "choose", lambda need: spy)
-    torch.ops.tv.moe(*MIXTURE.inputs(CPU), True)
+    x, *rest = MIXTURE.inputs(CPU)
+    torch.ops.tv.moe(x.requires_grad_(), *rest, True)[0].sum().backward()
     assert seen == [best]
 
 

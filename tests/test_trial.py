@@ -10,6 +10,7 @@ import time
 import pytest
 
 from tests.test_search import BEST, CAUSAL, CPU, LISTED, MIXTURE, PADDED, SECOND, Clock
+from tvcompile.arch import Device
 from tvcompile.kernels import attention
 from tvcompile.spec import AttentionSpec
 from tvcompile.tuning import cpu, trial
@@ -58,7 +59,7 @@ def test_every_candidate_is_right(work, monkeypatch):
     """Of the whole problem, and of a part where the formula cannot have all."""
     for fit in (trial.FIT, 5000):
         monkeypatch.setattr(trial, "FIT", fit)
-        for pass_ in cpu.PASSES:
+        for pass_ in [ask.pass_ for ask in work.asks(Device.of(CPU))]:
             one = Trial(work, pass_, CPU, Clock())
             assert len(one.exact) == len(one.found) > 0
             right = 0

@@ -90,10 +90,14 @@ def test_captures_and_two_lengths(in_process):  # noqa: F811
 
 
 def test_experts_given_by_hand(in_process):  # noqa: F811
-    said("--experts", "40,2,4,16,12", "--forward-only")
+    said("--experts", "40,2,4,16,12")
     work, pass_, config = in_process.jobs[0]
     assert (work.T, work.K, work.E, work.H, work.F, work.H_out) == (40, 2, 4, 16, 12, 16)
-    assert pass_ == "fwd" and isinstance(config, cpu.ExpertConfig)
+    assert pass_ == "bwd" and isinstance(config, cpu.ExpertConfig)
+
+
+def test_experts_without_backward_have_nothing_to_search_on_the_cpu(in_process):  # noqa: F811
+    assert "nothing to search" in said("--experts", "40,2,4,16,12", "--forward-only") and in_process.jobs == []
 
 
 def model_module(make):

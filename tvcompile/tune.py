@@ -247,6 +247,9 @@ def tune(todo: list[Problem], effort: str, console: Console) -> int:
     store.load()
     able = [(work, device) for work, device in todo if not unknown(work)]
     sites: list[search.Site] = []
+    if not any(work.asks(Device.of(device)) for work, device in able):
+        console.print("nothing to search: none of these takes a config (on the CPU, experts without a backward pass)")
+        return 0
     for device in dict.fromkeys(device for _, device in able):
         works = [work for work, of in able if of == device]
         passes = len(search.pending(works, Device.of(device)))

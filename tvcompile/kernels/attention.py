@@ -165,13 +165,17 @@ def _differentiate(ctx, grad_out, _grad_lse, _grad_rest):
     return dq, dk, dv, dcaptures, None if ctx.sizes else [], None, None
 
 
-def opened(run: Callable, mode: FunctionalTensorMode, op, types, args, kwargs):
-    """In AOTAutograd, on a GPU: the tensor operations and launches of `run` take the op's place in the graph."""
-    q = next(x for x in args if isinstance(x, Tensor))
-    if q.device.type != "cuda" or custom_triton_ops_decomposition_disabled():
-        return mode.__torch_dispatch__(op, types, args, kwargs)
-    with mode:
-        return run(*args, **kwargs)
+def opened(run: Callable, devices: Sequence[str] = ("cuda",)) -> Callable:
+    """In AOTAutograd, on these devices: the operations and launches of `run` take the op's place in the graph."""
+
+    def dispatch(mode: FunctionalTensorMode, op, types, args, kwargs):
+        q = next(x for x in args if isinstance(x, Tensor))
+        if q.device.type not in devices or custom_triton_ops_decomposition_disabled():
+            return mode.__torch_dispatch__(op, types, args, kwargs)
+        with mode:
+            return run(*args, **kwargs)
+
+    return dispatch
 
 
 for _name, _run, _fake in (
@@ -180,7 +184,5 @@ for _name, _run, _fake in (
 ):
     LIB.impl(_name, _run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"tv::{_name}", _fake, lib=LIB)
-    torch.library.register_torch_dispatch(
-        f"tv::{_name}", FunctionalTensorMode, functools.partial(opened, _run), lib=LIB
-    )
+    torch.library.register_torch_dispatch(f"tv::{_name}", FunctionalTensorMode, opened(_run), lib=LIB)
 torch.library.register_autograd("tv::attention", _differentiate, setup_context=_save, lib=LIB)

@@ -5,18 +5,20 @@
                dpre = w D act'(pre);  ddown[e] = act^T (w G);  dup[e] = X^T dpre;  dx[t] = sum_k (dpre up[e]^T)[t,k]
     weigh=input:  X = w x[tokens], and w is nowhere else;  dw = <dpre up[e]^T, x[tokens]>
 
-    X, G, pre, dpre: a row for each of the n pairs of one expert. y of all pairs [T*K,H_out] in the compute dtype
+Weights are never gathered, rows of x only for one expert at a time. Products are made in x's dtype where the CPU has
+instructions for it, everything else in the compute dtype, float32 or wider.
 
-Weights are never gathered. Products are made in x's dtype where the CPU has instructions for it, everything else in
-the compute dtype, float32 or wider. D serves both dw and dpre, so that y need not be kept. Experts with few pairs are
-taken together (Batch), so that what is computed for each element is computed for many at a time.
+Forward is a few steps of all pairs. In AOTAutograd they take the place of tv::moe, so that Inductor fuses all but the
+products (tv::expert_products). Backward goes expert by expert, which takes less memory; those with few pairs are taken
+together (Batch), so that what is computed for each element is computed for many at a time. D serves both dw and dpre,
+so that y need not be kept.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import sympy
 import torch
@@ -58,6 +60,42 @@ def multiply(out: Tensor, a: Tensor, b: Tensor) -> None:
         out.copy_(a.to(dtype) @ b.to(dtype))
 
 
+@torch.library.custom_op("tv::expert_products", mutates_args=())
+def products(
+    rows: Tensor, places: Tensor | None, offsets: Tensor, count: int, W: Sequence[Tensor], bias: Sequence[Tensor]
+) -> Tensor:
+    """[n,N]: pair r's row, rows[places[r]] or rows[r], times W of its expert, plus the bias of its expert if any.
+
+    offsets [E+1]: expert e has the pairs offsets[e] up to offsets[e+1]; pairs after the last get zeros. W, bias: one
+    of the lists of tv::moe; of gates and ups apart, the columns of g come first.
+    """
+    bounds, (W, bias) = offsets.tolist(), (unstacked(W, 2), unstacked(bias, 1))
+    sets = len(W) // count
+    out = rows.new_empty(len(rows) if places is None else len(places), sets * W[0].shape[1])
+    out[bounds[-1] :] = 0
+    for e, (a, b) in enumerate(zip(bounds, bounds[1:])):
+        if a == b:
+            continue
+        X = rows[a:b] if places is None else rows.index_select(0, places[a:b])
+        parts = out[a:b].chunk(sets, 1)
+        for part, w in zip(parts, W[e::count]):
+            times(part, X, w)
+        for part, each in zip(parts, bias[e::count]):
+            part += each
+    return out
+
+
+@products.register_fake
+def _fake_products(rows, places, offsets, count, W, bias):
+    n, sets = (rows if places is None else places).shape[0], 1 if W[0].dim() == 3 else len(W) // count
+    return rows.new_empty(n, sets * W[0].shape[-1])
+
+
+def unstacked(tensors: Sequence[Tensor], dims: int) -> Sequence[Tensor]:
+    """Those of each expert, of so many dims, of one stacked tensor or of a list; of two sets one after the other."""
+    return [t for stack in tensors for t in stack.unbind()] if tensors and tensors[0].dim() > dims else tensors
+
+
 # Batches
 
 
@@ -90,68 +128,66 @@ class Batch:
                 yield Batch(slice(a, b), shares, tokens[a:b], w[a:b])
             first = e
 
-    def chunks(self, F: int, most: int) -> Iterator[slice]:
-        """Rows with at most so many activations per thread."""
-        step = max(1, most * torch.get_num_threads() // F)
-        for i in range(0, len(self.tokens), step):
-            yield slice(i, i + step)
 
-
-def gather(p: Experts, batch: Batch) -> Tensor:
-    """X [n,H]"""
-    rows = p.x[batch.tokens]
-    return rows * batch.w.to(rows.dtype) if p.spec.weigh == "input" else rows
-
-
-def project(p: Experts, batch: Batch, X: Tensor, pre: Tensor) -> None:
-    """Writes pre [n,P*F]."""
-    for e, rows in batch.shares:
-        ups, biases = p.of_expert(p.up, e), p.of_expert(p.up_bias, e)
-        parts = pre[rows].chunk(len(ups), -1)
-        for part, W in zip(parts, ups):
-            times(part, X[rows], W)
-        for part, bias in zip(parts, biases):
-            part += bias
+def chunks(rows: Tensor, most: int) -> Iterator[slice]:
+    """So many rows at a time that each thread has at most that many of their numbers."""
+    step = max(1, most * torch.get_num_threads() // rows.shape[1])
+    for i in range(0, len(rows), step):
+        yield slice(i, i + step)
 
 
 def gather_sum(p: Experts, routing: Routing, rows: Tensor, weighed: bool) -> Tensor:
     """[T,Y]: sum_k of the rows of (t, k) in rows [T*K,Y], times weights[t,k] if `weighed`; in the order of k."""
-    if rows.numel() == 0:
-        return rows.new_zeros(p.ids.shape[0], rows.shape[1])
+    dtype, (T, K) = compute_dtype(rows.dtype), p.ids.shape
     place = torch.empty_like(routing.order)
     place[routing.order] = torch.arange(len(place))
-    weights = None
+    place, weights = place.view(T, K), None
     if weighed:
         dropped = (p.ids < 0) | (p.ids >= p.count)
-        weights = p.weights.to(rows.dtype).masked_fill(dropped, 0.0)
-    return embedding_bag(place.view(p.ids.shape), rows, mode="sum", per_sample_weights=weights)
+        weights = p.weights.to(dtype).masked_fill(dropped, 0.0)
+    if not p.config.chunk:
+        found = rows[place].to(dtype)
+        return (found if weights is None else found * weights[..., None]).sum(1)
+    out = rows.new_zeros(T, rows.shape[1], dtype=dtype)
+    bags = torch.arange(len(rows)).view(T, K)
+    for part in chunks(out, p.config.chunk) if rows.numel() else ():
+        found = rows.index_select(0, place[part].flatten()).to(dtype)
+        w = None if weights is None else weights[part]
+        out[part] = embedding_bag(bags[: len(place[part])], found, mode="sum", per_sample_weights=w)
+    return out
 
 
-# Forward and backward
+# Forward
 
 
 def forward(p: Experts, save: bool) -> tuple[Tensor, Tensor]:
-    T, K = p.ids.shape
-    _, F, H_out = p.features
-    wide = p.spec.parts * F
     routing = Routing.of(p.ids, p.count)
-    kept = int(routing.offsets[-1])
-    hidden, y = p.x.new_empty((T * K, wide) if save else 0), p.x.new_empty(T * K, H_out)
-    y[kept:] = 0
-    if save:
-        hidden[kept:] = 0
-    for batch in Batch.all(p, routing):
-        pre = hidden[batch.at] if save else p.x.new_empty(len(batch.tokens), wide)
-        project(p, batch, gather(p, batch), pre)
-        h = p.x.new_empty(len(pre), F)
-        for part in batch.chunks(F, p.config.chunk):
-            h[part] = activate(p.spec.act, p.split(pre[part].to(batch.w.dtype)))
-        for e, rows in batch.shares:
-            times(y[batch.at][rows], h[rows], p.of_expert(p.down, e)[0])
-            for bias in p.of_expert(p.down_bias, e):
-                y[batch.at][rows] += bias
-    out = gather_sum(p, routing, y.to(compute_dtype(y.dtype)), p.spec.weigh == "output")
-    return out.to(p.out_dtype), hidden
+    pre = project(p, routing)
+    y = products(activations(p, pre), None, routing.offsets, p.count, p.down, p.down_bias)
+    out = gather_sum(p, routing, y, p.spec.weigh == "output")
+    return out.to(p.out_dtype), pre if save else pre.new_empty(0)
+
+
+def project(p: Experts, routing: Routing) -> Tensor:
+    """pre of all pairs [T*K,P*F]"""
+    X, tokens = p.x, routing.order // max(1, p.ids.shape[1])
+    if p.spec.weigh == "input":
+        X, tokens = X[tokens] * p.weights.reshape(-1)[routing.order, None].to(X.dtype), None
+    return products(X, tokens, routing.offsets, p.count, p.up, p.up_bias)
+
+
+def activations(p: Experts, pre: Tensor) -> Tensor:
+    """[n,F] of pre [n,P*F]"""
+    dtype = compute_dtype(pre.dtype)
+    if not p.config.chunk:
+        return activate(p.spec.act, p.split(pre.to(dtype))).to(pre.dtype)
+    h = pre.new_empty(len(pre), p.features[1])
+    for part in chunks(h, p.config.chunk):
+        h[part] = activate(p.spec.act, p.split(pre[part].to(dtype)))
+    return h
+
+
+# Backward
 
 
 def backward(p: Experts, grad_out: Tensor, hidden: Tensor, wanted: Wanted) -> ExpertGradients:
@@ -160,20 +196,16 @@ def backward(p: Experts, grad_out: Tensor, hidden: Tensor, wanted: Wanted) -> Ex
     sums = _unwritten(p, routing, wanted)
     dw = p.x.new_zeros(T * K, dtype=compute_dtype(p.x.dtype))
     dX = p.x.new_zeros((T * K, p.x.shape[1]) if wanted.x else 0)
+    hidden = hidden if hidden.numel() else project(p, routing)
     for batch in Batch.all(p, routing):
-        X = gather(p, batch)
-        if hidden.numel():
-            pre = hidden[batch.at]
-        else:
-            project(p, batch, X, pre := p.x.new_empty(len(X), p.spec.parts * p.features[1]))
-        dpre = _through_down(p, batch, pre, grad_out[batch.tokens], dw[batch.at], wanted, sums)
-        d_rows = _through_up(p, batch, X, dpre, wanted, sums)
+        dpre = _through_down(p, batch, hidden[batch.at], grad_out, dw[batch.at], wanted, sums)
+        d_rows = _through_up(p, batch, dpre, wanted, sums)
         if wanted.x:
             dX[batch.at] = d_rows
         if d_rows is not None and p.spec.weigh == "input":
             dw[batch.at] = (d_rows.to(dw.dtype) * p.x[batch.tokens]).sum(-1)
     if wanted.x:
-        sums.x.copy_(gather_sum(p, routing, dX.to(dw.dtype), p.spec.weigh == "input"))
+        sums.x.copy_(gather_sum(p, routing, dX, p.spec.weigh == "input"))
     if wanted.weights:
         sums.weights.view(-1)[routing.order] = dw.to(p.weights.dtype)
     return sums
@@ -202,15 +234,16 @@ def _slopes(act: Expr, gated: bool) -> Expr:
 
 
 def _through_down(
-    p: Experts, batch: Batch, pre: Tensor, G: Tensor, dw: Tensor, wanted: Wanted, sums: ExpertGradients
+    p: Experts, batch: Batch, pre: Tensor, grad_out: Tensor, dw: Tensor, wanted: Wanted, sums: ExpertGradients
 ) -> Tensor:
     """dpre [n,P*F]; writes dw [n] unless weigh=input, and ddown and ddown_bias of the batch."""
     outside, slopes = p.spec.weigh == "output", _slopes(p.spec.act, p.spec.parts == 2)
-    D, narrow = p.x.new_empty(len(G), p.features[1]), G.to(p.x.dtype)
+    G = grad_out.index_select(0, batch.tokens).to(p.x.dtype)
+    D = p.x.new_empty(len(G), p.features[1])
     for e, rows in batch.shares:
-        times(D[rows], narrow[rows], p.of_expert(p.down, e)[0].mT)
+        times(D[rows], G[rows], p.of_expert(p.down, e)[0].mT)
     dpre, h = torch.empty_like(pre), D
-    for part in batch.chunks(D.shape[1], p.config.chunk):
+    for part in chunks(D, p.config.chunk):
         act, *slope = mods.evaluate(slopes, p.split(pre[part].to(dw.dtype)))
         d, target = D[part].to(dw.dtype), p.split(dpre[part])
         if outside:
@@ -219,24 +252,23 @@ def _through_down(
         for into, s in zip((target.u, target.g), slope):
             into.copy_(d * s)
         h[part] = act  # from here on D holds the activations
-    G = G.to(dw.dtype)
     for e, rows in batch.shares if outside else ():
         for bias in p.of_expert(p.down_bias, e):
-            dw[rows] += G[rows] @ bias.to(dw.dtype)
-    G = G * batch.w if outside else G
-    narrow = G.to(p.x.dtype)
+            dw[rows] += G[rows].to(dw.dtype) @ bias.to(dw.dtype)
+    for part in chunks(G, p.config.chunk) if outside else ():
+        G[part] = G[part].to(dw.dtype) * batch.w[part]
     for e, rows in batch.shares:
         if wanted.projections:
-            multiply(p.of_expert(sums.down, e)[0], h[rows].mT, narrow[rows])
+            multiply(p.of_expert(sums.down, e)[0], h[rows].mT, G[rows])
         if wanted.biases and p.down_bias:
-            p.of_expert(sums.down_bias, e)[0].copy_(G[rows].sum(0))
+            p.of_expert(sums.down_bias, e)[0].copy_(G[rows].sum(0, dtype=dw.dtype))
     return dpre
 
 
-def _through_up(
-    p: Experts, batch: Batch, X: Tensor, dpre: Tensor, wanted: Wanted, sums: ExpertGradients
-) -> Tensor | None:
+def _through_up(p: Experts, batch: Batch, dpre: Tensor, wanted: Wanted, sums: ExpertGradients) -> Tensor | None:
     """dpre up^T [n,H] if wanted; writes dup and dup_bias of the batch."""
+    X = p.x.index_select(0, batch.tokens)
+    X = X * batch.w.to(X.dtype) if p.spec.weigh == "input" else X
     found = torch.empty_like(X) if wanted.x or (wanted.weights and p.spec.weigh == "input") else None
     for e, rows in batch.shares:
         ups = p.of_expert(p.up, e)

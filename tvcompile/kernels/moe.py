@@ -49,15 +49,15 @@ def _chosen(p: Experts, backward: bool) -> tuple[ExpertKernel, Experts]:
     T, K = map(hint, p.ids.shape)
     device = Device.of(p.x.device)
     need = ExpertNeed(p.spec, p.x.dtype, backward, T, K, p.count, p.features, p.stacked, device)
-    if device.arch == "cpu":
-        p = dataclasses.replace(p, config=tuning.choose(need.work.ask(device, "bwd" if backward else "fwd"))[0].config)
+    if device.arch == "cpu" and backward:
+        p = dataclasses.replace(p, config=tuning.choose(need.work.ask(device, "bwd"))[0].config)
     return choose(need), p
 
 
-def _forward(x, ids, weights, up, down, up_bias, down_bias, spec, save):
+def _forward(x, ids, weights, up, down, up_bias, down_bias, spec, save, whole=False):
     p = Experts.of(x, ids, weights, up, down, up_bias, down_bias, spec)
     kernel, p = _chosen(p, False)
-    return kernel.forward(p, save)
+    return kernel.forward(dataclasses.replace(p, config=p.config.whole) if whole else p, save)
 
 
 def _backward(grad_out, x, ids, weights, up, down, up_bias, down_bias, spec, hidden, wanted):
@@ -134,10 +134,11 @@ def _differentiate(ctx, grad_out, _):
     return dx if wanted[0] else None, None, dw if wanted[1] else None, *found, None, None
 
 
-for _name, _run, _fake in (("moe", _forward, _fake_forward), ("moe_backward", _backward, _fake_backward)):
+for _name, _run, _fake, _open in (
+    ("moe", _forward, _fake_forward, opened(functools.partial(_forward, whole=True), ("cpu", "cuda"))),
+    ("moe_backward", _backward, _fake_backward, opened(_backward)),
+):
     LIB.impl(_name, _run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"tv::{_name}", _fake, lib=LIB)
-    torch.library.register_torch_dispatch(
-        f"tv::{_name}", FunctionalTensorMode, functools.partial(opened, _run), lib=LIB
-    )
+    torch.library.register_torch_dispatch(f"tv::{_name}", FunctionalTensorMode, _open, lib=LIB)
 torch.library.register_autograd("tv::moe", _differentiate, setup_context=_save, lib=LIB)

@@ -90,21 +90,29 @@ def work_of(spec: AttentionSpec) -> str:
 class ExpertConfig:
     """How a mixture of experts is cut.
 
-    batch   activations of the experts that are taken together, unless one has more
-    chunk   activations per thread that are computed at a time: a few such tensors stay in cache
+    batch   activations of the experts that backward takes together, unless one has more
+    chunk   activations per thread that are computed at a time: a few such tensors stay in cache; 0: all at once
     """
 
     batch: int = 1 << 20
-    chunk: int = 1 << 17
+    chunk: int = 1 << 16
 
     def __post_init__(self) -> None:
-        if min(self.batch, self.chunk) < 1:
-            raise ValueError(f"a batch and a chunk have at least one activation: {self}")
+        if self.batch < 1 or self.chunk < 0:
+            raise ValueError(f"a batch and a chunk have at least one activation, or a chunk all (0): {self}")
+
+    @property
+    def whole(self) -> ExpertConfig:
+        """For a compiler that cuts by itself."""
+        return ExpertConfig(chunk=0)
 
 
 @dataclasses.dataclass(frozen=True)
 class ExpertAsk(ask.Ask):
-    """What a config of tv::moe is for: pass_ one of PASSES; work: text of the Spec; sizes as experts.py has them."""
+    """What a config of tv::moe is for: pass_ is bwd, Inductor cuts forward by itself; work: text of the Spec.
+
+    Sizes as experts.py has them.
+    """
 
     op = "cpu.moe"
     answer = ExpertConfig
@@ -128,5 +136,5 @@ class ExpertAsk(ask.Ask):
         return [ExpertConfig()]
 
     def candidates(self) -> list[ExpertConfig]:
-        steps = itertools.product((20, 17, 19, 22), (17, 15, 16, 19))
+        steps = itertools.product((20, 17, 19, 22), (16, 15, 17, 19))
         return [ExpertConfig(1 << batch, 1 << chunk) for batch, chunk in steps]

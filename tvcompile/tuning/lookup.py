@@ -87,12 +87,12 @@ def _plain(op: str) -> tuple[str, ...]:
 
 
 @functools.lru_cache(maxsize=1024)
-def _filed(kind: type[Ask], values: tuple[Any, ...]) -> tuple[tuple[Row, Any], ...]:
+def _filed(op: str, answer: type, values: tuple[Any, ...]) -> tuple[tuple[Row, Any], ...]:
     """Rows of these values, with what else they ask for, and their configs."""
-    plain = _plain(kind.op)
-    found = (row for row in rows(kind.op) if all(row.when[n] == x for n, x in zip(plain, values)))
+    plain = _plain(op)
+    found = (row for row in rows(op) if all(row.when[n] == x for n, x in zip(plain, values)))
     rest = (dataclasses.replace(row, when={n: x for n, x in row.when.items() if n not in plain}) for row in found)
-    return tuple((row, kind.answer(**row.config)) for row in rest)
+    return tuple((row, answer(**row.config)) for row in rest)
 
 
 @functools.lru_cache(maxsize=8192)
@@ -103,7 +103,7 @@ def choose(ask: Ask) -> tuple[Choice, ...]:
         return ()
     fallback = "" if ask.arch == ask.device.arch else f" (fallback from {ask.arch})"
     found = measured(ask)
-    for row, config in _filed(type(ask), tuple([getattr(ask, name) for name in _plain(ask.op)])):
+    for row, config in _filed(ask.op, ask.answer, tuple([getattr(ask, name) for name in _plain(ask.op)])):
         if row.serves(ask) and ask.fits(config):
             found.append(Choice(ask.fitted(config), f"table {ask.arch}: {row.source}{fallback}"))
     found += [Choice(ask.fitted(config), "formula" + fallback) for config in formula]

@@ -280,9 +280,7 @@ class ExpertRuns:
             from ..kernels import cpu_experts
 
             p = dataclasses.replace(self.p, config=config)
-            if self.backward:
-                return lambda: _all(cpu_experts.backward(p, self.direction, self.hidden, Wanted()))
-            return lambda: [cpu_experts.forward(p, True)[0]]
+            return lambda: _all(cpu_experts.backward(p, self.direction, self.hidden, Wanted()))
         from ..kernels import moe_triton
 
         configs = {name: self._formula(name) for name in moe.PASSES} | {self.ask.pass_: config}

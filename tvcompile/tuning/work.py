@@ -120,12 +120,11 @@ class Experts:
 
     def asks(self, device: Device) -> list[Ask]:
         """What the configs of all passes are for."""
-        every = cpu.PASSES if device.arch == "cpu" else moe.PASSES
-        forward = 1 if device.arch == "cpu" else 2
-        return [self.ask(device, pass_) for pass_ in (every if self.backward else every[:forward])]
+        forward, backward = ((), ("bwd",)) if device.arch == "cpu" else (moe.PASSES[:2], moe.PASSES[2:])
+        return [self.ask(device, pass_) for pass_ in (*forward, *(backward if self.backward else ()))]
 
     def ask(self, device: Device, pass_: str) -> Ask:
-        """Of one of moe.PASSES; on a CPU of fwd and bwd."""
+        """Of one of moe.PASSES; on a CPU of bwd."""
         if device.arch == "cpu":
             sizes = self.T, self.K, self.E, self.H, self.F, self.H_out
             return cpu.ExpertAsk(device, pass_, self.dtype, _text(self.spec), *sizes, self.stacked)
