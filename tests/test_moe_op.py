@@ -13,7 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 import tvcompile.kernels
 from tests.harness import tolerated
 from tvcompile import expr, syntax
-from tvcompile.kernels.experts import Experts, moe_ref
+from tvcompile.kernels.experts import Experts, Routing, moe_ref
 from tvcompile.moe_spec import LAYOUTS, MoESpec
 from tvcompile.tuning.cpu import ExpertConfig
 
@@ -186,6 +186,16 @@ def test_a_result_of_another_dtype():
 @pytest.mark.parametrize("layout, stacked", [("chunk", True), ("separate", False), ("interleave", True)])
 def test_the_registration_passes_opcheck(layout, stacked):
     torch.library.opcheck(OP, (*arguments(layout, stacked, dtype=torch.float32), spec_of(layout), True))
+
+
+@pytest.mark.parametrize("layout, stacked", [("chunk", True), ("separate", False), ("separate", True)])
+def test_the_products_pass_opcheck(layout, stacked):
+    args = arguments(layout, stacked, dtype=torch.float32)
+    x, ids, _, up, _, bias, _ = ([t.detach() for t in a] if isinstance(a, list) else a.detach() for a in args)
+    routing, products = Routing.of(ids, E), torch.ops.tv.expert_products.default
+    tokens = routing.order // K
+    torch.library.opcheck(products, (x, tokens, routing.offsets, E, up, bias))
+    torch.library.opcheck(products, (x[tokens], None, routing.offsets, E, up, []))
 
 
 def test_opcheck_of_inference():

@@ -87,7 +87,7 @@ def products(
 
 @products.register_fake
 def _fake_products(rows, places, offsets, count, W, bias):
-    n, sets = (rows if places is None else places).shape[0], 1 if W[0].dim() == 3 else len(W) // count
+    n, sets = (rows if places is None else places).shape[0], len(W) if W[0].dim() == 3 else len(W) // count
     return rows.new_empty(n, sets * W[0].shape[-1])
 
 
