@@ -7,7 +7,9 @@ import itertools
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from hypothesis import given, settings, strategies as st
+from torch._dynamo.backends.common import aot_autograd
 from torch.autograd.graph import saved_tensors_hooks
 
 import tvcompile.kernels
@@ -105,6 +107,21 @@ GRID = list(itertools.product(LAYOUTS, (True, False), (True, False), ("output", 
 @pytest.mark.parametrize("layout, stacked, bias, weigh", GRID)
 def test_every_layout_is_its_formula(layout, stacked, bias, weigh):
     check_exact(arguments(layout, stacked, bias), spec_of(layout, weigh))
+
+
+@pytest.mark.parametrize("layout, stacked, bias, weigh", GRID)
+def test_opened_in_a_graph_it_is_its_formula(layout, stacked, bias, weigh):
+    """What AOTAutograd makes of it, computed as it stands there."""
+    graphs = []
+
+    def keep(graph, _):
+        graphs.append(graph)
+        return make_boxed_func(graph)
+
+    torch._dynamo.reset()
+    call = torch.compile(op, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep))
+    check_exact(arguments(layout, stacked, bias), spec_of(layout, weigh), call)
+    assert "expert_products" in graphs[0].code and "tv.moe.default" not in graphs[0].code
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
