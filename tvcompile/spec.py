@@ -223,7 +223,8 @@ class MoEMatch:
 
     anchor   the sum whose value is replaced; region: every node between the first projections and the anchor
     x        the tokens, reshaped to [tokens, H]; t: the position of a token in the formulas of `choices`
-    base     a tensor of the anchor's shape that the results are added to, or None
+    base     a tensor of the anchor's shape that the results are added to, or (`stays`) that stays where a token has no
+             expert, or None
     saves    whether a backward pass may follow
     """
 
@@ -239,6 +240,7 @@ class MoEMatch:
     up_bias: tuple[Weights, ...]
     down_bias: tuple[Weights, ...]
     base: fx.Node | None
+    stays: bool
     saves: bool
 
     @property

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from tests.moe_spellings.base import Block, T, moe
+from tests.moe_spellings.base import Block, S, T, moe
 
 
 class Capacity(Block):
@@ -92,3 +92,65 @@ class GShard(Capacity):
         dispatch = combine.bool().to(x.dtype)
         rows = torch.einsum("sec,sm->ecm", dispatch, x)
         return torch.einsum("sec,ecm->sm", combine.to(x.dtype), self.places(rows))
+
+
+class Residual(Capacity):
+    """The experts' results take the tokens' places; who found none stays as it was."""
+
+    top, router = 1, "top1"
+
+    def experts(self, x, ids, w):
+        out, kept = x.clone(), self.kept(ids).squeeze(-1)
+        for e in range(self.count):
+            at = self.at((ids.squeeze(-1) == e) & kept)
+            out[at] = self.expert(x[at], e).to(out.dtype)
+        return w * out
+
+    def at(self, mask):
+        return mask
+
+    def reference(self, x):
+        flat = x.reshape(-1, x.shape[-1])
+        w, ids = self.route(flat)
+        return super().reference(x) + torch.where(self.kept(ids), 0.0, w * flat).reshape(x.shape)
+
+
+@moe(kind="relu", own=True)
+@moe(order="oi", bias=True)
+class MaskedResidual(Residual):
+    """Switch of transformers before version 5: next_states[mask] = expert(hidden_states[mask])."""
+
+
+@moe()
+@moe(kind="gelu", capacity=T)
+class ListedResidual(Residual):
+    def at(self, mask):
+        return torch.where(mask)[0]
+
+
+@moe(own=True, kind="relu")
+class OneHotResidual(Residual):
+    """By a column of a mask [B,S,E], as the router of Switch gives it, with a capacity for each sequence."""
+
+    three = True
+
+    def kept(self, ids):
+        hits = F.one_hot(ids.squeeze(-1), self.count)
+        return (hits.cumsum(-2) * hits).sum(-1, keepdim=True) <= self.capacity
+
+    def experts(self, x, ids, w):
+        hits = F.one_hot(ids.squeeze(-1), self.count)
+        mask = (hits * (hits.cumsum(-2) <= self.capacity)).bool()
+        out = x.clone()
+        for e in range(self.count):
+            out[mask[:, :, e]] = self.expert(x[mask[:, :, e]], e)
+        return w * out
+
+    def coefficients(self, x):
+        w, ids = self.route(x)
+        w = w * self.kept(ids.reshape(-1, S, 1)).reshape(-1, 1)
+        return torch.zeros(x.shape[0], self.count, dtype=w.dtype).scatter_add(1, ids, w)
+
+    def reference(self, x):
+        w, ids = self.route(x)
+        return Block.reference(self, x) + torch.where(self.kept(ids), 0.0, w * x)

@@ -43,8 +43,12 @@ def write_moe(graph: fx.Graph, m: MoEMatch, nodes: Mapping[str, fx.Node]) -> tup
     out = w.call(operator.getitem, pair, 0)
     before = m.anchor.meta["val"]
     shape = [w.size(size(n), sources) for n in before.shape]
+    if m.base is not None and m.stays:
+        base = w.call(aten.reshape.default, nodes[m.base.name], [tokens, before.shape[-1]])
+        some = [w.call(operator.ge, ids[0], 0), w.call(operator.lt, ids[0], m.experts)]
+        out = w.call(aten.where.self, w.call(operator.and_, *some), w.cast(out, before.dtype), base)
     out = w.call(aten.reshape.default, out, shape)
-    if m.base is not None:
+    if m.base is not None and not m.stays:
         base = nodes[m.base.name]
         if m.base.meta["val"].shape != before.shape:  # the same elements in the same order
             base = w.call(aten.reshape.default, base, shape)

@@ -23,7 +23,7 @@ from .cones import MOVES, computed, cones, followers, looks_routed
 from .expert import stacked
 from .facts import Facts, between
 from .movement import unravel
-from .parts import Column, add_biases, base_of_sum, check_whole, in_columns, part_of
+from .parts import Base, Column, add_biases, base_of_sum, check_whole, in_columns, part_of
 from .projections import Weight, in_range
 from .read import Unreadable
 from .routing import Token, possible, without_rows
@@ -102,7 +102,7 @@ def lift_at(r: RowReader, facts: Facts, sums: Sums, anchor: fx.Node) -> MoEMatch
 
 
 def build(
-    r: RowReader, facts: Facts, anchor: fx.Node, token: Token, columns: list[Column], base: fx.Node | None
+    r: RowReader, facts: Facts, anchor: fx.Node, token: Token, columns: list[Column], base: Base | None
 ) -> MoEMatch:
     stacks = [weights_of(r, c) for c in columns]
     if any(s != stacks[0] for s in stacks[1:]):
@@ -120,8 +120,8 @@ def build(
     region = check_region(r, facts, anchor, [n for c in columns for p in c.parts for n in p.expert.nodes])
     up, down, up_bias, down_bias = stacks[0]
     match = MoEMatch(
-        spec, anchor, region, first.x, token.t, token.size, tuple(choices), up, down, up_bias, down_bias, base,
-        facts.saves(anchor),
+        spec, anchor, region, first.x, token.t, token.size, tuple(choices), up, down, up_bias, down_bias,
+        base.node if base else None, bool(base and base.puts), facts.saves(anchor),
     )  # fmt: skip
     for node in (r.nodes[name] for name in match.read()):
         if r.changed_between(node, r.used_at.get(node, r.position[node]) - 1, r.position[anchor]):

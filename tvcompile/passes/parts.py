@@ -28,6 +28,7 @@ class Part:
     expert: Expert
     whole: tuple[Expr, ...]
     k: Expr
+    puts: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass
@@ -60,7 +61,8 @@ def part_of(r: RowReader, term: Term, token: Token, d: Expr) -> Part:
         term = without_rows(r, dataclasses.replace(term, factors=expert.weighed), token, r.position[expert.node])
     found = chosen(r, term, formula, token)
     whole = term.put({formula: found.ids}).whole if formula in term.bound else term.whole
-    return Part(canonical(r, found), number, None if number is not None else formula, expert, whole, found.k)
+    canon = canonical(r, found)
+    return Part(canon, number, None if number is not None else formula, expert, whole, found.k, term.puts)
 
 
 def compared_number(term: Term, expert: Expert) -> int:
@@ -129,8 +131,16 @@ def is_bias(r: RowReader, p: Part, term: Term, bias: Weight, token: Token) -> bo
         return False
 
 
-def base_of_sum(r: RowReader, plain: list[Term], token: Token, d: Expr, width: Expr, anchor: fx.Node) -> fx.Node | None:
-    """A tensor that the experts' results are added to, as it is."""
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """What the experts' results are added to; puts: the operations that put results in its place (see Term)."""
+
+    node: fx.Node
+    puts: tuple[str, ...]
+
+
+def base_of_sum(r: RowReader, plain: list[Term], token: Token, d: Expr, width: Expr, anchor: fx.Node) -> Base | None:
+    """A tensor that the experts' results are added to, as it is, or that they replace where there are any."""
     if not plain:
         return None
     (term, *others), want = plain, sympy.expand(token.t * width + d)
@@ -140,7 +150,7 @@ def base_of_sum(r: RowReader, plain: list[Term], token: Token, d: Expr, width: E
             name, *idx = E.operands(load)
             node = r.nodes[name.name[1:]]
             if sympy.expand(number_of(r, node, tuple(settle(i, r.bounds) for i in idx)) - want) == 0:
-                return node
+                return Base(node, term.puts)
     raise Refuse("something else than results of experts is added", anchor)
 
 
@@ -198,8 +208,15 @@ def _at_its_id(c: Chosen) -> Chosen:
     return Chosen(c.ids, c.k, counts, factors)
 
 
-def check_whole(r: RowReader, columns: list[Column], base: fx.Node | None, anchor: fx.Node) -> None:
-    """Experts written one by one are 0 to E-1, and alike; rows that were replaced hold one result each."""
+def check_whole(r: RowReader, columns: list[Column], base: Base | None, anchor: fx.Node) -> None:
+    """Experts written one by one are 0 to E-1, and alike; rows that were replaced hold one result each.
+
+    A base is added to everywhere, or replaced in all rows of all experts: then it stays for tokens without one.
+    """
+    if base is not None and base.puts:
+        puts = [p.puts for c in columns for p in c.parts]
+        if columns[0].single or sorted(puts) != sorted((name,) for name in base.puts):
+            raise Refuse("results replace a part of what is not zero", anchor)
     for c in columns:
         numbers = [p.number for p in c.parts]
         if not c.single and numbers != list(range(len(numbers))):
@@ -214,5 +231,6 @@ def check_whole(r: RowReader, columns: list[Column], base: fx.Node | None, ancho
         raise Refuse("the experts read different tokens, or weigh them in different ways", anchor)
     for column, part, whole in ((c, p, p.whole) for c in columns for p in c.parts):
         seen = set().union(*(e.free_symbols for e in whole))
-        if whole and (len(columns) > 1 or base is not None or (column.choice.k != 0 and part.k not in seen)):
+        added = base is not None and not base.puts
+        if whole and (len(columns) > 1 or added or (column.choice.k != 0 and part.k not in seen)):
             raise Refuse("results replace each other where a token has several experts", anchor)

@@ -176,10 +176,14 @@ def _index_put(s: Sums, a, n, idx):
         if not once(r, at):
             raise Refuse("out[i] += y adds only one of the rows that meet at one token", n)
         values, places = new, ()
-    before = s.of(base, idx, here)
-    if places and any(not (t.product or t.links) for t in before):
-        raise Refuse("results of experts replace what is not zero", n)
-    return before + [t.under([row], links=links, whole=places) for t in s.of(values, (row, *rest), here)]
+    before, after = s.of(base, idx, here), []
+    for t in s.of(values, (row, *rest), here):
+        # What is put under a condition of its own is zero elsewhere, where the place is replaced too.
+        all_of_it = places and not (t.bound or t.guards or t.links)
+        after.append(t.under([row], links=links, whole=places, puts=[n.name] if all_of_it else ()))
+    if places:
+        before = [t if t.product or t.links else t.under(puts=[n.name]) for t in before]
+    return before + after
 
 
 def _places(r: RowReader, n: fx.Node, indices: list, row: Expr) -> Index:

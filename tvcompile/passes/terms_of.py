@@ -28,6 +28,7 @@ class Term:
 
     known  what calls of `nth` with the row of the product stand for
     whole  where `out[i] = y` replaced what was there rather than adding to it: the places, as the result reads them
+    puts   names of such `out[i] = y`: of results the one that put all of them, of others those that replaced them
     """
 
     bound: tuple[Expr, ...] = ()
@@ -37,6 +38,7 @@ class Term:
     product: tuple[fx.Node, Index] | None = None
     whole: tuple[Expr, ...] = ()
     known: tuple[tuple[Expr, Expr], ...] = ()
+    puts: tuple[str, ...] = ()
 
     def times(self, other: Term) -> Term:
         if self.product and other.product:
@@ -44,11 +46,12 @@ class Term:
         return Term(
             self.bound + other.bound, self.guards + other.guards, self.links + other.links,
             self.factors + other.factors, self.product or other.product, self.whole + other.whole,
-            self.known + other.known,
+            self.known + other.known, self.puts + other.puts,
         )  # fmt: skip
 
-    def under(self, bound=(), guards=(), links=(), whole=()) -> Term:
-        return self.times(Term(tuple(b for b in bound if b != 0), tuple(guards), tuple(links), whole=tuple(whole)))
+    def under(self, bound=(), guards=(), links=(), whole=(), puts=()) -> Term:
+        bound = tuple(b for b in bound if b != 0)
+        return self.times(Term(bound, tuple(guards), tuple(links), whole=tuple(whole), puts=tuple(puts)))
 
     def formulas(self) -> tuple[Expr, ...]:
         links = tuple(e for pair in self.links for e in pair)
