@@ -64,6 +64,20 @@ def test_of_bounds_the_smallest_that_holds_comes_first(table):
     assert asked == {0: [128], 1: [16, 32, 128], 1024: [16, 32, 128], 1025: [32, 128], 4096: [32, 128], 4097: [128]}
 
 
+def test_more_than_a_bound_or_not_known(table):
+    table(({"rows": ">64"}, A))
+    assert {n: blocks(dataclasses.replace(SM90, rows=n)) for n in (0, 64, 65)} == {0: [16], 64: [], 65: [16]}
+
+
+@pytest.mark.parametrize("rows", [0, 16, 8192])
+def test_experts_of_a_power_of_two_features_are_not_specialized_on_sm100(rows):
+    """The formula's config spills four registers there."""
+    asked = moe.Ask(Device.typical("sm100", 148), "up", "bfloat16", rows, 64, 2048, 2048, 8)
+    assert not choose(asked)[0].config.specialize
+    other = dataclasses.replace(asked, N=2816)
+    assert choose(other)[0].config.specialize is (rows != 16)
+
+
 def test_one_of_several_values_and_nothing_but_these_edits(table):
     table(({"mask": ["full", "causal"], "edits": ["sink", "score"]}, A))
     served = "full", "causal", "causal+sink", "causal+score", "causal+score+sink"

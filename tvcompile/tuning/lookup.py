@@ -6,6 +6,7 @@ table serves an Ask of its architecture that has what the row's `when` says:
     "work": "causal"          this value
     "work": ["causal", ...]   one of these; of several values, as `edits`, nothing that is not among these
     "rows": "<=4096"          known, and no more; of rows that differ in that the smallest that holds comes first
+    "rows": ">64"             more, or not known
 
 Nothing is ever taken from the nearest key. Looking up reads no file but the tables, once, and searches nothing.
 """
@@ -57,9 +58,15 @@ def _bounds(wanted: Any) -> bool:
     return isinstance(wanted, str) and wanted.startswith("<=")
 
 
+def _above(wanted: Any) -> bool:
+    return isinstance(wanted, str) and wanted.startswith(">")
+
+
 def _holds(value: Any, wanted: Any) -> bool:
     if _bounds(wanted):
         return 0 < value <= int(wanted[2:])
+    if _above(wanted):
+        return value == 0 or value > int(wanted[1:])
     if isinstance(wanted, list):
         return value <= set(wanted) if isinstance(value, frozenset) else value in wanted
     return value == wanted
@@ -82,7 +89,7 @@ def rows(op: str) -> tuple[Row, ...]:
 def _plain(op: str) -> tuple[str, ...]:
     """What every row names by one value: rows are filed under these."""
     whens = [row.when for row in rows(op)]
-    plain = [{n for n, x in when.items() if not isinstance(x, list) and not _bounds(x)} for when in whens]
+    plain = [{n for n, x in when.items() if not (isinstance(x, list) or _bounds(x) or _above(x))} for when in whens]
     return tuple(sorted(set.intersection(*plain))) if plain else ()
 
 
