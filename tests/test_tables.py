@@ -76,17 +76,24 @@ def test_a_row_says_what_it_serves_and_a_smaller_one_serves_the_rest(monkeypatch
 
 def test_edits_that_spill_together_are_not_served_together(monkeypatch):
     serving(monkeypatch, lambda M, work: M <= 64 or work.count("+") < 3)
-    first, second = tables.covered(CELL, [BIG])
+    first, second, rest = tables.covered(CELL, [BIG])
     assert first["when"]["edits"] == ["sink", "mean", "score"]
     assert second["when"] == {**BIG["when"], "edits": ["dropout", "bias"]}
+    assert rest["when"] == BIG["when"] and rest["config"]["BLOCK_M"] == 64
 
 
 def test_each_edit_gets_the_largest_that_serves_it(monkeypatch):
     most = {"dropout": 64, "bias": 32}
     serving(monkeypatch, lambda M, work: all(M <= most.get(edit, 128) for edit in work.split("+")))
-    first, *more = tables.covered(CELL, [BIG])
+    first, *more, rest = tables.covered(CELL, [BIG])
     assert first["when"]["edits"] == ["sink", "mean", "score"]
+    assert rest["when"] == BIG["when"] and rest["config"]["BLOCK_M"] == 32
     assert [(row["when"]["edits"], row["config"]["BLOCK_M"]) for row in more] == [(["dropout"], 64), (["bias"], 32)]
+
+
+def test_where_nothing_serves_all_edits_no_row_claims_to(monkeypatch):
+    serving(monkeypatch, lambda M, work: work.count("+") < 3)
+    assert all("edits" in row["when"] for row in tables.covered(CELL, [BIG]))
 
 
 def test_no_row_is_written_for_what_one_before_it_serves(monkeypatch):

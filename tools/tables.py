@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 import random
@@ -254,7 +255,28 @@ def covered(cell: Cell, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             kept.append({"when": given | row, "config": config, "shared": works.shared})
             left_masks = [m for m in left_masks if m not in masks]
             left_edits = [e for e in left_edits if e not in edits]
-    return kept
+    return kept + last(cell, kept)
+
+
+ALL = "+".join(["data", *(e for e in EDITS if e != "score")])
+
+
+def last(cell: Cell, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row for all that a cell's rows do not serve, as several edits at once: the largest without a spill."""
+    arch, pass_, size, width = cell
+    if not rows or any("mask" not in r["when"] and "edits" not in r["when"] for r in rows):
+        return []
+    described = rows[0]["config"].get("descriptors", False) and pass_ != "decode"
+    stages = (1,) if size == 4 or arch.startswith("gfx") else (2, 1)
+    for (M, N, warps), flight in itertools.product((*LADDER[pass_], (16, 16, 4)), stages):
+        config = {"BLOCK_M": M, "BLOCK_N": N, "num_warps": min(warps, 4) if arch.startswith("gfx") else warps}
+        config |= {"num_stages": flight}
+        config |= ({"descriptors": True} if described else {}) | ({"hoist": False} if pass_ == "dkdv" else {})
+        works = Works(cell, config)
+        if works.good(ALL) and works.good("data") and works.edits(EDITS, list(MASKS)) == list(EDITS):
+            when = {"arch": arch, "pass_": pass_, "size": size, "width": width}
+            return [{"when": when, "config": config, "shared": works.shared}]
+    return []
 
 
 def write(archs: list[str], sizes: tuple[int, ...]) -> int:
