@@ -75,6 +75,16 @@ class HistcFromMinusOne(Sorted):
 
 
 @impostor(ANY)
+class JoinedWithChoicesAmongMore(Sorted):
+    """The second choice is one of more places than there are experts, so far as the graph says."""
+
+    def experts(self, x, ids, w):
+        more = x[:, : self.count + 2].masked_fill(torch.arange(self.count + 2) >= self.count, float("-inf"))
+        choices = x[:, : self.count].argmax(-1, keepdim=True), more.argmax(-1, keepdim=True)
+        return super().experts(x, torch.cat(choices, -1), w)
+
+
+@impostor(ANY)
 class OffsetsOfOtherIds(Sorted):
     """Rows are sorted by the router's ids, the offsets count those of another ranking."""
 

@@ -32,6 +32,8 @@ class Grouped(Block):
 @moe(kind="relu2", router="grouped", order="oi")
 @moe(kind="gelu", bias=True)
 @moe(count=16, top=8)
+@moe(router="argmax_twice")
+@moe(router="max_twice", order="oi")
 class SortHistcInverse(Grouped):
     """transformers' grouped_mm implementation, by hand."""
 

@@ -115,6 +115,15 @@ def argmax_twice(block, logits, x):
 
 
 @router()
+def max_twice(block, logits, x):
+    """PhiMoE: choices found one by one and joined."""
+    best, first = logits.max(-1, keepdim=True)
+    second = logits.scatter(-1, first, float("-inf")).max(-1)[1].unsqueeze(-1)
+    ids = torch.concat((first, second), dim=-1)
+    return logits.softmax(-1).gather(-1, ids), ids
+
+
+@router()
 def sigmoid_each(block, logits, x):
     best, ids = logits.topk(block.top, dim=-1)
     return best.sigmoid(), ids

@@ -203,20 +203,18 @@ def in_range(r: RowReader, ids: Expr, experts: Expr) -> bool:
     return places(r, node) == experts
 
 
+KEPT = {"to", "clone", "contiguous", "detach", "alias", "view", "reshape", "unsqueeze", "squeeze", "t", "transpose"}
+
+
 def places(r: RowReader, node: fx.Node) -> Expr | None:
-    """The size of the dim in which topk, max or argmax found places."""
-    while node.op == "call_function" and r.name(node) in (
-        "to",
-        "clone",
-        "contiguous",
-        "detach",
-        "alias",
-        "view",
-        "reshape",
-    ):
+    """The size of the dim in which topk, max or argmax found places, alike in all parts of what was joined."""
+    while node.op == "call_function" and r.name(node) in KEPT:
         node = node.args[0]
     if node.op != "call_function":
         return None
+    if r.name(node) in ("cat", "concat", "concatenate", "stack"):
+        found = {places(r, part) for part in r.arguments(node)["tensors"]}
+        return found.pop() if len(found) == 1 else None
     source = node.args[0] if r.name(node) == "getitem" and node.args[1] == 1 else node
     if not isinstance(source, fx.Node) or r.name(source) not in ("topk", "max", "sort", "argmax", "argsort", "min"):
         return None
