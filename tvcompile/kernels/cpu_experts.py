@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import sympy
 import torch
@@ -60,7 +60,6 @@ def multiply(out: Tensor, a: Tensor, b: Tensor) -> None:
         out.copy_(a.to(dtype) @ b.to(dtype))
 
 
-@torch.library.custom_op("tv::expert_products", mutates_args=())
 def products(
     rows: Tensor, places: Tensor | None, offsets: Tensor, count: int, W: Sequence[Tensor], bias: Sequence[Tensor]
 ) -> Tensor:
@@ -85,7 +84,10 @@ def products(
     return out
 
 
-@products.register_fake
+OPAQUE_PRODUCTS = torch.library.custom_op("tv::expert_products", products, mutates_args=())
+
+
+@OPAQUE_PRODUCTS.register_fake
 def _fake_products(rows, places, offsets, count, W, bias):
     n, sets = (rows if places is None else places).shape[0], len(W) if W[0].dim() == 3 else len(W) // count
     return rows.new_empty(n, sets * W[0].shape[-1])
@@ -162,18 +164,19 @@ def gather_sum(p: Experts, routing: Routing, rows: Tensor, weighed: bool) -> Ten
 
 def forward(p: Experts, save: bool) -> tuple[Tensor, Tensor]:
     routing = Routing.of(p.ids, p.count)
-    pre = project(p, routing)
-    y = products(activations(p, pre), None, routing.offsets, p.count, p.down, p.down_bias)
+    run = products if p.config.chunk else OPAQUE_PRODUCTS
+    pre = project(p, routing, run)
+    y = run(activations(p, pre), None, routing.offsets, p.count, p.down, p.down_bias)
     out = gather_sum(p, routing, y, p.spec.weigh == "output")
     return out.to(p.out_dtype), pre if save else pre.new_empty(0)
 
 
-def project(p: Experts, routing: Routing) -> Tensor:
+def project(p: Experts, routing: Routing, run: Callable[..., Tensor] = products) -> Tensor:
     """pre of all pairs [T*K,P*F]"""
     X, tokens = p.x, routing.order // max(1, p.ids.shape[1])
     if p.spec.weigh == "input":
         X, tokens = X[tokens] * p.weights.reshape(-1)[routing.order, None].to(X.dtype), None
-    return products(X, tokens, routing.offsets, p.count, p.up, p.up_bias)
+    return run(X, tokens, routing.offsets, p.count, p.up, p.up_bias)
 
 
 def activations(p: Experts, pre: Tensor) -> Tensor:
