@@ -142,7 +142,7 @@ def gather_sum(p: Experts, routing: Routing, rows: Tensor, weighed: bool) -> Ten
     """[T,Y]: sum_k of the rows of (t, k) in rows [T*K,Y], times weights[t,k] if `weighed`; in the order of k."""
     dtype, (T, K) = compute_dtype(rows.dtype), p.ids.shape
     place = torch.empty_like(routing.order)
-    place[routing.order] = torch.arange(len(place))
+    place[routing.order] = torch.arange(place.shape[0])  # len() would fix the number of tokens in a graph
     place, weights = place.view(T, K), None
     if weighed:
         dropped = (p.ids < 0) | (p.ids >= p.count)
