@@ -56,7 +56,12 @@ def head(ptr, strides, b, h, row):
 @triton.jit
 def offsets(strides, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """32-bit offsets of a block [ROWS,COLUMNS] for one pointer that moves: a block of pointers costs registers."""
-    return tl.arange(0, ROWS)[:, None] * strides[2] + tl.arange(0, COLUMNS)[None, :] * strides[3]
+    return row_offsets(strides, tl.arange(0, ROWS), COLUMNS)
+
+
+@triton.jit
+def row_offsets(strides, rows, COLUMNS: tl.constexpr):
+    return rows[:, None] * strides[2] + tl.arange(0, COLUMNS)[None, :] * strides[3]
 
 
 @triton.jit

@@ -29,11 +29,15 @@ from .blocks import (
     next_run,
     offsets,
     packed_offsets,
+    row_offsets,
     store_block,
 )
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+SLACK = tl.constexpr(8.0)
+# The maximum of a row that has seen nothing: from -inf, -inf could not be subtracted.
+LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
 @triton.jit
@@ -47,6 +51,9 @@ def _sweep(
     # A positive scale goes into the exponent's multiplication; x is then <q, k> itself.
     FOLDED: tl.constexpr = SCORE is None and SCALE > 0
     IN_LOG2: tl.constexpr = SCALE * LOG2E
+    # What is carried in log2 is subtracted from as it is; a SCORE stays in natural units.
+    UNIT: tl.constexpr = LOG2E if SCORE is not None else 1.0
+    EAGER: tl.constexpr = SPECIALIZE and not MASKED
     columns = tl.arange(0, BLOCK_N)
     k_ptr += tl.cast(lo, tl.int64) * stride_kn
     v_ptr += tl.cast(lo, tl.int64) * stride_vn
@@ -56,7 +63,6 @@ def _sweep(
     ):  # fmt: skip
         kv = start + columns[None, :]
         k = load_block(k_ptr, k_at, start, S_kv, MASKED, D, BLOCK_N, q.shape[1], DESCRIPTORS).T
-        v = load_block(v_ptr, v_at, start, S_kv, MASKED, D_v, BLOCK_N, acc.shape[1], DESCRIPTORS)
         s = tl.dot(q, k, input_precision=PRECISION)
         if SCORE is not None:
             s = SCORE(s * SCALE, b, h, rows, kv, data)
@@ -70,19 +76,23 @@ def _sweep(
             m_new = tl.maximum(m, tl.max(s, 1) * IN_LOG2)
         else:
             m_new = tl.maximum(m, tl.max(s, 1))
-        # A row that has seen nothing yet: exp2(-inf - 0) is 0, exp2(-inf + inf) is not.
-        base = tl.where(m_new == float("-inf"), 0.0, m_new) if MASKED or not FOLDED else m_new
+        # As long as no row's maximum has outgrown the one it is measured by, the sums may stay as they are: weights of
+        # up to 2^SLACK keep their precision. Warps of their own roles can't be asked whether all agree.
+        if EAGER or tl.max(m_new - m, 0) * UNIT > SLACK:
+            a = tl.math.exp2((m - m_new) * UNIT)
+            acc = acc * a[:, None]
+            l = l * a
+            m = m_new
         if SCORE is not None:
             # A score near the largest float is subtracted from before it is multiplied.
-            p, a = tl.math.exp2((s - base[:, None]) * LOG2E), tl.math.exp2((m - base) * LOG2E)
+            p = tl.math.exp2((s - m[:, None]) * LOG2E)
         else:
-            p = tl.math.exp2(s * IN_LOG2 - base[:, None]) if FOLDED else tl.math.exp2(s - base[:, None])
-            a = tl.math.exp2(m - base)
-        l = l * a + tl.sum(p, 1)
+            p = tl.math.exp2(s * IN_LOG2 - m[:, None]) if FOLDED else tl.math.exp2(s - m[:, None])
+        l += tl.sum(p, 1)
         if LIMIT is not None:
             p = tl.where(kept_weights(seed, line, kv, LIMIT), p, 0.0)
-        acc = tl.dot(p.to(v.dtype), v, acc * a[:, None], input_precision=PRECISION)
-        m = m_new
+        v = load_block(v_ptr, v_at, start, S_kv, MASKED, D_v, BLOCK_N, acc.shape[1], DESCRIPTORS)
+        acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
         k_ptr += BLOCK_N * stride_kn
         v_ptr += BLOCK_N * stride_vn
     return acc, l, m
@@ -124,9 +134,8 @@ def _finish(
         sink = SINK(b, h, rows, 0, data) * INVERSE + tl.zeros([l.shape[0], 1], tl.float32)
         sink = tl.reshape(sink, [l.shape[0]])
         m_new = tl.maximum(m, sink)
-        base = tl.where(m_new == float("-inf"), 0.0, m_new)
-        a = tl.math.exp2((m - base) * (UNIT * LOG2E))
-        l = l * a + tl.math.exp2((sink - base) * (UNIT * LOG2E))
+        a = tl.math.exp2((m - m_new) * (UNIT * LOG2E))
+        l = l * a + tl.math.exp2((sink - m_new) * (UNIT * LOG2E))
         acc = acc * a[:, None]
         m = m_new
     empty = l == 0.0
@@ -176,18 +185,19 @@ def attention_fwd(
     v_at = moving(v_ptr, v_strides, S_kv, D_v, BLOCK_N, BLOCK_DV, DESCRIPTORS)
     if PACKED:
         q_ptr = head(q_ptr, q_strides, b, h, 0)
-        q_at = packed_offsets(q_strides, r, S_q, BLOCK_D)
+        q_at = packed_offsets(q_strides, tl.minimum(r, n_rows - 1), S_q, BLOCK_D)
         rows, heads = (r % S_q)[:, None], h + (r // S_q)[:, None]
         low, high = 0, S_q - 1
     else:
         q_ptr = head(q_ptr, q_strides, b, h, first_row)
-        q_at = offsets(q_strides, BLOCK_M, BLOCK_D)
+        q_at = row_offsets(q_strides, tl.minimum(r, n_rows - 1) - first_row, BLOCK_D)
         rows, heads = r[:, None], h
         low, high = first_row, tl.minimum(first_row + BLOCK_M, S_q) - 1
-    q = load_block(q_ptr, q_at, first_row, n_rows, True, D, BLOCK_M, BLOCK_D, False)
+    # Rows beyond the end read the last one: predicates would be kept for the end, in a register that loops need.
+    q = load_block(q_ptr, q_at, first_row, n_rows, False, D, BLOCK_M, BLOCK_D, False)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)
-    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    m = tl.full([BLOCK_M], LOWEST, tl.float32)
     seed = tl.load(seed_ptr) if LIMIT is not None else 0
 
     begin = tl.cast(0, tl.int32)
@@ -223,6 +233,9 @@ def attention_fwd(
         None if SPLIT else SINK, "zero" if SPLIT else EMPTY, SCORE is not None, LIMIT, GROW,
         D_v, BLOCK_N, PRECISION, DESCRIPTORS,
     )  # fmt: skip
+    # The rows are numbered anew: else those of the beginning are kept through the loops, in registers that these need.
+    first_row = SAME(first_row)
+    r = first_row + tl.arange(0, BLOCK_M)
     if PACKED:
         out_ptr = head(out_ptr, out_strides, b, h, 0)
         out_at = packed_offsets(out_strides, r, S_q, BLOCK_DV)
@@ -256,14 +269,13 @@ def attention_merge(
     inside = (r < n_rows)[:, None] & (columns < D_v)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)
-    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    m = tl.full([BLOCK_M], LOWEST, tl.float32)
     part_at = line[:, None] * D_v + columns
     for _ in range(splits):
         lse = tl.load(part_lse_ptr + line, mask=r < n_rows, other=float("inf"))
         x = tl.where(lse == float("inf"), float("-inf"), lse)
         m_new = tl.maximum(m, x)
-        base = tl.where(m_new == float("-inf"), 0.0, m_new)
-        a, w = tl.math.exp2((m - base) * LOG2E), tl.math.exp2((x - base) * LOG2E)
+        a, w = tl.math.exp2((m - m_new) * LOG2E), tl.math.exp2((x - m_new) * LOG2E)
         if part_rest_ptr is not None:
             w *= tl.math.exp2(tl.load(part_rest_ptr + line, mask=r < n_rows, other=0.0) * LOG2E)
             part_rest_ptr += lse_step
