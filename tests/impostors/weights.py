@@ -21,6 +21,19 @@ def top_k_scores(q, k, v):
     return s.masked_fill(s < least, INF).softmax(-1) @ v
 
 
+@impostor("added to another tensor", *QKV, "BHMD")
+def sum_with_v_added_to_a_residual(q, k, v, residual):
+    """baddbmm adds its first operand."""
+    q, k, v, residual = (x.flatten(0, 1) for x in (q, k, v, residual))
+    return torch.baddbmm(residual, scores(q, k).softmax(-1), v)
+
+
+@impostor("added to another tensor", *QKV, "BHMD")
+def sum_with_v_scaled_as_it_is_added(q, k, v, residual):
+    q, k, v, residual = (x.flatten(0, 1) for x in (q, k, v, residual))
+    return torch.baddbmm(residual, scores(q, k).softmax(-1), v, beta=0, alpha=2.0)
+
+
 @impostor(ANY, *SELF)
 def renormalised_after_mask(q, k, v):
     """Equal to masking before, up to eps; not proven."""

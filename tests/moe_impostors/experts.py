@@ -156,3 +156,21 @@ class SecondChoicesGoToOtherExperts(Loop):
                 (token,) = torch.where(ids[:, k] == e)
                 out = out.index_add(0, token, experts[e](x[token]) * w[token, k, None])
         return out
+
+
+@impostor("scaled as its bias is added")
+class ProjectionScaledAsItsBiasIsAdded(Loop):
+    bias, order = True, "io"
+
+    def linear(self, x, name, e):
+        alpha = 2.0 if name == "down" else 1.0
+        return torch.addmm(getattr(self, f"b_{name}")[e], x, getattr(self, f"w_{name}")[e], alpha=alpha)
+
+
+@impostor(ANY)
+class ProjectionWhoseBiasIsScaled(Loop):
+    bias, order = True, "io"
+
+    def linear(self, x, name, e):
+        beta = 0.5 if name == "up" else 1.0
+        return torch.addmm(getattr(self, f"b_{name}")[e], x, getattr(self, f"w_{name}")[e], beta=beta)

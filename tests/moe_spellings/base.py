@@ -78,7 +78,7 @@ class Block(nn.Module):
     def __init__(self):
         super().__init__()
         gate = ROUTERS[self.router]
-        self.gate = nn.Linear(H, self.count, bias=False)
+        self.gate = nn.Linear(H, self.count)  # with a bias, which a formula of its product must not forget
         nn.init.normal_(self.gate.weight, std=1.5 / H**0.5)
         if gate.corrected:
             self.correction = nn.Buffer(0.2 * torch.randn(self.count))

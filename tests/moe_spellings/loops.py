@@ -26,6 +26,15 @@ class WhereIndexAdd(Block):
         return out
 
 
+@moe(bias=True)
+@moe(bias=True, kind="gelu", router="log_probabilities")
+class Addmm(WhereIndexAdd):
+    """Products that add their bias, as torch.addmm does."""
+
+    def linear(self, x, name: str, e: int):
+        return torch.addmm(getattr(self, f"b_{name}")[e], x, getattr(self, f"w_{name}")[e])
+
+
 @moe()
 @moe(own=True, kind="geglu")
 @moe(kind="relu", order="oi", bias=True)

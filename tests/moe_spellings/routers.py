@@ -72,6 +72,14 @@ def grouped(block, logits, x):
 
 
 @router()
+def log_probabilities(block, logits, x):
+    """Weights that are gathered from a log_softmax."""
+    logs = F.log_softmax(logits, dim=-1)
+    ids = logs.topk(block.top, dim=-1).indices
+    return logs.gather(-1, ids).exp(), ids
+
+
+@router()
 def norm_p1(block, logits, x):
     w, ids = logits.softmax(-1).topk(block.top, -1)
     return w / w.norm(p=1, dim=-1, keepdim=True), ids

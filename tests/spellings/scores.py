@@ -136,6 +136,17 @@ def symmetric_alibi(q, k, v, slopes):
     return (scores(q, k) + slopes[:, None, None] * distance).softmax(-1) @ v
 
 
+@spells(Means("scale=0.25; score = s + bias[h, kv]"), *QKV, "HN")
+def bias_of_log_probabilities(q, k, v, table):
+    """A log_softmax that is computed elsewhere is a tensor like any other."""
+    return (scores(q, k) + F.log_softmax(table, -1)[:, None]).softmax(-1) @ v
+
+
+@spells(None, *QKV, "HN")
+def bias_of_probabilities(q, k, v, table):
+    return (scores(q, k) + F.log_softmax(table, -1).exp()[:, None]).softmax(-1) @ v
+
+
 @spells(Means("scale=0.25; score = s + bias[h, q, kv]"), *QKV, "HMN")
 def bias_per_head(q, k, v, bias):
     return (scores(q, k) + bias).softmax(-1) @ v

@@ -28,7 +28,7 @@ class Product:
 
 
 def contraction(r: Reader, node: fx.Node, idx: Index) -> Product | None:
-    """The terms of element `idx` of a contraction, or None where the node is none that we read."""
+    """The terms of element `idx` of a contraction without what it adds, or None where the node is none that we read."""
     rule = CONTRACTIONS.get(r.name(node)) if node.op == "call_function" else None
     return rule(r, r.arguments(node), node, idx) if rule else None
 
@@ -40,6 +40,10 @@ def _matmul(r: Reader, a: dict, node: fx.Node, idx: Index) -> Product | None:
 
 def _baddbmm(r: Reader, a: dict, node: fx.Node, idx: Index) -> Product | None:
     return _product(r, a["batch1"], a["batch2"], idx)
+
+
+def _addmm(r: Reader, a: dict, node: fx.Node, idx: Index) -> Product | None:
+    return _product(r, a["mat1"], a["mat2"], idx)
 
 
 def _product(r: Reader, x: fx.Node, y: fx.Node, idx: Index) -> Product | None:
@@ -110,6 +114,7 @@ CONTRACTIONS = {
     "bmm": _matmul,
     "mm": _matmul,
     "baddbmm": _baddbmm,
+    "addmm": _addmm,
     "einsum": _einsum,
     "sum": _sum,
 }

@@ -20,7 +20,7 @@ from .capacity import placed_row
 from .contraction import CONTRACTIONS
 from .movement import Index
 from .projections import Weight, leaf_of, number_of, projection
-from .rows import RowReader, settle
+from .rows import RowReader, added, settle
 from .terms_of import CASTS, Term, lazily, terms_of
 
 Fix = Callable[[Expr], Expr]
@@ -97,6 +97,8 @@ def fixed(w: Weight, fix: Fix, inputs: Expr, columns: Expr) -> Weight:
 def activation(r: RowReader, e: Expr, f: Expr, about: fx.Node) -> tuple[Expr, list[Unit]]:
     """A formula of products as a formula of symbols, and what the symbols stand for, ordered by node and column."""
     found = {x for x in E.walk(e) if E.op_of(x) == "dot" and E.mentions(x, f)}
+    given = {x: added(r, r.nodes[E.operands(x)[0].name], E.operands(x)[1:]) for x in found}
+    e = E.substitute(e, {x: E.apply("add", x, bias) for x, bias in given.items() if bias is not None})
     if not found:
         raise Refuse("no projection comes before the last one", about)
     biased: dict[Expr, Expr] = {}

@@ -128,9 +128,12 @@ def lift_product(r: Reader, facts: Facts, anchor: fx.Node, start: fx.Node) -> Ma
     product = contraction(r, anchor, tuple(out))
     if product is None:
         raise Refuse("the contraction has a form that is not read", anchor)
+    summed = anchor
     weights, value, anchor = read_weights(r, anchor, product, tuple(out))
     if weights is None:
         return None
+    if r.name(summed) == "baddbmm":
+        raise Refuse("the sum with V is added to another tensor in one operation", summed)
     dots = {x for x in E.walk(weights.argument) if E.op_of(x) == "dot"}
     if len(dots) != 1:
         raise Refuse(f"the softmax is over {'several' if dots else 'no'} dot products", weights.node)
@@ -172,7 +175,11 @@ def captured_reductions(r: Reader, e: Expr, region: tuple[fx.Node, ...]) -> dict
     found = {}
     for x in E.walk(e):
         if E.op_of(x) in ("reduce", "softmax") and (node := r.nodes[E.operands(x)[0].name]) not in region:
-            found[x] = r.leaf(node, tuple(E.operands(x)[1:]))
+            leaf = r.leaf(node, tuple(E.operands(x)[1:]))
+            # A log_softmax is read as the logarithm of an atom: its node holds the logarithm.
+            logarithm = "log_softmax" in r.name(node)
+            found[x] = E.apply("exp", leaf) if logarithm else leaf
+            found |= {E.apply("log", x): leaf} if logarithm else {}
     return found
 
 

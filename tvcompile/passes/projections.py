@@ -94,6 +94,8 @@ def projection(r: RowReader, node: fx.Node, idx: Index) -> Projection:
     """The operands of a projection; the last position of idx is the column."""
     name, a, here = r.name(node), r.arguments(node), r.position[node]
     column = next((i for i in reversed(idx) if i != 0), sympy.Integer(0))
+    if a.get("beta", 1) != 1 or a.get("alpha", 1) != 1:
+        raise Refuse("a projection is scaled as its bias is added", node)
     if name == "linear":
         length = r.shape(a["input"])[-1]
         over = r.fresh(length, "h")

@@ -116,15 +116,22 @@ def _atom(r, a, n, idx):
     return r.atom("dot", n, idx) if n.meta["val"].dtype.is_floating_point else None
 
 
-def _linear(r, a, n, idx):
-    product = r.atom("dot", n, idx)
-    return product if a.get("bias") is None else E.apply("add", product, r.operand(a["bias"], idx, r.position[n]))
-
-
-def _addmm(r, a, n, idx):
+def _product(r, a, n, idx):
+    """An atom is its node's value, with what is `added` to the product: emit writes it as the node."""
     if a.get("beta", 1) != 1 or a.get("alpha", 1) != 1:
-        return None
-    return E.apply("add", r.atom("dot", n, idx), r.operand(a["self"], idx, r.position[n]))
+        return r.leaf(n, idx)
+    return r.atom("dot", n, idx)
+
+
+def added(r, node: fx.Node, idx: Index) -> Expr | None:
+    """What a product has added to it: its bias."""
+    a = r.arguments(node)
+    bias = {"linear": a.get("bias"), "addmm": a.get("self"), "baddbmm": a.get("self")}.get(r.name(node))
+    return None if bias is None else r.operand(bias, idx, r.position[node])
+
+
+def _leaf(r, a, n, idx):
+    return r.leaf(n, idx)
 
 
 def _nonzero(r, a, n, idx):
@@ -235,8 +242,8 @@ def _einsum(r, a, n, idx):
 ROWS = {
     "einsum": _einsum,
     "cumsum": _cumsum,
-    "linear": _linear,
-    "addmm": _addmm,
+    **dict.fromkeys(("linear", "addmm", "baddbmm"), _product),
+    **dict.fromkeys(("log_softmax", "_log_softmax", "special_log_softmax"), _leaf),
     **dict.fromkeys(GROUPED, _atom),
     "nonzero": _nonzero,
     "getitem": _getitem,

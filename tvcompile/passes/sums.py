@@ -17,7 +17,7 @@ from ..expr import Expr
 from ..spec import Refuse
 from .movement import SPLITS, Index, axis
 from .places import cases, counts, least, opened
-from .rows import EMPTY, RowReader, mask_of, over
+from .rows import EMPTY, RowReader, added, mask_of, over
 from .terms_of import CASTS, Term, contracted, lazily, once, product, terms_of
 
 
@@ -38,9 +38,8 @@ class Sums:
         if r.changed(node, at):
             raise Refuse("what the experts gave is written to before it is added up", node)
         if node in self.ends:
-            whole = r.read(node, idx, at)
-            extra = E.operands(whole)[1:] if E.op_of(whole) == "add" else ()
-            return [Term(product=(node, idx)), *(Term(factors=(e,)) for e in extra)]
+            bias = added(r, node, idx)
+            return [Term(product=(node, idx))] + ([] if bias is None else [Term(factors=(bias,))])
         moved = r.step(node, idx)
         if moved is not None and any(map(counts, moved[1])):
             return self.at_places(node, *moved)

@@ -17,7 +17,7 @@ from ..expr import Expr
 from ..spec import Refuse
 from .contraction import contraction, letters
 from .movement import Index
-from .rows import RowReader, is_zeros, over, settle
+from .rows import RowReader, added, is_zeros, over, settle
 
 CASTS = ("to", "_to_copy", "type_as", "float", "half")
 
@@ -145,7 +145,9 @@ def terms_of(r: RowReader, e: Expr) -> list[Term]:
     if op == "reduce" and chooses(r, e):
         return _summed(r, r.nodes[E.operands(e)[0].name], E.operands(e)[1:]) or [Term(factors=(e,))]
     if op == "dot" and chooses(r, e):
-        return contracted(r, r.nodes[E.operands(e)[0].name], E.operands(e)[1:], terms_of)
+        node, idx = r.nodes[E.operands(e)[0].name], tuple(E.operands(e)[1:])
+        more = added(r, node, idx)
+        return contracted(r, node, idx, terms_of) + ([] if more is None else terms_of(r, more))
     return [Term(factors=(e,))]
 
 
