@@ -1,7 +1,7 @@
 """Audits the configs that are chosen, without a GPU: they compile, fit the shared memory and do not spill.
 
     python tools/tables.py [--arch sm90] [--op attention] [--dtype bfloat16] [--part 3/40] [--json FILE]
-    python tools/tables.py --write [--arch sm90]
+    python tools/tables.py --write [--arch sm90] [--pass fwd]
 
 For every architecture, dtype, width, class of work and pass of attention, and for every pass of the experts of ten
 public models: the first choice and the formula's. What is chosen must not spill; where a row of the table stands before
@@ -279,7 +279,7 @@ def last(cell: Cell, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return []
 
 
-def write(archs: list[str], sizes: tuple[int, ...]) -> int:
+def write(archs: list[str], sizes: tuple[int, ...], passes: list[str]) -> int:
     from rich.progress import track
 
     from tvcompile.arch import SHARED
@@ -291,7 +291,7 @@ def write(archs: list[str], sizes: tuple[int, ...]) -> int:
     }
     for row in table["rows"]:
         cells[tuple(row["when"][n] for n in ("arch", "pass_", "size", "width"))].append(row)
-    todo = [cell for cell in cells if cell[0] in (archs or SHARED) and cell[2] in sizes]
+    todo = [c for c in cells if c[0] in (archs or SHARED) and c[1] in (passes or PASSES) and c[2] in sizes]
     head = {k: v for k, v in table.items() if k != "rows"}
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         found = pool.map(covered, todo, [cells[cell] for cell in todo])
@@ -317,7 +317,8 @@ def main() -> int:
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
     if options.write:
-        return write(options.arch, tuple({"float32": 4}.get(d, 2) for d in options.dtype) or (2, 4))
+        sizes = tuple({"float32": 4}.get(d, 2) for d in options.dtype) or (2, 4)
+        return write(options.arch, sizes, getattr(options, "pass"))
     first, step = map(int, options.part.split("/"))
     todo = list(cases(options.arch, options.op, options.dtype, getattr(options, "pass")))
     random.Random(0).shuffle(todo)

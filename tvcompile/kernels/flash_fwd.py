@@ -3,6 +3,7 @@
     x      = score(scale <q, k>)
     m'     = max(m, rowmax x);   p = exp(x - m');   a = exp(m - m')          exp by the hardware's exp2
     l'     = a l + rowsum p;     acc' = a acc + drop(p) v                   FlashAttention-2, arXiv 2307.08691
+    where every row has m' <= m + 8 log 2, m stays and a is 1               as in FlashAttention-4
     out    = acc / l             lse = m + log l;   rest: what lse lost by rounding
 
     q [B,H,S_q,D]   k [B,H_kv,S_kv,D]   v [B,H_kv,S_kv,D_v]   out [B,H,S_q,D_v]   lse, rest [B,H,S_q] float32
