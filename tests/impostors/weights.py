@@ -318,3 +318,50 @@ def another_logit_cut(q, k, v):
 def bias_rounded_after_it_is_looked_up(q, k, v, table):
     distance = (torch.arange(37)[:, None] - torch.arange(41)).abs()
     return F.softmax(scores(q, k) + table[distance].bfloat16().to(q.dtype), -1) @ v
+
+
+# Arguments that change what an operation means
+
+
+@impostor(ANY, *QKV)
+def scores_rounded_to_decimals(q, k, v):
+    return scores(q, k).round(decimals=1).softmax(-1) @ v
+
+
+@impostor(None, *QKV, "N")
+def scores_subtracted_with_a_factor(q, k, v, bias):
+    """bias - 2 scores"""
+    return torch.rsub(scores(q, k), bias, alpha=2).softmax(-1) @ v
+
+
+@impostor(None, *SELF)
+def quotient_of_floats_rounded_down(q, k, v):
+    """1.0 // 0.1 is 9, and the floor of 1.0 / 0.1 is 10."""
+    steps = torch.arange(37, dtype=q.dtype) // 0.1
+    return (scores(q, k) + steps * 0.1).softmax(-1) @ v
+
+
+@impostor(None, *SELF, "N")
+def table_whose_padding_gets_no_gradient(q, k, v, table):
+    i = torch.arange(37)
+    return (scores(q, k) + F.embedding((i[:, None] - i).clamp(0, 7), table[:, None], padding_idx=0)[..., 0]).softmax(
+        -1
+    ) @ v
+
+
+@impostor(None, *SELF, "N")
+def table_whose_gradient_is_a_mean(q, k, v, table):
+    i = (torch.arange(37)[:, None] - torch.arange(37)).clamp(0, 7)
+    return (scores(q, k) + F.embedding(i, table[:, None], scale_grad_by_freq=True)[..., 0]).softmax(-1) @ v
+
+
+@impostor("nan_to_zero", *SELF)
+def infinities_of_scores_made_finite(q, k, v):
+    """A row that is masked as a whole averages then."""
+    below = torch.ones(37, 37, dtype=torch.bool).tril(-1)
+    return torch.nan_to_num(scores(q, k).masked_fill(~below, INF)).softmax(-1) @ v
+
+
+@impostor(ANY, *QKV)
+def heads_dropped_as_a_whole(q, k, v):
+    return F.dropout2d(scores(q, k).softmax(-1), 0.5, True) @ v

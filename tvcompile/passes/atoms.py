@@ -77,6 +77,8 @@ def _dropout(r, a, n, idx):
     x = r.operand(a["input" if "input" in a else "self"], idx, r.position[n])
     if not a.get("train", True) or a["p"] == 0:
         return x
+    if r.name(n) == "feature_dropout":
+        return None  # drops whole channels
     return E.FloatCall("dropout", E.Str(n.name), r.scalar(a["p"]), x)
 
 

@@ -186,7 +186,7 @@ def captured_reductions(r: Reader, e: Expr, region: tuple[fx.Node, ...]) -> dict
 def check_edit(e: Expr, node: fx.Node) -> None:
     """A score edit is a float function of the score; what it decides does not depend on the score."""
     for x in E.walk(e):
-        if E.op_of(x) in ("reduce", "softmax", "dropout", "dot"):
+        if E.op_of(x) in ("reduce", "softmax", "dropout", "dot", "nan_to_zero"):
             raise Refuse(f"the scores are edited by a {E.op_of(x)} before the softmax", node)
         if isinstance(x, (E.IntCall, E.BoolCall)) and E.mentions(x, E.S):
             raise Refuse("the scores are compared, truncated or used as an index before the softmax", node)

@@ -255,7 +255,9 @@ def _wrapped(reader, position: Expr, size: Expr) -> Expr:
 def _gathered(index: str):
     """index_select, gather: the position along one dim comes from a tensor."""
 
-    def rule(reader, a, node, idx) -> Source:
+    def rule(reader, a, node, idx) -> Source | None:
+        if a.get("sparse_grad"):
+            return None
         d, here = axis(a["dim"], len(idx)), reader.position[node]
         at = reader.operand(a[index], (idx[d],) if reader.name(node) == "index_select" else idx, here)
         return a["self"], (*idx[:d], E.as_int(at), *idx[d + 1 :])
@@ -263,7 +265,9 @@ def _gathered(index: str):
     return rule
 
 
-def _embedding(reader, a, node, idx) -> Source:
+def _embedding(reader, a, node, idx) -> Source | None:
+    if a.get("padding_idx", -1) >= 0 or a.get("scale_grad_by_freq") or a.get("sparse"):
+        return None  # the table's gradient is not that of a load
     return a["weight"], (E.as_int(reader.operand(a["indices"], idx[:-1], reader.position[node])), idx[-1])
 
 

@@ -42,7 +42,7 @@ def _pair(r, a, n, idx):
 def _swapped(op: str):
     def rule(r, a, n, idx):
         x, y = _pair(r, a, n, idx)
-        return E.apply(op, E.apply("mul", y, r.scalar(a.get("alpha", 1))), x)
+        return E.apply(op, y, x if a.get("alpha", 1) == 1 else E.apply("mul", x, r.scalar(a["alpha"])))
 
     return rule
 
@@ -58,9 +58,8 @@ def _div(r, a, n, idx):
 
 def _floor_divide(r, a, n, idx):
     x, y = _pair(r, a, n, idx)
-    if "float" in (E.kind(x), E.kind(y)):
-        return E.apply("floor", E.apply("div", x, y))
-    return E.floordiv(E.as_int(x), E.as_int(y), r.bounds)
+    # Of floats it is no floor of a quotient: 1.0 // 0.1 is 9.
+    return None if "float" in (E.kind(x), E.kind(y)) else E.floordiv(E.as_int(x), E.as_int(y), r.bounds)
 
 
 def _remainder(r, a, n, idx):
@@ -272,8 +271,9 @@ def _detach(r, a, n, idx):
 
 
 def _nan_to_num(r, a, n, idx):
+    """Of weights, which hold no infinities; everything else is refused where it is used."""
     x = r.operand(a["self"], idx, r.position[n])
-    if a.get("nan") not in (None, 0.0, 0):
+    if a.get("nan") not in (None, 0.0, 0) or not any(E.op_of(c) in ATOMS for c in E.walk(x)):
         return None
     return E.apply("nan_to_zero", x)
 
@@ -335,6 +335,7 @@ ACTIVATIONS = {
     "silu": lambda x, a: E.apply("mul", x, E.apply("sigmoid", x)),
     "gelu": _gelu,
     "square": lambda x, a: E.apply("mul", x, x),
+    "round": lambda x, a: None if a.get("decimals") else E.apply("round", x),
     "softplus": _softplus,
     "mish": lambda x, a: E.apply("mul", x, E.apply("tanh", E.apply("softplus", x))),
     "log_sigmoid": lambda x, a: E.apply("neg", E.apply("softplus", E.apply("neg", x))),
@@ -346,7 +347,7 @@ ACTIVATIONS = {
 
 UNARY = (
     "neg", "abs", "exp2", "log", "log2", "log1p", "expm1", "sqrt", "rsqrt", "tanh", "sigmoid", "sin", "cos", "erf",
-    "reciprocal", "floor", "ceil", "round", "trunc", "relu", "sign",
+    "reciprocal", "floor", "ceil", "trunc", "relu", "sign",
 )  # fmt: skip
 
 POINTWISE = {

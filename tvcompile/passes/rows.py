@@ -150,7 +150,7 @@ def _getitem(r, a, n, idx):
 
 
 def _sorted(r, a, n, i, values: bool):
-    perm = _inverse(r, a["self"], i)
+    perm = None if a.get("descending") else _inverse(r, a["self"], i)
     if values:
         return r.read(a["self"], (settle(IntCall("perm", Str(n.name), i)),), r.position[n])
     return perm if perm is not None else IntCall("perm", Str(n.name), i)
@@ -243,7 +243,7 @@ ROWS = {
     "einsum": _einsum,
     "cumsum": _cumsum,
     **dict.fromkeys(("linear", "addmm", "baddbmm"), _product),
-    **dict.fromkeys(("log_softmax", "_log_softmax", "special_log_softmax"), _leaf),
+    **dict.fromkeys(("log_softmax", "_log_softmax", "special_log_softmax", "nan_to_num"), _leaf),
     **dict.fromkeys(GROUPED, _atom),
     "nonzero": _nonzero,
     "getitem": _getitem,
