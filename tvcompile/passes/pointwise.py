@@ -83,9 +83,8 @@ def _logical(make):
 
 
 def _not(r, a, n, idx):
-    if n.meta["val"].dtype != torch.bool:
-        return None
-    return E.not_(E.as_bool(r.operand(a["self"], idx, r.position[n])))
+    is_bool = n.meta["val"].dtype == torch.bool
+    return E.not_(E.as_bool(r.operand(a["self"], idx, r.position[n]))) if is_bool else None
 
 
 def _where(r, a, n, idx):
