@@ -20,7 +20,7 @@ from tvcompile.arch import Device
 from tvcompile.kernels import moe  # noqa: F401  it registers the op
 from tvcompile.tuning import amd_code, choose, machine_code
 from tvcompile.tuning.cross_compile import Launch, compile_launch, expert_launches
-from tvcompile.tuning.moe import Ask
+from tvcompile.tuning.moe import PASSES, Ask
 
 K, E = 6, 64
 SILU = "act = g*sigmoid(g)*u; layout="
@@ -49,6 +49,11 @@ def cases(arch: str) -> Iterator[tuple[str, Launch]]:
     if len(choose(Ask(device, "up", "bfloat16", T * K // E))) > 1:
         yield "experts_up plain", found(4096, False, nth=-1)["experts_up"][0]
         yield "experts_outer plain", found(4096, True, nth=-1)["experts_outer"][0]
+    # Rows that begin anywhere are loaded element by element.
+    narrow = {a: choose(Ask(device, a, "bfloat16", 128, narrow=True))[0].config for a in PASSES}
+    odd = {"T": 512, "K": 2, "E": 8, "H": 1000, "F": 500, "H_out": 1000}
+    for name, made in expert_launches(narrow.__getitem__, torch.bfloat16, SILU + "chunk", True, **odd).items():
+        yield from ((f"{name} narrow", launch) for launch in made if "PRECISION" in launch.constants)
     # What reads the weights by other ways.
     for layout in ("interleave", "separate") if arch in ("sm80", "sm90", "sm100") else ():
         yield f"experts_up {layout}", found(4096, False, SILU + layout, transposed=False)["experts_up"][0]

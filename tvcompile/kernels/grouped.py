@@ -270,12 +270,13 @@ def experts_up(
         if FOLDED:
             acc, other = sides(acc) if WIDE or DESCRIPTORS else halves(acc)
         w = None if weights_ptr is None else tl.load(weights_ptr + pairs).to(tl.float32)[:, None]
-        if BRAIDED:
-            # One half after the other: each is split again, which takes registers.
+        if BRAIDED or not PAIR and biases is not None:
+            # One half after the other: a whole tile, split or with its bias, takes registers.
+            HALF: tl.constexpr = BLOCK_N // 2
             for i in tl.static_range(2):
                 _activate(
-                    sides(acc)[i], None, w, r, inside, first + i * BLOCK_F, e, biases, bias_strides, act_ptr,
-                    hidden_ptr, ACT, LAYOUT, F, BLOCK_F,
+                    sides(acc)[i], None, w, r, inside, first + i * HALF, e, biases, bias_strides, act_ptr,
+                    hidden_ptr, ACT, LAYOUT, F, HALF,
                 )  # fmt: skip
         else:
             _activate(

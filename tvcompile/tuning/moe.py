@@ -49,6 +49,7 @@ class Ask(ask.Ask):
     pass_    one of PASSES; rows: of an expert on average, 0 if not known
     E, N, K  experts, columns of the result and length of the sums; top: experts per token; 0 if not known
     listed   whether experts are tensors of their own
+    narrow   whether rows in memory begin at no multiple of 16 elements, so that these are loaded one by one
     """
 
     op = "moe"
@@ -61,17 +62,23 @@ class Ask(ask.Ask):
     K: int = 0
     top: int = 0
     listed: bool = False
+    narrow: bool = False
 
     @property
     def problem(self) -> str:
-        listed = " listed" * self.listed
-        return f"E={self.E} N={self.N} K={self.K} top={self.top} M{ask.bucket(self.rows)}{listed}"
+        how = " listed" * self.listed + " narrow" * self.narrow
+        return f"E={self.E} N={self.N} K={self.K} top={self.top} M{ask.bucket(self.rows)}{how}"
 
     def formula(self) -> list[Config]:
         """The best, and the plainest, by pointers alone."""
         if self.arch is None:
             return []
-        found = [formula(self.device, self.pass_, self.size, self.rows or 128, plain) for plain in (False, True)]
+        rows = self.rows or 128
+        found = [formula(self.device, self.pass_, self.size, rows, plain) for plain in (False, True)]
+        if self.narrow:
+            # Each element on its way takes a register, and one of them or two for where it lies.
+            side = 128 // self.size
+            found = [Config(min(row_block(rows), side), side, side // 2, 4, 2)] * 2
         return [self.shrunk(config) for config in found]
 
     def shrunk(self, config: Config) -> Config:

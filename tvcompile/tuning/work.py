@@ -132,7 +132,8 @@ class Experts:
         columns = {"up": (wide, self.H), "down": (self.H_out, self.F), "dact": (self.F, self.H_out)}
         N, K = (columns | {"dx": (self.H, wide), "dw": (wide, self.H)})[pass_]
         rows = self.T * self.K // max(self.E, 1)
-        return moe.Ask(device, pass_, self.dtype, rows, self.E, N, K, self.K, not self.stacked)
+        narrow = any(n % 16 for n in (self.H, self.F, self.H_out))
+        return moe.Ask(device, pass_, self.dtype, rows, self.E, N, K, self.K, not self.stacked, narrow)
 
     def inputs(self, device: torch.device, seed: int = 0) -> list[Any]:
         """[x, ids, weights, up, down, up_bias, down_bias, spec], the arguments of the op but the last."""
