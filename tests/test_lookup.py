@@ -183,12 +183,12 @@ def test_an_operator_without_a_table_gets_its_formula():
 
 # What each architecture gets, forward in 16 bits of a causal mask: BLOCK_M, BLOCK_N, warps, descriptors.
 FORWARD = {
-    "sm80": [(128, 64, 8, False), (128, 32, 8, False), (64, 64, 8, False)],
-    "sm86": [(128, 64, 8, False), (128, 64, 8, False), (64, 32, 4, False)],
-    "sm89": [(128, 64, 8, False), (128, 64, 8, False), (64, 32, 4, False)],
+    "sm80": [(128, 64, 4, False), (128, 32, 4, False), (64, 64, 4, False)],
+    "sm86": [(128, 64, 4, False), (128, 128, 8, False), (64, 32, 4, False)],
+    "sm89": [(128, 64, 4, False), (128, 128, 8, False), (64, 32, 4, False)],
     "sm90": [(128, 128, 4, True), (128, 128, 8, True), (128, 64, 8, True)],
     "sm100": [(128, 128, 8, True), (128, 128, 8, True), (64, 64, 8, True)],
-    "sm120": [(128, 64, 8, False), (64, 128, 4, True), (64, 32, 4, True)],
+    "sm120": [(128, 64, 4, True), (128, 128, 8, True), (64, 32, 4, True)],
     "gfx942": [(128, 32, 4, False), (128, 32, 4, False), (64, 32, 4, False)],
     "gfx950": [(128, 32, 4, False), (128, 32, 4, False), (64, 32, 4, False)],
 }
