@@ -210,10 +210,14 @@ class Works:
         return [m for m in MASKS if self.good(m)]
 
     def edits(self, asked: tuple[str, ...], masks: list[str]) -> list[str]:
-        """Those served with the heaviest mask that is, each alone and all together."""
+        """Those served with a causal mask and with the heaviest that is, each alone and all together.
+
+        What spills is no matter of weight alone: some spill with the lighter mask only.
+        """
         if not masks:
             return []
-        found = [e for e in asked if self.good(f"{masks[-1]}+{e}")]
+        common = [m for m in masks if m in ("causal", masks[-1])]
+        found = [e for e in asked if all(self.good(f"{m}+{e}") for m in common)]
         # Scores that load captures are edited as well.
         while len(found) > 1 and not self.good("+".join([masks[-1], *(e for e in found if e != "score")])):
             found.pop()
