@@ -107,12 +107,12 @@ backward:
         self.assertExpectedInline(
             "\n".join(self.shown["configs"]),
             """\
-sm80: BLOCK_M=128 BLOCK_N=64 num_warps=8 num_stages=2
-sm86: BLOCK_M=128 BLOCK_N=64 num_warps=8 num_stages=2
-sm89: BLOCK_M=128 BLOCK_N=64 num_warps=8 num_stages=2
+sm80: BLOCK_M=128 BLOCK_N=64 num_warps=4 num_stages=2
+sm86: BLOCK_M=128 BLOCK_N=64 num_warps=4 num_stages=2
+sm89: BLOCK_M=128 BLOCK_N=64 num_warps=4 num_stages=2
 sm90: BLOCK_M=128 BLOCK_N=128 num_warps=4 num_stages=2 DESCRIPTORS=True
 sm100: BLOCK_M=128 BLOCK_N=128 num_warps=8 num_stages=2 DESCRIPTORS=True SPECIALIZE=True
-sm120: BLOCK_M=128 BLOCK_N=64 num_warps=8 num_stages=2""",
+sm120: BLOCK_M=128 BLOCK_N=64 num_warps=4 num_stages=2 DESCRIPTORS=True""",
         )
 
     def test_dynamic_sizes_stay_in_the_graph(self):

@@ -313,7 +313,7 @@ class PlaceMajorReadAsExpertMajor(Slots):
 class FeaturesGoApart(Slots):
     """Odd features go to the place after."""
 
-    capacity = 8
+    capacity = 16  # more than tokens: no place is behind the last
 
     def stays(self, place):
         return place < self.capacity - 1
