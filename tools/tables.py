@@ -251,7 +251,7 @@ def covered(cell: Cell, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         config |= {"hoist": False} if pass_ == "dkdv" else {}
         works = Works(cell, config)
         # Masks alone are served before, once none is left.
-        masks = works.masks() if left_masks else ["data"]
+        masks = works.masks() if left_masks else list(MASKS)
         edits = works.edits(EDITS if left_masks else tuple(left_edits), masks)
         if set(masks) & set(left_masks) or set(edits) & set(left_edits):
             row = {"mask": masks} if left_masks and len(masks) < len(MASKS) else {}
