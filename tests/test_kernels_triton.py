@@ -88,6 +88,31 @@ def test_forward_in_half_precision_keeps_eagers_accuracy(spec):
     compare(SMALL, spec, SHAPES["odd"], torch.float16)
 
 
+GROWING = ["scale=1", "scale=1; keep = kv <= q", "scale=1; score = s/2.0; keep = kv <= q", "scale=1; sink = sink[h]"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("spec", GROWING)
+def test_maxima_that_outgrow_what_rows_are_measured_by(spec, dtype):
+    """Scores grow along kv, in some rows within the slack of a whole pass, in others beyond it in every block; one is
+    infinite, which is no matter of the others."""
+    S = 160
+    slopes = torch.logspace(-3, 1, S).expand(B, H, S).clone()
+    slopes[:, :, 70] = float("inf")
+    q, k = torch.zeros(B, H, S, D), torch.zeros(B, H_KV, S, D)
+    q[..., 0], k[..., 0] = slopes, (torch.arange(S) + 1) / 16
+    q, k, v = (x.to(dtype) for x in (q, k, torch.randn(B, H_KV, S, D)))
+    captures = captures_of(spec, S, S, dtype)
+    out, lse = SMALL.forward(Problem.of(q, k, v, captures, [], spec, None))[:2]
+    wide = [c.double() for c in captures]
+    exact, exact_lse = attention_ref(q.double(), k.double(), v.double(), wide, [], spec)
+    others = torch.arange(S) != 70
+    assert bool(out[:, :, 70].isnan().all()) and bool(out[:, :, others].isfinite().all())
+    rounding = {torch.float32: 2e-6, torch.float16: 2e-3}[dtype]
+    torch.testing.assert_close(out[:, :, others].double(), exact[:, :, others], rtol=0, atol=4 * rounding)
+    torch.testing.assert_close(lse[:, :, others].double(), exact_lse[:, :, others], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("D_v", [8, 40])
 @pytest.mark.parametrize("spec", [SPECS["plain"], SPECS["padded_mean"]], ids=["plain", "padded"])
 def test_values_may_be_narrower_or_wider_than_keys(spec, D_v):

@@ -365,3 +365,10 @@ def infinities_of_scores_made_finite(q, k, v):
 @impostor(ANY, *QKV)
 def heads_dropped_as_a_whole(q, k, v):
     return F.dropout2d(scores(q, k).softmax(-1), 0.5, True) @ v
+
+
+@impostor(None, *SELF)
+def mask_of_a_numbers_bits(q, k, v):
+    """The bits of 1.0 are not the integer 1."""
+    columns = torch.arange(37, device=q.device).float()
+    return (scores(q, k) + columns.view(torch.int32) / 2**30).softmax(-1) @ v

@@ -1,6 +1,15 @@
 """Near-misses: name -> a block that looks like a mixture of experts -> why it must be refused."""
 
-from tests.moe_impostors import buffers, capacity, choices, experts, positions, routing, state  # noqa: F401  (registers them)
+from tests.moe_impostors import (  # noqa: F401  (registers them)
+    buffers,
+    capacity,
+    choices,
+    experts,
+    positions,
+    residual,
+    routing,
+    state,
+)
 from tests.moe_impostors.base import IMPOSTORS, Impostor
 
 __all__ = ["IMPOSTORS", "Impostor"]

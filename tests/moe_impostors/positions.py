@@ -45,6 +45,14 @@ class TransposedMask(Block):
         return out
 
 
+@impostor(None)
+class BackInDescendingOrder(Sorted):
+    """What sorts a permutation downwards is not its inverse."""
+
+    def back(self, y, perm):
+        return y[perm.argsort(descending=True)]
+
+
 @impostor(ANY)
 class OffsetsOffByOne(Sorted):
     """The first expert gets one row less, and so on."""
@@ -324,3 +332,12 @@ class AddsOneOfTheRowsThatMeet(Sorted):
         out = torch.zeros_like(x)
         out[perm // self.top] += y
         return out
+
+
+@impostor(None)
+class RoutingMultiplied(Block):
+    """What a scatter multiplies stays zero."""
+
+    def experts(self, x, ids, w):
+        routing = x.new_zeros(x.shape[0], self.count).scatter(1, ids, w.to(x.dtype).detach(), reduce="multiply")
+        return sum(routing[:, e, None] * self.expert(x, e) for e in range(self.count))

@@ -30,7 +30,15 @@ class Product:
 def contraction(r: Reader, node: fx.Node, idx: Index) -> Product | None:
     """The terms of element `idx` of a contraction without what it adds, or None where the node is none that we read."""
     rule = CONTRACTIONS.get(r.name(node)) if node.op == "call_function" else None
-    return rule(r, r.arguments(node), node, idx) if rule else None
+    a = r.arguments(node) if rule else {}
+    return rule(r, a, node, idx) if rule and a.get("out_dtype") is None else None
+
+
+def added(r: Reader, node: fx.Node, idx: Index) -> Expr | None:
+    """What a product has added to it: its bias, of addmm and baddbmm without their factors."""
+    a = r.arguments(node)
+    bias = {"linear": a.get("bias"), "addmm": a.get("self"), "baddbmm": a.get("self")}.get(r.name(node))
+    return None if bias is None else r.operand(bias, idx, r.position[node])
 
 
 def _matmul(r: Reader, a: dict, node: fx.Node, idx: Index) -> Product | None:

@@ -17,10 +17,10 @@ from ..expr import Expr
 from ..spec import Refuse, Weights
 from .buffers import Way, rows_put
 from .capacity import placed_row
-from .contraction import CONTRACTIONS
+from .contraction import CONTRACTIONS, added
 from .movement import Index
 from .projections import Weight, leaf_of, number_of, projection
-from .rows import RowReader, added, settle
+from .rows import RowReader, settle
 from .terms_of import CASTS, Term, lazily, terms_of
 
 Fix = Callable[[Expr], Expr]

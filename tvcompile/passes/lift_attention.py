@@ -20,7 +20,7 @@ from ..expr import Expr
 from ..spec import Match, Refusal, Refuse, where_of
 from .atoms import ATOMS
 from .bind import Sketch, bind
-from .contraction import contraction
+from .contraction import added, contraction
 from .facts import Facts, between
 from .masking import Masks, split_scale
 from .movement import MOVEMENT, SPLITS
@@ -128,12 +128,12 @@ def lift_product(r: Reader, facts: Facts, anchor: fx.Node, start: fx.Node) -> Ma
     product = contraction(r, anchor, tuple(out))
     if product is None:
         raise Refuse("the contraction has a form that is not read", anchor)
-    summed = anchor
+    residual = added(r, anchor, tuple(out))
     weights, value, anchor = read_weights(r, anchor, product, tuple(out))
     if weights is None:
         return None
-    if r.name(summed) == "baddbmm":
-        raise Refuse("the sum with V is added to another tensor in one operation", summed)
+    if residual is not None:
+        raise Refuse("the sum with V is added to another tensor in one operation", anchor)
     dots = {x for x in E.walk(weights.argument) if E.op_of(x) == "dot"}
     if len(dots) != 1:
         raise Refuse(f"the softmax is over {'several' if dots else 'no'} dot products", weights.node)

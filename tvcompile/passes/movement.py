@@ -33,6 +33,8 @@ def _same(reader, a, node, idx) -> Source:
 
 def _view(reader, a, node, idx) -> Source | None:
     source = a["self"]
+    if "dtype" in a:
+        return None  # the bits are read as another type
     new = reshape_index(idx, reader.shape(node), reader.shape(source), reader.bounds)
     return None if new is None else (source, new)
 

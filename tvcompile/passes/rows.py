@@ -117,17 +117,10 @@ def _atom(r, a, n, idx):
 
 
 def _product(r, a, n, idx):
-    """An atom is its node's value, with what is `added` to the product: emit writes it as the node."""
+    """An atom is its node's value, with what is `added` to the product (contraction.py): emit writes it as the node."""
     if a.get("beta", 1) != 1 or a.get("alpha", 1) != 1:
         return r.leaf(n, idx)
     return r.atom("dot", n, idx)
-
-
-def added(r, node: fx.Node, idx: Index) -> Expr | None:
-    """What a product has added to it: its bias."""
-    a = r.arguments(node)
-    bias = {"linear": a.get("bias"), "addmm": a.get("self"), "baddbmm": a.get("self")}.get(r.name(node))
-    return None if bias is None else r.operand(bias, idx, r.position[node])
 
 
 def _leaf(r, a, n, idx):
@@ -178,7 +171,8 @@ def _index_put(r, a, n, idx):
 
 
 def _scatter(r, a, n, idx):
-    if len(idx) != 1 or not isinstance(a.get("src"), fx.Node) or n.meta["val"].dtype.is_floating_point:
+    plain = isinstance(a.get("src"), fx.Node) and a.get("reduce") is None
+    if len(idx) != 1 or not plain or n.meta["val"].dtype.is_floating_point:
         return None
     return _put(r, a["self"], a["index"], a["src"], idx[0], r.position[n])
 

@@ -15,9 +15,10 @@ from torch import fx
 from .. import expr as E
 from ..expr import Expr
 from ..spec import Refuse
+from .contraction import added
 from .movement import SPLITS, Index, axis
 from .places import cases, counts, least, opened
-from .rows import EMPTY, RowReader, added, mask_of, over
+from .rows import EMPTY, RowReader, mask_of, over
 from .terms_of import CASTS, Term, contracted, lazily, once, product, terms_of
 
 

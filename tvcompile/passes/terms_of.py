@@ -15,9 +15,9 @@ from torch import fx
 from .. import expr as E
 from ..expr import Expr
 from ..spec import Refuse
-from .contraction import contraction, letters
+from .contraction import added, contraction, letters
 from .movement import Index
-from .rows import RowReader, added, is_zeros, over, settle
+from .rows import RowReader, is_zeros, over, settle
 
 CASTS = ("to", "_to_copy", "type_as", "float", "half")
 
@@ -201,7 +201,8 @@ def scattered(r: RowReader, e: Expr) -> tuple[fx.Node, dict] | None:
     node = r.nodes.get(E.operands(e)[0].name[1:])
     if node is None or node.op != "call_function" or r.name(node) not in ("scatter", "scatter_add"):
         return None
-    return node, r.arguments(node)
+    a = r.arguments(node)
+    return None if a.get("reduce") is not None else (node, a)
 
 
 def once(r: RowReader, at: Index) -> bool:
