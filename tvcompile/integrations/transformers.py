@@ -13,6 +13,7 @@ attention  The library's mask for SDPA, or its absence, scale, softcap and sinks
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import warnings
 import weakref
@@ -62,7 +63,7 @@ def register() -> None:
 
 def experts(module: torch.nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """hidden_states [T,H], top_k_index and top_k_weights [T,K] -> [T,H]; the library's signature."""
-    spec = spec_of(module)
+    spec = _spec_at(id(module))
     if not spec:
         from transformers.integrations.moe import grouped_mm_experts_forward
 
@@ -80,11 +81,16 @@ def experts(module: torch.nn.Module, hidden_states: Tensor, top_k_index: Tensor,
     return out.to(hidden_states.dtype)
 
 
+@torch.compiler.assume_constant_result
+def _spec_at(address: int) -> str:
+    """`spec_of` the living module at an address: torch 2.11 takes numbers alone as arguments of a constant's function."""
+    return spec_of(ctypes.cast(ctypes.c_void_p(address), ctypes.py_object).value)
+
+
 # Module -> (what its formula depends on, the spec's text).
 _specs: weakref.WeakKeyDictionary[torch.nn.Module, tuple[tuple, str]] = weakref.WeakKeyDictionary()
 
 
-@torch.compiler.assume_constant_result
 def spec_of(module: torch.nn.Module) -> str:
     """Text of the MoESpec of an experts module, "" where it has none; a warning says why, once for each class."""
     numbers = {k: v for k, v in vars(module).items() if isinstance(v, (bool, int, float)) and k != "training"}
