@@ -2,6 +2,7 @@
 
     capture(model, inputs, train=True, arch="sm80")      [Captured("forward", graph), Captured("backward", graph)]
     inductor_source(fn, inputs, arch="sm120")            what Inductor would import, as text
+    packaged_source(fn, inputs)                          what AOTInductor would run to compile the launches, as text
     with fake_cuda("sm90") as mode: ...                  fake CUDA tensors; the machine seems to have an H100
 
 Models and inputs are built on the CPU; nothing is computed. Use a process of its own: under TRITON_INTERPRET=1, which
@@ -28,15 +29,18 @@ from unittest import mock
 import torch
 from torch import fx, nn
 from torch._dynamo import device_interface
+from torch._export import non_strict_utils
 from torch._functorch import aot_autograd, config as functorch_config, partitioners
 from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 from torch._inductor import codecache, config, decomposition, graph, utils
+from torch._inductor.codegen import wrapper
 from torch._inductor.runtime.hints import DeviceProperties
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.fx.experimental import proxy_tensor
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree, _triton
 
+from tvcompile import exported
 from tvcompile.backend import hand_off, placeholders_of, rewrite
 from tvcompile.kernels import selfcheck
 from tvcompile.report import GraphRecord
@@ -108,6 +112,31 @@ def inductor_source(program: Callable, inputs: dict | tuple, step: Callable = tv
     return "\n".join(sources)
 
 
+def packaged_source(model: nn.Module, inputs: tuple, arch: str = "sm90") -> str:
+    """What exported.package would run on the device: the kernels and a launch of each, in the order of the program."""
+
+    sources: list[str] = []
+
+    def stop(wrapper):
+        sources.append(wrapper.kernel_autotune_defs.getvalue() + wrapper.kernel_autotune_calls.getvalue())
+        raise _Ready
+
+    off = config.patch(fx_graph_cache=False, shape_padding=False, joint_graph_constant_folding=False)
+    with fake_cuda(arch) as mode, torch.no_grad(), off:
+        mode.shape_env.tracked_fakes = []
+        model, inputs = _on_device(model, inputs, mode)
+        with mock.patch.object(non_strict_utils, "FakeTensorMode", lambda **_: mode):
+            program = torch.export.export(model, inputs, strict=False)
+        stopped = mock.patch.object(wrapper.PythonWrapperCodegen, "generate_and_run_autotune_block", stop)
+        with unset_fake_temporarily(), stopped:
+            try:
+                exported.package(program, "never.pt2", {"tv.strict": True, "tv.selfcheck": "off"})
+            except Exception:  # Inductor's, about _Ready
+                if not sources:
+                    raise
+    return "\n".join(sources)
+
+
 class _Ready(Exception):
     """All is compiled, and the first kernel would run."""
 
@@ -118,17 +147,24 @@ def _run(program, inputs, backend, train: bool = False, arch: str = "sm90", dyna
         raise RuntimeError(reason)
     backend.backend_ctx_ctor = tracing_context  # type: ignore[attr-defined]
     torch._dynamo.reset()
-    program = copy.deepcopy(program).train(train) if isinstance(program, nn.Module) else program
     with fake_cuda(arch) as mode, torch.set_grad_enabled(train), selfcheck.only_if(False):
-        memo: dict[int, torch.Tensor] = {}  # by identity: what is tied stays tied
-        for module in program.modules() if isinstance(program, nn.Module) else ():
-            for tensors in (module._parameters, module._buffers):
-                tensors.update({n: _moved(x, mode, memo) for n, x in tensors.items() if x is not None})
-        inputs = pytree.tree_map_only(torch.Tensor, lambda x: _moved(x, mode, memo), inputs)
+        program, inputs = _on_device(program, inputs, mode)
+        program = program.train(train) if isinstance(program, nn.Module) else program
         with functorch_config.patch(force_non_lazy_backward_lowering=True, enable_autograd_cache=False):
             compiled = torch.compile(program, backend=backend, dynamic=dynamic)
             compiled(**inputs) if isinstance(inputs, dict) else compiled(*inputs)
     torch._dynamo.reset()
+
+
+def _on_device(program: Any, inputs: Any, mode: FakeTensorMode) -> tuple[Any, Any]:
+    """A copy of the program, with fake parameters, and fake inputs."""
+    memo: dict[int, torch.Tensor] = {}  # by identity: what is tied stays tied
+    with unset_fake_temporarily():
+        program = copy.deepcopy(program) if isinstance(program, nn.Module) else program
+    for module in program.modules() if isinstance(program, nn.Module) else ():
+        for tensors in (module._parameters, module._buffers):
+            tensors.update({n: _moved(x, mode, memo) for n, x in tensors.items() if x is not None})
+    return program, pytree.tree_map_only(torch.Tensor, lambda x: _moved(x, mode, memo), inputs)
 
 
 def _moved(x: torch.Tensor, mode: FakeTensorMode, memo: dict[int, torch.Tensor]) -> torch.Tensor:

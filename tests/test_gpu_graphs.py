@@ -155,6 +155,10 @@ BLOCK_M=16 BLOCK_N=128 num_warps=2 num_stages=2 PACKED=True SPLIT=True""",
         )
 
 
+def test_a_package_of_aotinductor_launches_the_kernels_itself(shown):
+    assert shown["packaged"] == ["attention_fwd", "experts_up", "experts_rows", "experts_combine"]
+
+
 def test_inductor_launches_the_kernel_itself(shown):
     source = shown["source"]
     assert "@triton.jit\ndef _sweep(" in source and "torch.ops.tv" not in source

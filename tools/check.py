@@ -2,8 +2,8 @@
 
     python tools/check.py
 
-expr bounds options <- spec arch report <- passes and kernels, tuning <- select, sites <- backend and integrations: a
-module imports from its own layer and from those before it. Passes see torch.fx, never triton; kernels and
+expr bounds options <- spec arch report <- passes and kernels, tuning <- select, sites <- backend and integrations <-
+exported: a module imports from its own layer and from those before it. Passes see torch.fx, never triton; kernels and
 tuning see triton, never torch.fx; neither sees the other. Only options.py reads the environment.
 """
 
@@ -37,11 +37,12 @@ LAYERS = {
     "tracing": 3,
     "sites": 3,
     "backend": 4,
+    "exported": 5,
     "integrations": 4,
     "doctor": 4,
     "tune": 4,
-    "__main__": 5,
-    "__init__": 5,
+    "__main__": 6,
+    "__init__": 6,
 }
 NEVER = {
     "passes": ("triton", f"{PACKAGE}.kernels", f"{PACKAGE}.tuning"),

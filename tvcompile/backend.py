@@ -33,18 +33,7 @@ def tv(gm: fx.GraphModule, example_inputs: Sequence[Any], mode: str | None = Non
 
 
 def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], mode: str | None, ours: Options, inductor: dict):
-    record = report.GraphRecord()
-    store.load()
-    try:
-        program = rewrite(gm, placeholders_of(gm), record)
-        tune(record, ours)
-    except Exception as error:
-        if ours.strict:
-            raise
-        program = gm
-        record.failed = f"{type(error).__name__}: {error}"
-        warnings.warn(fallback_message(error), stacklevel=2)
-    report.publish(record, ours.log)
+    program = attempt(gm, placeholders_of(gm), ours)
     if ours.codegen == "none":
         return program.forward
     try:
@@ -55,6 +44,23 @@ def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], mode: str | None
         compiled = hand_off(gm, example_inputs, mode, inductor)  # raises too where the fault is not ours
         warnings.warn(fallback_message(error), stacklevel=2)
         return compiled
+
+
+def attempt(gm: fx.GraphModule, fakes: Sequence[Any], ours: Options) -> fx.GraphModule:
+    """`rewrite`, reported; after an error of ours that is not to be raised, the graph itself and a warning."""
+    record = report.GraphRecord()
+    store.load()
+    try:
+        program = rewrite(gm, fakes, record)
+        tune(record, ours)
+    except Exception as error:
+        if ours.strict:
+            raise
+        program = gm
+        record.failed = f"{type(error).__name__}: {error}"
+        warnings.warn(fallback_message(error), stacklevel=2)
+    report.publish(record, ours.log)
+    return program
 
 
 def rewrite(gm: fx.GraphModule, fakes: Sequence[Any], record: report.GraphRecord) -> fx.GraphModule:
@@ -115,13 +121,19 @@ def _select(match: Match | MoEMatch) -> tuple[str, str]:
 
 def hand_off(program: fx.GraphModule, example_inputs: Sequence[Any], mode: str | None, options: dict) -> Callable:
     """Inductor: autograd, fusion and everything that is neither attention nor experts."""
-    from torch._inductor import config, list_mode_options
+    from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
     patches = {**(list_mode_options(mode) if mode and mode != "default" else {}), **options}
+    return compile_fx(program, example_inputs, config_patches=shared(patches))
+
+
+def shared(options: dict[str, Any]) -> dict[str, Any]:
+    """Options of Inductor with Sharing after the user's own passes."""
+    from torch._inductor import config
+
     name = "joint_custom_post_pass"
-    patches[name] = Sharing(patches.get(name, getattr(config, name)))
-    return compile_fx(program, example_inputs, config_patches=patches)
+    return {**options, name: Sharing(options.get(name, getattr(config, name)))}
 
 
 class Sharing(CustomGraphPass):

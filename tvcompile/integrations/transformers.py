@@ -83,7 +83,7 @@ def experts(module: torch.nn.Module, hidden_states: Tensor, top_k_index: Tensor,
 
 @torch.compiler.assume_constant_result
 def _spec_at(address: int) -> str:
-    """`spec_of` the living module at an address: torch 2.11 takes numbers alone as arguments of a constant's function."""
+    """`spec_of` the living module at an address: of a constant's function, torch 2.11 takes numbers alone."""
     return spec_of(ctypes.cast(ctypes.c_void_p(address), ctypes.py_object).value)
 
 

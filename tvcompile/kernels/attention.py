@@ -36,7 +36,8 @@ from .dropout import keep_weights
 from .problem import Given, Kernel, Need, Problem, as_heads_last, compute_dtype, heads_last, hint
 
 LIB = torch.library.Library("tv", "DEF")
-TENSORS = "Tensor q, Tensor k, Tensor v, Tensor[] captures, SymInt[] sizes, str spec, Tensor? seed"
+# A package of AOTInductor hands over empty lists as None.
+TENSORS = "Tensor q, Tensor k, Tensor v, Tensor[]? captures, SymInt[]? sizes, str spec, Tensor? seed"
 LIB.define(f"attention({TENSORS}) -> (Tensor out, Tensor lse, Tensor rest)")
 LIB.define(
     f"attention_backward(Tensor grad_out, {TENSORS}, Tensor out, Tensor lse, Tensor rest, int[] wanted)"
@@ -150,7 +151,7 @@ def _fake_backward(grad_out, q, k, v, captures, sizes, spec, seed, out, lse, res
 def _save(ctx, inputs, output):
     q, k, v, captures, sizes, spec, seed = inputs
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(q, k, v, *output, seed, *captures)
+    ctx.save_for_backward(q, k, v, *output, seed, *(captures or ()))
     ctx.sizes, ctx.spec = sizes, spec
 
 

@@ -61,14 +61,20 @@ def multiply(out: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def products(
-    rows: Tensor, places: Tensor | None, offsets: Tensor, count: int, W: Sequence[Tensor], bias: Sequence[Tensor]
+    rows: Tensor,
+    places: Tensor | None,
+    offsets: Tensor,
+    count: int,
+    W: Sequence[Tensor],
+    bias: Sequence[Tensor] | None,
 ) -> Tensor:
     """[n,N]: pair r's row, rows[places[r]] or rows[r], times W of its expert, plus the bias of its expert if any.
 
     offsets [E+1]: expert e has the pairs offsets[e] up to offsets[e+1]; pairs after the last get zeros. W, bias: one
-    of the lists of tv::moe; of gates and ups apart, the columns of g come first.
+    of the lists of tv::moe; of gates and ups apart, the columns of g come first. A package of AOTInductor hands over
+    an empty list as None.
     """
-    bounds, (W, bias) = offsets.tolist(), (unstacked(W, 2), unstacked(bias, 1))
+    bounds, (W, bias) = offsets.tolist(), (unstacked(W, 2), unstacked(bias or (), 1))
     sets = len(W) // count
     out = rows.new_empty(len(rows) if places is None else len(places), sets * W[0].shape[1])
     out[bounds[-1] :] = 0
@@ -84,7 +90,8 @@ def products(
     return out
 
 
-OPAQUE_PRODUCTS = torch.library.custom_op("tv::expert_products", products, mutates_args=())
+SCHEMA = "(Tensor rows, Tensor? places, Tensor offsets, int count, Tensor[] W, Tensor[]? bias) -> Tensor"
+OPAQUE_PRODUCTS = torch.library.custom_op("tv::expert_products", products, mutates_args=(), schema=SCHEMA)
 
 
 @OPAQUE_PRODUCTS.register_fake

@@ -71,8 +71,8 @@ class Problem:
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        captures: Sequence[Tensor],
-        sizes: Sequence[int],
+        captures: Sequence[Tensor] | None,
+        sizes: Sequence[int] | None,
         spec: str,
         seed: Tensor | None,
     ) -> Problem:
@@ -83,8 +83,8 @@ class Problem:
             h=(0, H),
             q=(0, S_q),
             kv=(0, S_kv),
-            captures=dict(zip(names, captures)),
-            sizes={**dict(zip(size_names, sizes)), "S_q": S_q, "S_kv": S_kv, "H": H},
+            captures=dict(zip(names, captures or ())),
+            sizes={**dict(zip(size_names, sizes or ())), "S_q": S_q, "S_kv": S_kv, "H": H},
             dtype=compute_dtype(q.dtype),
             device=q.device,
         )

@@ -3,16 +3,16 @@
     s = s / 8; s += mask; p = softmax(s)
     ->  div = aten.div.Tensor(s, 8); add = aten.add.Tensor(div, mask); softmax = aten.softmax.int(add, -1)
 
-A higher-order operator stays one node. The body of an activation checkpoint is canonicalized (and
-lifted) by itself; every other body is left whole. What is in place on inputs, parameters or shared
-views stays in place; the lifting treats it as a barrier.
+A higher-order operator stays one node, but for the contexts of torch.export. The body of an activation
+checkpoint is canonicalized (and lifted) by itself; every other body is left whole. What is in place on
+inputs, parameters or shared views stays in place; the lifting treats it as a barrier.
 """
 
 from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import fx
@@ -25,15 +25,20 @@ from torch.utils import _pytree as pytree
 from .writes import functionalize_temporaries
 
 CHECKPOINTS = ("tag_activation_checkpoint",)
+# Of torch.export: a body and the context that it runs in, which Dynamo's graphs have as calls around it.
+CONTEXTS: dict[str, Callable] = {
+    "wrap_with_set_grad_enabled": torch.set_grad_enabled,
+    "wrap_with_autocast": torch.autocast,
+}
 
 
 class _Retrace(fx.Interpreter):
     """Runs Dynamo's graph under make_fx; a higher-order operator becomes one node."""
 
-    def __init__(self, gm: fx.GraphModule, bodies: dict[fx.GraphModule, fx.GraphModule]):
+    def __init__(self, gm: fx.GraphModule, bodies: dict[fx.GraphModule, fx.GraphModule], kept: list[str]):
         super().__init__(gm)
         self.bodies = bodies
-        self.kept: list[str] = []
+        self.kept = kept
 
     def run_node(self, n: fx.Node):
         self.node = n
@@ -49,6 +54,10 @@ class _Retrace(fx.Interpreter):
     def call_function(self, target, args, kwargs):
         if not isinstance(target, HigherOrderOperator):
             return super().call_function(target, args, kwargs)
+        if target.name() in CONTEXTS:
+            at = next(i for i, x in enumerate(args) if isinstance(x, fx.GraphModule))
+            with CONTEXTS[target.name()](*args[:at]):
+                return _Retrace(args[at], self.bodies, self.kept).run(*args[at + 1 :])
         self.kept.append(target.name())
         tracer = proxy_tensor.get_proxy_mode().tracer
         mode = fake_mode_of((args, kwargs))
@@ -62,7 +71,7 @@ class _Retrace(fx.Interpreter):
 
         named = pytree.tree_map(as_argument, (args, kwargs))
         proxy = tracer.create_proxy("call_function", target, *named, name=target.name())
-        example = pytree.tree_map(lambda x: in_mode(x, mode), self.node.meta["example_value"])
+        example = pytree.tree_map(lambda x: in_mode(x, mode), _example(self.node))
         return proxy_tensor.track_tensor_tree(example, proxy, constant=None, tracer=tracer)
 
 
@@ -135,7 +144,8 @@ def canonicalize(gm: fx.GraphModule, fakes: Sequence, bodies: dict) -> tuple[fx.
     bodies: what takes the place of the body of an activation checkpoint.
     """
     mode = fake_mode_of(fakes)
-    retrace = _Retrace(gm, bodies)
+    kept: list[str] = []
+    retrace = _Retrace(gm, bodies, kept)
     tracer = proxy_tensor.make_fx(retrace.run, pre_dispatch=True, tracing_mode="symbolic", _allow_non_fake_inputs=True)
     shape_env = mode.shape_env if mode is not None else None
     fresh = shape_env.ignore_fresh_unbacked_symbols() if shape_env else contextlib.nullcontext()
@@ -145,11 +155,12 @@ def canonicalize(gm: fx.GraphModule, fakes: Sequence, bodies: dict) -> tuple[fx.
     if any(n.target is torch.amp.autocast_mode._enter_autocast for n in traced.graph.nodes):
         values = [n.meta["val"] for n in traced.graph.find_nodes(op="placeholder")]
         _UnderAutocast(traced, fake_mode_of(values)).run(*values)
+    remove_asserted_types(traced.graph)
     functionalize_temporaries(traced.graph)
     split_contractions(traced.graph)
     remove_dead_nodes(traced.graph)
     traced.recompile()
-    return traced, [name for name in retrace.kept if name not in CHECKPOINTS]
+    return traced, [name for name in kept if name not in CHECKPOINTS]
 
 
 def split_contractions(graph: fx.Graph) -> None:
@@ -190,12 +201,20 @@ def _keep_dynamo_facts(old: fx.GraphModule, new: fx.GraphModule) -> None:
         if hasattr(before, "_dynamo_source"):
             after._dynamo_source = before._dynamo_source
         after._rename(before.name)
+        after.target = before.target
     new.meta = dict(old.meta)
     new.__dict__.pop("shape_env", None)  # make_fx leaves it; a cache key cannot hold it
     if hasattr(old, "_param_name_to_source"):
         # Tensor literals became buffers of the new module; AOTAutograd asks where each comes from.
         literals = {name: ConstantSource(name) for name, _ in new.named_buffers(remove_duplicate=False)}
         new._param_name_to_source = literals | old._param_name_to_source
+
+
+def remove_asserted_types(graph: fx.Graph) -> None:
+    """Erase what torch.export asserts of dtypes and devices: tracing has checked it."""
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):
+        if not any(node.args[1:3]):  # sizes and strides
+            graph.erase_node(node)
 
 
 def remove_dead_nodes(graph: fx.Graph) -> None:
