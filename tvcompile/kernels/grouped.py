@@ -125,7 +125,7 @@ def rows_times(
     K: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
     DESCRIPTORS: tl.constexpr, WIDE: tl.constexpr, TWO: tl.constexpr, ROWS: tl.constexpr, SPECIALIZE: tl.constexpr,
 ):  # fmt: skip
-    """(acc + A W, other + A V) for rows of A [.,K] and columns from `first` on; V only if there is `other`.
+    """(acc + A W, other + A V) for rows of A [.,K] and columns from `first` on; without `other` A W is given twice.
 
     columns_at: offsets of the columns [BLOCK_N]; there: which of them are, None for all
     ROWS   where they are: "offsets" a_at from a_ptr; of a descriptor, "block": from row_at on, "gather": rows row_at
@@ -152,7 +152,7 @@ def rows_times(
             v_ptr += BLOCK_K * strides[1]
         a_ptr += BLOCK_K
         w_ptr += BLOCK_K * strides[1]
-    return acc, other
+    return acc, acc if other is None else other  # triton 3.6 gives no None back
 
 
 @triton.jit
@@ -280,8 +280,9 @@ def experts_up(
                 )  # fmt: skip
         else:
             _activate(
-                acc, other, w, r, inside, first, e, biases, bias_strides, act_ptr, hidden_ptr, ACT, LAYOUT, F, BLOCK_F
-            )
+                acc, other if PAIR else None, w, r, inside, first, e, biases, bias_strides, act_ptr, hidden_ptr,
+                ACT, LAYOUT, F, BLOCK_F,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -296,7 +297,7 @@ def experts_rows(
 
     dots [T*K,blocks of columns], where there are any: what each block adds to <out[p] / weights[p], x[p // TOP]>.
     """
-    BLOCKS: tl.constexpr = tl.cdiv(N, BLOCK_N)
+    BLOCKS: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N  # in triton 3.6 tl.cdiv gives no constant
     SETS: tl.constexpr = len(ws)
     row_block, block = place(n_blocks, BLOCKS)
     e, first_row = tl.load(table_ptr + row_block), tl.load(table_ptr + n_blocks + row_block)

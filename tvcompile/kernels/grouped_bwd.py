@@ -70,7 +70,7 @@ def experts_dact(
 
     down_strides: of its transpose, whose rows are the columns of down
     """
-    BLOCKS: tl.constexpr = tl.cdiv(F, BLOCK_N)
+    BLOCKS: tl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
     row_block, block = place(n_blocks, BLOCKS)
     e, first_row = tl.load(table_ptr + row_block), tl.load(table_ptr + n_blocks + row_block)
     if e < E:
@@ -147,8 +147,8 @@ def experts_outer(
 
     tokens [T*K]: which row of A or B is row r, None: r itself; w [T*K] or None
     """
-    TILES: tl.constexpr = tl.cdiv(M, BLOCK_M)
-    COLUMNS: tl.constexpr = tl.cdiv(N, BLOCK_N)
+    TILES: tl.constexpr = (M + BLOCK_M - 1) // BLOCK_M
+    COLUMNS: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     e, within = tl.program_id(0) // (TILES * COLUMNS), tl.program_id(0) % (TILES * COLUMNS)
     i = within % TILES * BLOCK_M + tl.arange(0, BLOCK_M)
     j = within // TILES * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -174,7 +174,7 @@ def experts_sum(
     N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """outs[e] [N] = sum of w[r] A[r] over the rows of expert e; tokens and w as in experts_outer."""
-    COLUMNS: tl.constexpr = tl.cdiv(N, BLOCK_N)
+    COLUMNS: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     e = tl.program_id(0) // COLUMNS
     j = tl.program_id(0) % COLUMNS * BLOCK_N + tl.arange(0, BLOCK_N)
     begin, end = tl.load(offsets_ptr + e), tl.load(offsets_ptr + e + 1)
