@@ -37,6 +37,8 @@ from .blocks import (
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 SLACK = tl.constexpr(8.0)
+# Triton 3.6 and 3.7 can't compile a question about all rows for sm100: "parent layout must have at least rank >= 2".
+ASKS = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8))
 # The maximum of a row that has seen nothing: from -inf, -inf could not be subtracted.
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 
@@ -54,7 +56,7 @@ def _sweep(
     IN_LOG2: tl.constexpr = SCALE * LOG2E
     # What is carried in log2 is subtracted from as it is; a SCORE stays in natural units.
     UNIT: tl.constexpr = LOG2E if SCORE is not None else 1.0
-    EAGER: tl.constexpr = SPECIALIZE and not MASKED
+    EAGER: tl.constexpr = not ASKS or SPECIALIZE and not MASKED
     columns = tl.arange(0, BLOCK_N)
     k_ptr += tl.cast(lo, tl.int64) * stride_kn
     v_ptr += tl.cast(lo, tl.int64) * stride_vn
