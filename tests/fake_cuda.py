@@ -35,6 +35,7 @@ from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 from torch._inductor import codecache, config, decomposition, graph, utils
 from torch._inductor.codegen import wrapper
 from torch._inductor.runtime.hints import DeviceProperties
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.fx.experimental import proxy_tensor
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -212,7 +213,8 @@ def _answers(arch: str) -> list[tuple[Any, dict[str, Any]]]:
     low |= {"_cuda_getDeviceCount": lambda: 1}
     low |= {"_ensureCUDADeviceGuardSet": zero} if _guard()[0] else {}  # its guard would take the place of ours
     found: list[tuple[Any, dict[str, Any]]] = [(torch.cuda, cuda), (torch._C, low)]
-    found += [(FakeTensorMode, {"avoid_device_init": True})]  # a GPU that is available would be used
+    # A GPU that is available would be used.
+    found += [(FakeTensorMode, {"avoid_device_init": True}), (fake_tensor, {"init_gpu_context": zero})]
     found += [(proxy_tensor, {"CONSTANT_NUMEL_LIMIT": -1})]  # the value of torch.tensor(1) would be moved there
     if _triton.has_triton_package():
         from triton.backends.nvidia.driver import CudaDriver

@@ -33,9 +33,11 @@ class Schedule:
         if isinstance(pairs, int):
             programs = min(programs, pairs)
         blocks = (offsets.diff() + BLOCK_M - 1) // BLOCK_M
-        starts = torch.nn.functional.pad(blocks.cumsum(0), (1, 0))
+        ends = blocks.cumsum(0)
+        starts = torch.nn.functional.pad(ends, (1, 0))
         i = torch.arange(programs, device=offsets.device)
-        expert = torch.searchsorted(starts[1:], i, right=True)
+        # Not in starts[1:]: Inductor of torch 2.11 can't search a view of what it has not written yet.
+        expert = torch.searchsorted(ends, i, right=True)
         first = offsets[expert] + (i - starts[expert]) * BLOCK_M
         return Schedule(torch.stack([expert, first]).to(torch.int32), programs)
 
