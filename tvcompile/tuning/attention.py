@@ -190,6 +190,9 @@ def formula(asked: Ask) -> Config:
     if pass_ == "decode":
         plain = not asked.edits and asked.mask != "data"
         return Config(16, 64 if wide <= 128 + 128 * plain else 32 if wide <= 512 else 16, 4, 2, packed=True)
+    if size == 4 and pass_ == "fwd" and (asked.edits or wide <= 256):
+        # Products of float32 are multiplications, whose operands lie in registers.
+        return Config(*((32, 32) if wide <= 256 else (16, 16)), warps, stages)
     if asked.edits:
         return Config(*{"fwd": (32, 32), "dq": (32, 16), "dkdv": (16, 32)}[pass_], warps, stages)
     stays = 64 if wide <= 256 else 32 if wide <= 512 else 16
