@@ -102,3 +102,7 @@ def test_no_argument_is_ignored(rule, name, schema):
 
 def test_the_rules_that_are_looked_at_are_many():
     assert len(CASES) > 200
+
+
+def test_contraction_looks_at_what_its_rules_leave_to_it():
+    assert "out_dtype" in set(strings(contraction.contraction, set()))

@@ -14,6 +14,7 @@ from torch.testing import assert_close
 
 import tvcompile
 from tvcompile import exported
+from tvcompile.passes.canonicalize import remove_asserted_types
 
 STRICT = {"tv.strict": True}
 
@@ -193,6 +194,19 @@ def test_contexts_keep_their_meaning():
     assert torch.autograd.grad(new(q, k, v)[0].sum(), (k, v), allow_unused=True) == (None, None)
 
 
+def test_what_is_asserted_of_types_is_dropped_where_it_is_so():
+    """Elsewhere it stays, to fail when the program runs."""
+    graph, assertion = torch.fx.Graph(), torch.ops.aten._assert_tensor_metadata.default
+    x = graph.placeholder("x")
+    x.meta["val"] = torch.ones(2)
+    for right in ({"dtype": torch.float32, "device": x.meta["val"].device}, {"layout": torch.strided}):
+        graph.call_function(assertion, (x,), right)
+    wrong = graph.call_function(assertion, (x,), {"dtype": torch.bfloat16})
+    sized = graph.call_function(assertion, (x, [2], None, torch.float32))
+    remove_asserted_types(graph)
+    assert graph.find_nodes(op="call_function", target=assertion) == [wrong, sized]
+
+
 def test_arguments_that_are_no_tensors():
     q, mask = torch.randn(2, 4, 33, 16), torch.rand(33, 33) < 0.3
     new = fused(export(Constants(), (q, 0.25, True), {"mask": mask}), 1).module()
@@ -231,3 +245,23 @@ def test_an_error_of_ours_leaves_the_program(monkeypatch):
         assert exported.fuse(program) is program
     with pytest.raises(ZeroDivisionError):
         exported.fuse(program, STRICT)
+
+
+def test_a_package_that_cannot_be_made_fused_is_made_without(monkeypatch, tmp_path):
+    model, program = of_attention()
+    made, whole = [], torch._inductor.aoti_compile_and_package
+
+    def refuse(given, **how):
+        made.append(given)
+        if given is not program:
+            raise NotImplementedError("an op of tv")
+        return whole(given, **how)
+
+    monkeypatch.setattr("torch._inductor.aoti_compile_and_package", refuse)
+    with pytest.raises(NotImplementedError):
+        exported.package(program, str(tmp_path / "model.pt2"), STRICT)
+    with pytest.warns(UserWarning, match="an op of tv"):
+        path = exported.package(program, str(tmp_path / "model.pt2"))
+    assert made[-1] is program and len(made) == 3
+    x = inputs(3, 77)
+    assert_close(torch._inductor.aoti_load_package(path)(*x), model(*x))

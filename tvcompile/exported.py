@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -63,13 +64,20 @@ def package(program: ExportedProgram, path: str, options: Mapping[str, Any] | No
     ours, inductor = Options.parse(options)
     fused, configs = fuse(program, options), backend.shared(inductor)
     with selfcheck.only_if(ours.selfcheck == "on"):
-        return aoti_compile_and_package(fused, package_path=path, inductor_configs=configs)
+        try:
+            return aoti_compile_and_package(fused, package_path=path, inductor_configs=configs)
+        except Exception as error:
+            if ours.strict or fused is program:
+                raise
+            made = aoti_compile_and_package(program, package_path=path, inductor_configs=configs)
+            warnings.warn(backend.fallback_message(error), stacklevel=2)
+            return made
 
 
 def _fakes(program: ExportedProgram) -> list:
     """What the placeholders hold before the program runs: its tracing left on them what it wrote, gradients too."""
     nodes, parameters = program.graph_module.graph, program.graph_signature.parameters
-    written = {storage_of(x) for n in nodes.nodes for x in written_arguments(n)}
+    written = {storage_of(x) for n in nodes.nodes for x in written_arguments(n)} - {None}
     found = []
     for spec, node in zip(program.graph_signature.input_specs, nodes.find_nodes(op="placeholder")):
         plain = storage_of(node) not in written or spec.target in parameters

@@ -211,9 +211,11 @@ def _keep_dynamo_facts(old: fx.GraphModule, new: fx.GraphModule) -> None:
 
 
 def remove_asserted_types(graph: fx.Graph) -> None:
-    """Erase what torch.export asserts of dtypes and devices: tracing has checked it."""
+    """Erase what torch.export asserts of a tensor's dtype, device and layout where it is so."""
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):
-        if not any(node.args[1:3]):  # sizes and strides
+        given = dict(zip(("a", "size", "stride", "dtype"), node.args)) | node.kwargs
+        val, asked = given.pop("a").meta["val"], {k: x for k, x in given.items() if x is not None}
+        if asked.keys() <= {"dtype", "device", "layout"} and all(getattr(val, k) == x for k, x in asked.items()):
             graph.erase_node(node)
 
 
