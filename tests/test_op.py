@@ -103,6 +103,14 @@ def test_empty_tensors(S_q, S_kv, batch):
         assert g.shape == x.shape and not g.any()
 
 
+def test_no_list_is_an_empty_list():
+    """As a package of AOTInductor hands it over."""
+    q, k, v = qkv()
+    got, want = OP(q, k, v, None, None, CAUSAL, None)[0], OP(q, k, v, [], [], CAUSAL, None)[0]
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
+    same_gradients(got, want, [q, k, v])
+
+
 def test_what_does_not_fit_is_told():
     mode = torch._subclasses.FakeTensorMode()
     q, k, v = (mode.from_tensor(x.detach()) for x in qkv())

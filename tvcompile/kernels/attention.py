@@ -152,7 +152,7 @@ def _save(ctx, inputs, output):
     q, k, v, captures, sizes, spec, seed = inputs
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(q, k, v, *output, seed, *(captures or ()))
-    ctx.sizes, ctx.spec = sizes, spec
+    ctx.listed, ctx.sizes, ctx.spec = captures is not None, sizes, spec
 
 
 def _differentiate(ctx, grad_out, _grad_lse, _grad_rest):
@@ -162,8 +162,8 @@ def _differentiate(ctx, grad_out, _grad_lse, _grad_rest):
         grad_out, q, k, v, captures, ctx.sizes, ctx.spec, seed, out, lse, rest, wanted
     )
     dcaptures = [found[wanted.index(i)] if i in wanted else None for i in range(len(captures))]
-    # An empty list counts as a list of tensors, a list of integers as one argument.
-    return dq, dk, dv, dcaptures, None if ctx.sizes else [], None, None
+    # An empty list counts as a list of tensors, a list of integers as one argument, as None does.
+    return dq, dk, dv, dcaptures if ctx.listed else None, None if ctx.sizes or ctx.sizes is None else [], None, None
 
 
 def opened(run: Callable, devices: Sequence[str] = ("cuda",)) -> Callable:
