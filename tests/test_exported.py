@@ -24,13 +24,12 @@ class Attention(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.qkv, self.out = nn.Linear(64, 128), nn.Linear(64, 64)
+        self.qkv, self.out = nn.Linear(64, 192), nn.Linear(64, 64)
         self.slopes = nn.Parameter(torch.randn(4))
 
     def forward(self, x: Tensor, document: Tensor) -> Tensor:
         B, S, _ = x.shape
-        q, k, v = self.qkv(x).view(B, S, 8, 16).transpose(1, 2).split((4, 2, 2), 1)
-        k, v = (t.repeat_interleave(2, 1) for t in (k, v))
+        q, k, v = (t.unflatten(-1, (-1, 16)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
         i = torch.arange(S, device=x.device)
         s = q @ k.mT / 4 + self.slopes[:, None, None] * (i - i[:, None])
         keep = (document[:, :, None] == document[:, None]) & (i <= i[:, None])
@@ -50,7 +49,7 @@ def fused(program: ExportedProgram, count: int) -> ExportedProgram:
 
 def of_attention() -> tuple[Attention, ExportedProgram]:
     torch.manual_seed(0)
-    model, B, S = Attention().eval(), Dim("B", max=8), Dim("S", max=512)
+    model, B, S = Attention().eval(), Dim("B", max=8), Dim("S", min=2, max=512)
     return model, export(model, inputs(2, 100), dynamic_shapes=({0: B, 1: S}, {0: B, 1: S}))
 
 
