@@ -264,3 +264,13 @@ def test_a_package_that_cannot_be_made_fused_is_made_without(monkeypatch, tmp_pa
     assert made[-1] is program and len(made) == 3
     x = inputs(3, 77)
     assert_close(torch._inductor.aoti_load_package(path)(*x), model(*x))
+
+
+def test_what_is_given_wrongly_is_told():
+    _, program = of_attention()
+    with pytest.raises(TypeError, match="expected an ExportedProgram, got Attention: torch.export.export"):
+        exported.fuse(Attention())
+    with pytest.raises(ValueError, match=r"ends in .pt2, got 'model.zip'"):
+        exported.package(program, "model.zip")
+    with pytest.raises(ValueError, match="unknown option tv.strickt"):
+        exported.fuse(program, {"tv.strickt": True})

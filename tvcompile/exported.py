@@ -31,8 +31,12 @@ from .passes.writes import storage_of, written_arguments
 def fuse(program: ExportedProgram, options: Mapping[str, Any] | None = None) -> ExportedProgram:
     """The program with every proven attention and mixture as one operation, or itself where there is none.
 
-    options: those of the backend; Inductor's are not looked at. Raises ValueError for an unknown one.
+    options: those of the backend; Inductor's are not looked at. Raises ValueError for an unknown one, TypeError for
+    what is no ExportedProgram.
     """
+    if not isinstance(program, ExportedProgram):
+        got = type(program).__name__
+        raise TypeError(f"expected an ExportedProgram, got {got}: torch.export.export(model, inputs) makes one")
     ours, _ = Options.parse(options)
     old = program.graph_module
     with selfcheck.only_if(ours.selfcheck == "on"):
@@ -58,9 +62,12 @@ def package(program: ExportedProgram, path: str, options: Mapping[str, Any] | No
     """Fuses and compiles the program into a package for `torch._inductor.aoti_load_package`; gives the package's path.
 
     path: ends in ".pt2". options: as in torch.compile(backend="tv", options=...); those without `tv.` go to Inductor.
+    Raises as `fuse` does, and ValueError for another path.
     """
     from torch._inductor import aoti_compile_and_package
 
+    if not path.endswith(".pt2"):
+        raise ValueError(f"expected a path that ends in .pt2, got {path!r}")
     ours, inductor = Options.parse(options)
     fused, configs = fuse(program, options), backend.shared(inductor)
     with selfcheck.only_if(ours.selfcheck == "on"):
