@@ -75,24 +75,29 @@ def rewrite(gm: fx.GraphModule, fakes: Sequence[Any], record: report.GraphRecord
     record.higher_order += whole
     before = report.lines_of(program.graph)
     matches: list[Match | MoEMatch] = []
+    refused: list[tuple[fx.Node, Refusal]] = []
     for lift in LIFTS:
         with record.timed(lift.__name__):
-            found, refusals = lift(program.graph)
+            found, reasons = lift(program.graph)
         matches += found
-        record.refusals += refusals
+        refused += reasons.items()
     chosen = []
     for match in matches:
-        kernel, reasons = _select(match)
-        if reasons:
-            record.refusals.append(Refusal(str(match.anchor.target), reasons, where_of(match.anchor)))
+        kernel, reason = _select(match)
+        if reason:
+            refused.append((match.anchor, Refusal(str(match.anchor.target), reason, where_of(match.anchor))))
         else:
             chosen.append(match)
             record.sites.append(report.site_of(match, kernel))
     if not chosen and all(body is new for body, new in bodies.items()):
+        record.refusals += [refusal for _, refusal in refused]
         return gm
     with record.timed("emit"):
         nodes = emit(program.graph, chosen)
         program.recompile()
+    left = set(program.graph.nodes)
+    # What is gone was a part of something that is fused.
+    record.refusals += [refusal for node, refusal in refused if node in left]
     with record.timed("verify"):
         verify(program, "emit")
     learned = sites.learned(program, fakes)

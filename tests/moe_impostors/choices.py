@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from tests.moe_impostors.base import ANY, impostor
 from tests.moe_spellings.base import B, S
 from tests.moe_spellings.buffers import ChoiceAfterChoice, OneMaskOfAllChoices, SwitchPerSequence
+from tests.moe_spellings.capacity import GShard
 
 
 class Choices(ChoiceAfterChoice):
@@ -95,3 +96,16 @@ class SequencesShareTheirPlaces(SwitchPerSequence):
         rows = torch.einsum("tec,th->ech", dispatch, x.reshape(B * S, -1))
         y = torch.einsum("tec,ech->th", dispatch * w.view(B * S, 1, 1), self.places(rows))
         return y.view(x.shape)
+
+
+@impostor(ANY)
+class NegativeWeightsAreNotSent(GShard):
+    """Weights may be negative: then a token weighs an expert's answer to nothing, its bias."""
+
+    bias, capacity = True, 4
+
+    def route(self, x):
+        return torch.topk(self.gate(x), self.top, dim=-1)
+
+    def sent(self, combine):
+        return combine > 0

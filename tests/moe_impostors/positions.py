@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from tests.moe_impostors.base import ANY, Loop, Sorted, impostor
 from tests.moe_spellings.base import Block, H, T
 from tests.moe_spellings.capacity import Capacity, GShard
+from tests.moe_spellings.grouped import ByCounts
 
 
 @impostor(None)
@@ -341,3 +342,38 @@ class RoutingMultiplied(Block):
     def experts(self, x, ids, w):
         routing = x.new_zeros(x.shape[0], self.count).scatter(1, ids, w.to(x.dtype).detach(), reduce="multiply")
         return sum(routing[:, e, None] * self.expert(x, e) for e in range(self.count))
+
+
+@impostor(ANY)
+class CountsEverySecondTwice(ByCounts):
+    def counts(self, ids):
+        flat = ids.flatten()
+        return torch.zeros(self.count, dtype=torch.int64).index_add_(0, flat, torch.arange(len(flat)) % 2 * 2)
+
+
+@impostor(ANY)
+class CountsFromOne(ByCounts):
+    """The rows of expert 0 are one more than its tokens."""
+
+    def counts(self, ids):
+        counts = torch.zeros(self.count, dtype=torch.int64)
+        counts[0] = 1
+        return counts.index_put_((ids.view(-1),), torch.tensor(1), accumulate=True)
+
+
+@impostor(ANY)
+class CountsTokensNotChoices(ByCounts):
+    """A token with two choices of one expert is counted once: its choices are no topk."""
+
+    def experts(self, x, ids, w):
+        columns = x[:, : 2 * self.count].view(-1, self.top, self.count)
+        return super().experts(x, columns.argmax(-1), w)
+
+    def counts(self, ids):
+        return torch.zeros(ids.shape[0], self.count).scatter(1, ids, 1).long().sum(0)
+
+
+@impostor(ANY)
+class CountsTheFirstChoices(ByCounts):
+    def counts(self, ids):
+        return F.one_hot(ids, self.count)[:, :1].sum((0, 1))

@@ -5,7 +5,7 @@ from torch import nn
 
 from tests.moe_impostors.base import ANY, NOTHING, Loop, Masked, impostor
 from tests.moe_spellings.base import Block
-from tests.moe_spellings.dense import Llama4
+from tests.moe_spellings.dense import Llama4, Llama4OneByOne
 
 
 @impostor(None)
@@ -180,6 +180,36 @@ class SigmoidOfTheFill(Llama4):
         routed = rows.repeat(self.count, 1) * scores.reshape(-1, 1)
         y = self.mlp(routed.view(self.count, -1, x.shape[-1]), lambda x, weight, bias: torch.bmm(x, weight))
         return y.sum(dim=0).view(x.shape)
+
+
+@impostor(ANY)
+class SigmoidOfTheFillOneByOne(Llama4):
+    def forward(self, x):
+        rows = x.reshape(-1, x.shape[-1])
+        logits = self.gate(rows)
+        best, ids = torch.topk(logits, self.top, dim=1)
+        scores = torch.full_like(logits, -3.0).scatter_(1, ids, best).sigmoid()
+        return sum(self.expert(rows * scores[:, e : e + 1], e) for e in range(self.count)).view(x.shape)
+
+
+@impostor(ANY)
+class ActivationOfZeroOneByOne(Llama4OneByOne):
+    def activate(self, pre, gate=None):
+        g, u = pre.chunk(2, -1)
+        return g.sigmoid() * (u + 1)
+
+
+@impostor(ANY)
+class ScoresOfTheNextExpert(Llama4):
+    """The last expert reads the first one's column once more, the first one none."""
+
+    def forward(self, x):
+        rows = x.reshape(-1, x.shape[-1])
+        logits = self.gate(rows)
+        best, ids = torch.topk(logits, self.top, dim=1)
+        scores = torch.full_like(logits, float("-inf")).scatter_(1, ids, best).sigmoid()
+        columns = [1, 2, 3, 3]
+        return sum(self.expert(rows * scores[:, c, None], e) for e, c in enumerate(columns)).view(x.shape)
 
 
 @impostor(ANY)

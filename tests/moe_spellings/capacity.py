@@ -89,9 +89,21 @@ class GShard(Capacity):
         where1 = F.one_hot(place1, self.capacity).to(w.dtype)
         where2 = F.one_hot(place2, self.capacity).to(w.dtype)
         combine = torch.einsum("se,sc->sec", gates1, where1) + torch.einsum("se,sc->sec", gates2, where2)
-        dispatch = combine.bool().to(x.dtype)
+        dispatch = self.sent(combine).to(x.dtype)
         rows = torch.einsum("sec,sm->ecm", dispatch, x)
         return torch.einsum("sec,ecm->sm", combine.to(x.dtype), self.places(rows))
+
+    def sent(self, combine):
+        """Where a token goes to a place."""
+        return combine.bool()
+
+
+@moe(router="argmax_twice", kind="relu")
+@moe(router="renormalised", capacity=4, kind="gelu", bias=True)
+@moe(router="sigmoid_topk", capacity=4, bias=True)
+class GShardByPositiveWeights(GShard):
+    def sent(self, combine):
+        return combine > 0
 
 
 class Residual(Capacity):

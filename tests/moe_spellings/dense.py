@@ -142,6 +142,21 @@ class Llama4(Block):
 
 
 @moe()
+@moe(own=True)
+@moe(kind="gelu", order="oi")
+@moe(layout="separate", router="sigmoid_each", top=2)
+class Llama4OneByOne(Llama4):
+    """The same in a loop: every expert reads all tokens times a column of the scores."""
+
+    def forward(self, x):
+        rows = x.reshape(-1, x.shape[-1])
+        logits = self.gate(rows)
+        best, ids = torch.topk(logits, self.top, dim=1)
+        scores = torch.full_like(logits, float("-inf")).scatter_(1, ids, best).sigmoid()
+        return sum(self.expert(rows * scores[:, e : e + 1], e) for e in range(self.count)).view(x.shape)
+
+
+@moe()
 class Llama4TopTwo(Llama4):
     router, top = "sigmoid_each", 2
 

@@ -147,3 +147,44 @@ class WeighedByInput(Grouped):
         rows = torch.gather(x, dim=0, index=token) * w.view(-1)[order].reshape(-1, 1)
         y = self.rows(rows, ids.view(-1)[order], offsets)
         return torch.zeros(T, x.shape[-1], dtype=x.dtype).scatter_add(0, token, y)
+
+
+class ByCounts(Grouped):
+    """Which row is which token by a division that is no `//`."""
+
+    def counts(self, ids):
+        """int [E]: how many of ids [T,K] are e."""
+        raise NotImplementedError
+
+    def experts(self, x, ids, w):
+        ids_g, order = ids.flatten().sort(dim=0, stable=True)
+        token = order.div(self.top, rounding_mode="trunc")
+        y = self.rows(x[token], ids_g, self.counts(ids).cumsum(0, dtype=torch.int32)) * w.flatten()[order, None]
+        return torch.zeros_like(x).index_add(0, token, y)
+
+
+@moe()
+class CountsByIndexAdd(ByCounts):
+    def counts(self, ids):
+        flat = ids.flatten()
+        return torch.zeros(self.count, dtype=torch.int64).index_add_(0, flat, torch.ones_like(flat))
+
+
+@moe(kind="geglu", order="oi")
+class CountsByIndexPut(ByCounts):
+    def counts(self, ids):
+        return torch.zeros(self.count, dtype=torch.int64).index_put_((ids.view(-1),), torch.tensor(1), accumulate=True)
+
+
+@moe(kind="relu")
+class CountsOfAllPairs(ByCounts):
+    def counts(self, ids):
+        return F.one_hot(ids, self.count).sum((0, 1))
+
+
+@moe(router="topk_softmax", layout="separate")
+class CountsOfASetMatrix(ByCounts):
+    """JetMoE: ones are set where a token chose, and its ids differ."""
+
+    def counts(self, ids):
+        return torch.zeros(ids.shape[0], self.count).scatter(1, ids, 1).long().sum(0)

@@ -27,6 +27,7 @@ from .places import compared, digits, dim_of, exclude, opened, solved
 from .projections import number_of
 from .routing import unscattered, without_rows_of
 from .rows import RowReader, over as positions_of
+from .signs import nonnegative
 from .terms_of import Term, terms_of
 
 NOT_ALONE = "a place of an expert is not proven to hold one token at most"
@@ -74,7 +75,7 @@ def _check_unrounded(r: RowReader, x: fx.Node, about: fx.Node) -> None:
 
 
 def _opened_ways(r: RowReader, ways: Sequence[Way], outer: Term) -> list[Way]:
-    """Without rows that masks chose, and with a condition `coefficient != 0` as the ways in which it is not zero."""
+    """Without rows that masks chose; a condition `coefficient != 0`, or > 0, as the ways in which it is not zero."""
     found = []
     for way in ways:
         term = without_rows_of(r, way.term)
@@ -98,14 +99,24 @@ def _unscattered(r: RowReader, way: Way) -> Way:
 
 def _not_zero(r: RowReader, way: Way) -> list[Way]:
     for g in way.term.guards:
-        if isinstance(g, sympy.Not) and E.op_of(g.args[0]) == "feq":
-            x, zero = E.operands(g.args[0])
-            found = terms_of(r, x) if E.constant(zero) == 0 else []
-            if found and not any(f.links for f in found):
+        coefficient = _compared_with_zero(g)
+        if coefficient is not None:
+            found = terms_of(r, coefficient)
+            weights = [x for f in found for x in f.factors]
+            signed = E.op_of(g) == "flt" and not all(nonnegative(r, x) for x in weights)
+            if found and not signed and not any(f.links for f in found):
                 rest = dataclasses.replace(way.term, guards=tuple(o for o in way.term.guards if o is not g))
                 # At most one pair has a place, so that the sum of the coefficients is not zero where one is not.
                 return [Way(rest.under(f.bound, f.guards), way.needs.times(Term(factors=f.factors))) for f in found]
     return [way]
+
+
+def _compared_with_zero(g: Expr) -> Expr | None:
+    """x where a condition says that x != 0, or 0 < x."""
+    if isinstance(g, sympy.Not) and E.op_of(g.args[0]) == "feq":
+        x, zero = E.operands(g.args[0])
+        return x if E.constant(zero) == 0 else None
+    return E.operands(g)[1] if E.op_of(g) == "flt" and E.constant(E.operands(g)[0]) == 0 else None
 
 
 def _own_pairs(r: RowReader, place: Place, outer: Term) -> Iterator[dict[Expr, Expr]]:

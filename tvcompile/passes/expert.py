@@ -18,7 +18,7 @@ from ..spec import Refuse, Weights
 from .buffers import Way, rows_put
 from .capacity import placed_row
 from .contraction import CONTRACTIONS, added
-from .movement import Index
+from .movement import Index, unravel
 from .projections import Weight, leaf_of, number_of, projection
 from .rows import RowReader, settle
 from .terms_of import CASTS, Term, lazily, terms_of
@@ -62,10 +62,7 @@ class Unit:
 
 
 def read_expert(r: RowReader, node: fx.Node, idx: Index, term: Term, t: Expr, d: Expr) -> Expert:
-    known = dict(term.known)
-
-    def fix(e: Expr) -> Expr:
-        return settle(E.substitute(e, known, r.bounds), r.bounds)
+    fix = fixing(r, term)
 
     last = projection(r, node, idx)
     down = fixed(last.weight, fix, last.length, r.shape(node)[[i for i, x in enumerate(idx) if x == d][-1]])
@@ -86,6 +83,12 @@ def read_expert(r: RowReader, node: fx.Node, idx: Index, term: Term, t: Expr, d:
     (x, weighed) = sources.pop()
     biases = biases_of(r, units, layout, last.over, last.length, node)
     return Expert(node, x, act, layout, tuple(ups), biases, down, (node, *(u.node for u in units)), weighed)
+
+
+def fixing(r: RowReader, term: Term) -> Fix:
+    """What is known of the rows of a term, put into formulas."""
+    known = dict(term.known)
+    return lambda e: settle(E.substitute(e, known, r.bounds), r.bounds)
 
 
 def fixed(w: Weight, fix: Fix, inputs: Expr, columns: Expr) -> Weight:
@@ -191,17 +194,10 @@ def token_row(
     name, a, here = (r.name(leaf), r.arguments(leaf), r.position[leaf]) if leaf.op == "call_function" else ("", {}, 0)
     if name in CASTS and leaf.meta["val"].dtype == node.meta["val"].dtype:
         return token_row(r, a["self"], where, here, over, length, t, fix, outer)
-    if name == "mul" and isinstance(a["other"], fx.Node):
-        sides = [(x, r.broadcast(x, where)) for x in (a["self"], a["other"])]
-        sides.sort(key=lambda side: E.mentions(sympy.Tuple(*side[1]), over))
-        (factor, at_factor), (rows, at_rows) = sides
-        if not E.mentions(sympy.Tuple(*at_factor), over):
-            terms = terms_of(r, fix(lazily(r, factor, at_factor, here)))
-            if len(terms) != 1 or terms[0].bound or terms[0].links:
-                raise Refuse("the weight of an expert's input is no product", leaf)
-            x, rest = token_row(r, rows, at_rows, here, over, length, t, fix, outer)
-            conditions = tuple(E.where(g, E.number(1.0), E.number(0.0)) for g in terms[0].guards)
-            return x, (*terms[0].factors, *conditions, *rest)
+    if (split := weighed_by(r, leaf, where, over, fix)) is not None:
+        (rows, at_rows), factors = split
+        x, rest = token_row(r, rows, at_rows, here, over, length, t, fix, outer)
+        return x, (*factors, *rest)
     if name in CONTRACTIONS:
         terms = terms_of(r, fix(r.read(leaf, where, used)))
         if terms:
@@ -209,6 +205,38 @@ def token_row(
     if (ways := rows_put(r, leaf, where, used, fix)) is not None:
         return placed_row(r, ways, outer, leaf, over, length, t), ()
     raise Refuse("the rows of an expert are not its tokens", leaf)
+
+
+def weighed_by(r: RowReader, leaf: fx.Node, where: Index, over: Expr, fix: Fix):
+    """((rows, their index), factors) where a row is others times factors that are alike in all of its features."""
+    if leaf.op != "call_function" or r.name(leaf) != "mul":
+        return None
+    a, here = r.arguments(leaf), r.position[leaf]
+    if not isinstance(a["other"], fx.Node):
+        return None
+    sides = [(x, r.broadcast(x, where)) for x in (a["self"], a["other"])]
+    sides.sort(key=lambda side: E.mentions(sympy.Tuple(*side[1]), over))
+    (factor, at_factor), rows = sides
+    if E.mentions(sympy.Tuple(*at_factor), over):
+        return None
+    terms = terms_of(r, fix(lazily(r, factor, at_factor, here)))
+    if len(terms) != 1 or terms[0].bound or terms[0].links:
+        raise Refuse("the weight of an expert's input is no product", leaf)
+    conditions = tuple(E.where(g, E.number(1.0), E.number(0.0)) for g in terms[0].guards)
+    return rows, (*terms[0].factors, *conditions)
+
+
+def with_weighed_input(r: RowReader, expert: Expert, t: Expr, fix: Fix, outer: Term) -> Expert:
+    """The same expert, its rows taken for x[t] times what they are weighed by, where they are that."""
+    shape = r.shape(expert.x)
+    over, here = r.fresh(shape[-1], "h"), r.position[expert.x]
+    where = (*unravel(t, shape[:-1], r.bounds), over)
+    split = weighed_by(r, expert.x, where, over, fix)
+    if split is None:
+        return expert
+    (rows, at_rows), factors = split
+    x, rest = token_row(r, rows, at_rows, here, over, shape[-1], t, fix, outer)
+    return dataclasses.replace(expert, x=x, weighed=(*factors, *rest))
 
 
 def bias_of(r: RowReader, load: Expr, d: Expr, columns: int) -> Weight | None:

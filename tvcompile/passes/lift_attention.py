@@ -32,7 +32,7 @@ SDPA = "scaled_dot_product_attention"
 SOFTMAX = ("softmax", "_softmax", "special_softmax", "log_softmax", "_log_softmax", "special_log_softmax")
 
 
-def lift_attention(graph: fx.Graph) -> tuple[list[Match], list[Refusal]]:
+def lift_attention(graph: fx.Graph) -> tuple[list[Match], dict[fx.Node, Refusal]]:
     """Every attention of the graph, and why each other softmax or SDPA is none."""
     r = Reader(graph)
     facts = Facts(graph)
@@ -56,8 +56,7 @@ def lift_attention(graph: fx.Graph) -> tuple[list[Match], list[Refusal]]:
         if node.op == "call_function" and r.name(node) in SOFTMAX and node not in explained and not routes(r, node):
             why = "its result is not the weights of a sum over a dot product's positions"
             refusals.setdefault(node, Refusal(str(node.target), why, where_of(node)))
-    kept = [refusal for node, refusal in refusals.items() if node not in explained]
-    return matches, kept
+    return matches, {node: refusal for node, refusal in refusals.items() if node not in explained}
 
 
 def routes(r: Reader, softmax: fx.Node) -> bool:

@@ -32,30 +32,28 @@ from .sums import Sums
 from .terms_of import CASTS
 
 
-def lift_moe(graph: fx.Graph) -> tuple[list[MoEMatch], list[Refusal]]:
+def lift_moe(graph: fx.Graph) -> tuple[list[MoEMatch], dict[fx.Node, Refusal]]:
     """Every mixture of experts of the graph, and why what looks like one is none."""
     facts = Facts(graph)
     r = RowReader(graph, facts.grad)
     matches: list[MoEMatch] = []
-    refusals: list[Refusal] = []
+    refusals: dict[fx.Node, Refusal] = {}
     seen: set[fx.Node] = set()
     for cone, ends in cones(r, graph):
-        match, refusal = lift_cone(r, facts, cone, ends)
-        if match is not None:
-            matches.append(match)
-        elif refusal is not None:
-            refusals.append(refusal)
+        match, refused = lift_cone(r, facts, cone, ends)
+        matches += [match] if match is not None else []
+        refusals |= refused
         seen |= set(cone)
     for node in graph.nodes:
         if node.op == "call_function" and node not in seen and looks_routed(r, node) and computed(r, node):
             why = "no mixture of experts: the rows that are added are not two projections with formulas in between"
-            refusals.append(Refusal(str(node.target), why, where_of(node)))
+            refusals[node] = Refusal(str(node.target), why, where_of(node))
             seen |= set(followers(node))
     return matches, refusals
 
 
 def lift_cone(r: RowReader, facts: Facts, cone: list[fx.Node], ends: set[fx.Node]):
-    """(match, None) at the last node of the cone that is one, or (None, the reason at that node).
+    """(match, {}) at the last node of the cone that is one, or (None, {that node: the reason}).
 
     A sum that holds something else too, as the residual, is taken only if no earlier node holds the experts alone.
     """
@@ -70,15 +68,15 @@ def lift_cone(r: RowReader, facts: Facts, cone: list[fx.Node], ends: set[fx.Node
         try:
             match = lift_at(r, facts, sums, anchor)
             if match.base is None:
-                return match, None
+                return match, {}
             found = found or match
         except (Refuse, Unreadable) as error:
             reason = reason or (error, anchor)
     if found is not None or reason is None:
-        return found, None
+        return found, {}
     why, anchor = reason
     place = getattr(why, "node", None) or anchor
-    return None, Refusal(str(anchor.target), f"no mixture of experts: {why}", where_of(place))
+    return None, {anchor: Refusal(str(anchor.target), f"no mixture of experts: {why}", where_of(place))}
 
 
 def lift_at(r: RowReader, facts: Facts, sums: Sums, anchor: fx.Node) -> MoEMatch:

@@ -10,7 +10,7 @@ from torch import fx
 from .. import expr as E
 from ..expr import Expr
 from ..spec import Refuse
-from .expert import Expert, bias_of, expert_number, read_expert
+from .expert import Expert, bias_of, expert_number, fixing, read_expert, with_weighed_input
 from .places import compared
 from .projections import Weight, number_of, places
 from .routing import Chosen, Token, chosen, without_rows
@@ -48,32 +48,38 @@ def part_of(r: RowReader, term: Term, token: Token, d: Expr) -> Part:
     node, idx = term.product
     expert = read_expert(r, node, idx, term, token.t, d)
     formula = expert_number(expert.down)
-    number = None
-    if formula is None:
-        number = compared_number(term, expert)
-        formula = sympy.Integer(number)
+    if formula is None and compared_number(term) is None and not expert.weighed:
+        # Every expert reads all tokens: what its rows are multiplied by may say which are its own.
+        expert = with_weighed_input(r, expert, token.t, fixing(r, term), term)
     if expert.weighed:
         if term.factors:
             raise Refuse("the inputs and the results of an expert are both weighed", expert.node)
-        gets = any(E.op_of(x) == "load" for x in E.walk(formula)) or any(compared(g, formula) for g in term.guards)
+        if formula is None:
+            gets = compared_number(term) is not None
+        else:
+            gets = any(E.op_of(x) == "load" for x in E.walk(formula)) or any(compared(g, formula) for g in term.guards)
         if not gets:
             check_keeps_zero(expert)
         term = without_rows(r, dataclasses.replace(term, factors=expert.weighed), token, r.position[expert.node])
+    number = compared_number(term) if formula is None else None
+    if formula is None and number is None:
+        raise Refuse("no comparison with the ids says which tokens an expert gets", expert.node)
+    formula = sympy.Integer(number) if formula is None else formula
     found = chosen(r, term, formula, token)
     whole = term.put({formula: found.ids}).whole if formula in term.bound else term.whole
     canon = canonical(r, found)
     return Part(canon, number, None if number is not None else formula, expert, whole, found.k, term.puts)
 
 
-def compared_number(term: Term, expert: Expert) -> int:
-    """The number that the ids of an expert's tokens are compared with."""
+def compared_number(term: Term) -> int | None:
+    """The number that the ids of an expert's tokens are compared with, if they are."""
     for g in term.guards:
         if E.op_of(g) == "eq":
             number, rest = E.operands(g)[0].as_coeff_Add()
             sign, load = rest.as_coeff_Mul()
             if E.op_of(load) == "load" and abs(sign) == 1:
                 return int(-number * sign)
-    raise Refuse("no comparison with the ids says which tokens an expert gets", expert.node)
+    return None
 
 
 def check_keeps_zero(e: Expert) -> None:

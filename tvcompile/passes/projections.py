@@ -9,6 +9,7 @@ permutation of a tensor of the graph, whatever the program calls it.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import sympy
 import torch
@@ -18,9 +19,10 @@ from .. import expr as E
 from ..expr import Expr, IntCall
 from ..spec import Refuse
 from .contraction import contraction
-from .movement import Index, axis
+from .movement import Index, axis, unravel
 from .read import Reader
 from .rows import GROUPED, RowReader, over, settle
+from .terms_of import distinct
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,9 +124,9 @@ def projection(r: RowReader, node: fx.Node, idx: Index) -> Projection:
 def group(r: RowReader, offsets: fx.Node, row: Expr, node: fx.Node) -> Expr:
     """The expert of a row of a grouped product: ids[perm(row)] where the offsets count the ids."""
     experts = r.shape(offsets)[0]
-    ids, counted_at = counted_ids(r, offsets, experts, node)
-    i = r.fresh(r.shape(ids)[0], "p")
-    counted = r.read(ids, (i,), counted_at)
+    ids = counted_ids(r, offsets, experts, node)
+    i = r.fresh(ids.count, "p")
+    counted = ids.at(i)
     sorts = {E.operands(x)[0] for e in (row, counted) for x in E.walk(e) if E.op_of(x) in ("perm", "inv")}
     if len(sorts) != 1:
         raise Refuse("the rows of a grouped product are not sorted by expert", node)
@@ -140,61 +142,93 @@ def group(r: RowReader, offsets: fx.Node, row: Expr, node: fx.Node) -> Expr:
     return settle(E.substitute(sorted_by, {i: settle(IntCall("perm", sort, row))}, r.bounds), r.bounds)
 
 
-def counted_ids(r: RowReader, offsets: fx.Node, experts: Expr, node: fx.Node) -> tuple[fx.Node, int]:
-    """The ids of which offsets[e] counts those up to e, and where they are read."""
+@dataclasses.dataclass(frozen=True)
+class Ids:
+    """What is counted: `count` ids, of which at(i) is the i-th."""
+
+    count: Expr
+    at: Callable[[Expr], Expr]
+
+
+def ids_of(r: RowReader, node: fx.Node, at: int) -> Ids:
+    shape = r.shape(node)
+    return Ids(
+        sympy.expand(sympy.Mul(*shape)), lambda i: E.as_int(r.read(node, tuple(unravel(i, shape, r.bounds)), at))
+    )
+
+
+def counted_ids(r: RowReader, offsets: fx.Node, experts: Expr, node: fx.Node) -> Ids:
+    """The ids of which offsets[e] counts those up to e."""
     source = _unwrapped(r, offsets)
     a, here, name = r.arguments(source), r.position[source], r.name(source)
     probe = r.fresh(experts, "e")
     if name == "cumsum" and axis(a["dim"], 1) == 0:
         return _counted(r, _unwrapped(r, a["self"]), experts, probe, node)
     if name == "searchsorted" and a.get("right") and r.read(a["self"], (probe,), here) == probe:
-        return a["sorted_sequence"], here
+        return ids_of(r, a["sorted_sequence"], here)
     if name == "sum" and (found := _summed_ids(r, source, probe, lambda i: E.le(i, probe))) is not None:
-        return found, here
+        return found
     raise Refuse(f"the offsets of a grouped product come from {name}, not from counts of the ids", node)
 
 
-def _counted(r: RowReader, counts: fx.Node, experts: Expr, probe: Expr, node: fx.Node) -> tuple[fx.Node, int]:
+def _counted(r: RowReader, counts: fx.Node, experts: Expr, probe: Expr, node: fx.Node) -> Ids:
     """The ids of which counts[e] are e."""
     a, here, name = r.arguments(counts), r.position[counts], r.name(counts)
     if name == "histc" and a["bins"] == experts and a["min"] == 0 and a["max"] in (experts - 1, experts):
-        return _unwrapped(r, a["self"]), here
+        return ids_of(r, _unwrapped(r, a["self"]), here)
     if name == "bincount" and a.get("weights") is None:
-        return _unwrapped(r, a["self"]), here
-    if name == "scatter_add" and axis(a["dim"], 1) == 0:
-        one = r.operand(a["src"], (probe,), here)
-        if E.constant(r.operand(a["self"], (probe,), here)) == 0 and E.constant(one) == 1:
-            return a["index"], here
+        return ids_of(r, a["self"], here)
+    if (index := _adds_ones(r, name, a, probe, here)) is not None:
+        return ids_of(r, index, here)
     if name == "sum" and (found := _summed_ids(r, counts, probe, lambda i: E.eq(i, probe))) is not None:
-        return found, here
+        return found
     raise Refuse(f"the offsets of a grouped product are made of {name}, not of counts of the ids", node)
 
 
-def _summed_ids(r: RowReader, node: fx.Node, probe: Expr, condition) -> fx.Node | None:
+def _adds_ones(r: RowReader, name: str, a: dict, probe: Expr, here: int) -> fx.Node | None:
+    """The ids at which ones are added to zeros."""
+    if name in ("scatter_add", "index_add") and axis(a["dim"], 1) == 0 and a.get("alpha", 1) == 1:
+        index, ones = a["index"], a["src" if name == "scatter_add" else "source"]
+    elif name == "index_put" and a.get("accumulate") and len(a["indices"]) == 1:
+        index, ones = a["indices"][0], a["values"]
+    else:
+        return None
+    places = tuple(r.fresh(n, "p") for n in r.shape(index))
+    added = E.constant(r.operand(ones, r.broadcast(ones, places), here))
+    integer = index.meta["val"].dtype != torch.bool
+    return index if integer and added == 1 and E.constant(r.operand(a["self"], (probe,), here)) == 0 else None
+
+
+def _summed_ids(r: RowReader, node: fx.Node, probe: Expr, condition: Callable[[Expr], Expr]) -> Ids | None:
     """ids where sum_i condition(ids[i], e) is what a sum computes."""
     source, at, positions = over(r, node, (probe,))
-    if len(positions) != 1:
-        return None
+    positions = [p for p in positions if p != 0]
     body = r.truth(E.as_bool(r.read(source, at, r.position[node])))
     for load in E.loads(body):
-        if positions[0] in load.free_symbols and body == condition(load):
-            return _flat_ids(r, source, load, positions[0])
+        if set(positions) <= load.free_symbols and body == condition(load):
+            sizes = tuple(r.ranges[p] for p in positions)
+
+            def one(i: Expr, load: Expr = load) -> Expr:
+                return E.substitute(load, dict(zip(positions, unravel(i, sizes, r.bounds))), r.bounds)
+
+            return Ids(sympy.expand(sympy.Mul(*sizes)), one)
+        if condition(probe) == E.TRUE and E.operands(load)[1:] == (*positions, probe) and body == E.as_bool(load):
+            return _set_ids(r, r.nodes[E.operands(load)[0].name[1:]])
     return None
 
 
-def _flat_ids(r: RowReader, node: fx.Node, load: Expr, i: Expr) -> fx.Node | None:
-    """The list of ids that was read: the first node on the way up whose element i the load is."""
-    queue, seen = [node], set()
-    while queue:
-        n = queue.pop(0)
-        val = n.meta.get("val")
-        if n in seen or not isinstance(val, torch.Tensor):
-            continue
-        seen.add(n)
-        if val.dim() == 1 and r.shape(n)[0] == r.ranges[i] and r.read(n, (i,), r.position[n] + 1) == load:
-            return n
-        queue += n.all_input_nodes
-    return None
+def _set_ids(r: RowReader, matrix: fx.Node) -> Ids | None:
+    """ids where a matrix is zeros.scatter(-1, ids, 1): those of one row differ, so that each is counted."""
+    matrix = _unwrapped(r, matrix)
+    if matrix.op != "call_function" or r.name(matrix) != "scatter":
+        return None
+    a, here = r.arguments(matrix), r.position[matrix]
+    ids, zero = a["index"], tuple(r.fresh(n, "z") for n in r.shape(matrix))
+    ones = r.operand(a["src"] if isinstance(a.get("src"), fx.Node) else a["value"], zero, here)
+    ends = [E.constant(x) for x in (r.operand(a["self"], zero, here), ones)]
+    whole = axis(a["dim"], len(zero)) == len(zero) - 1 and r.shape(ids)[:-1] == r.shape(matrix)[:-1]
+    plain = a.get("reduce") is None and ends == [0, 1]
+    return ids_of(r, ids, here) if whole and plain and distinct(r, ids) else None
 
 
 def in_range(r: RowReader, ids: Expr, experts: Expr) -> bool:
@@ -227,7 +261,9 @@ def places(r: RowReader, node: fx.Node) -> Expr | None:
 
 
 def _unwrapped(r: RowReader, node: fx.Node) -> fx.Node:
-    """Through casts."""
+    """Through casts that keep every number of an expert."""
     while node.op == "call_function" and r.name(node) in ("to", "_to_copy", "float", "int", "long", "contiguous"):
+        if node.meta["val"].dtype in (torch.bool, torch.uint8, torch.int8, torch.float16, torch.bfloat16):
+            break
         node = node.args[0]
     return node

@@ -64,6 +64,14 @@ class RowReader(Reader):
             number = number * n + at
         return unravel(sympy.expand(number), shape, self.bounds)[coordinate]
 
+    def _interval(self, e: Expr) -> tuple:
+        op = E.op_of(e)
+        if op in ("perm", "inv", "nth"):
+            node = self.nodes[E.operands(e)[0].name]
+            shape = self.shape(self.arguments(node)["self"]) if op != "nth" else self.shape(node)
+            return sympy.Integer(0), shape[int(E.operands(e)[1]) if op == "nth" else 0] - 1
+        return super()._interval(e)
+
     def cut(self, node: fx.Node) -> bool:
         """Does no gradient flow through a node, though the graph trains?"""
         val = node.meta.get("val")

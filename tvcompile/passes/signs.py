@@ -1,0 +1,74 @@
+"""Which formulas are never negative: what a router weighs its experts by.
+
+    softmax(x)   topk(sigmoid(x)).values[t, k]   p / sum(p)   zeros.scatter(1, ids, w)   einsum("te,te->t", p, one_hot)
+
+What is not proven counts as negative. A weight that is no number (NaN) compares as nothing does, and gives no number.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from .. import expr as E
+from ..expr import Expr
+from .rows import RowReader
+
+ALWAYS = ("softmax", "sigmoid", "exp", "abs", "relu")
+KEEP = ("mul", "add", "div", "sqrt", "min", "where", "clamp_max", *E.CASTS)  # of parts that are not negative
+SUMS = ("sum", "mean", "einsum", "matmul", "bmm", "mm", "amax", "max")
+ORDERS = ("topk", "sort", "max", "min")
+
+
+def nonnegative(r: RowReader, e: Expr) -> bool:
+    """Is a formula never less than 0?"""
+    value, op, args = E.constant(e), E.op_of(e), E.operands(e)
+    if value is not None:
+        return value >= 0
+    if E.kind(e) == "int":
+        return _integer(r, e)
+    if op in ALWAYS:
+        return True
+    if op in ("max", "clamp_min"):
+        return any(nonnegative(r, x) for x in args)
+    if op in KEEP:
+        return all(nonnegative(r, x) for x in args if E.kind(x) != "bool")
+    if op in ("reduce", "dot"):
+        node = r.nodes[args[0].name]
+        return r.name(node) in SUMS and all(_all_of(r, x, r.position[node]) for x in node.all_input_nodes)
+    if op == "load":
+        return _loaded(r, r.nodes[args[0].name[1:]])
+    return False
+
+
+def _integer(r: RowReader, e: Expr) -> bool:
+    if E.op_of(e) == "where":
+        return all(nonnegative(r, x) for x in E.operands(e)[1:])
+    if e.is_Mul or e.is_Add:
+        return all(nonnegative(r, x) for x in e.args)
+    low, _ = r.bounds(e)
+    return low is not None and E.at_most(0, low)
+
+
+def _all_of(r: RowReader, node: fx.Node, at: int) -> bool:
+    """Is no element of a tensor negative?"""
+    if not isinstance(node.meta.get("val"), torch.Tensor):
+        return False
+    return nonnegative(r, r.read(node, tuple(r.fresh(n, "z") for n in r.shape(node)), at))
+
+
+def _loaded(r: RowReader, node: fx.Node) -> bool:
+    at = r.used_at.get(node, r.position[node])
+    if node.op != "call_function" or r.changed(node, at):
+        return False
+    name, here = r.name(node), r.position[node]
+    if name == "getitem":
+        whole, k = node.args
+        return k == 0 and r.name(whole) in ORDERS and _all_of(r, whole.args[0], r.position[whole])
+    if name in ("scatter", "scatter_add"):
+        a = r.arguments(node)
+        values = a["src"] if isinstance(a.get("src"), fx.Node) else None
+        set_ = _all_of(r, values, here) if values is not None else nonnegative(r, r.scalar(a["value"]))
+        return a.get("reduce") is None and set_ and _all_of(r, a["self"], here)
+    opened = r.read(node, tuple(r.fresh(n, "z") for n in r.shape(node)), at)
+    return (E.op_of(opened) != "load" or E.operands(opened)[0].name[1:] != node.name) and nonnegative(r, opened)
