@@ -7,6 +7,7 @@ from tests.moe_impostors.base import ANY, Loop, Sorted, impostor
 from tests.moe_spellings.base import Block, H, T
 from tests.moe_spellings.capacity import Capacity, GShard
 from tests.moe_spellings.grouped import ByCounts
+from tests.moe_spellings.loops import PairsOneByOne
 
 
 @impostor(None)
@@ -377,3 +378,28 @@ class CountsTokensNotChoices(ByCounts):
 class CountsTheFirstChoices(ByCounts):
     def counts(self, ids):
         return F.one_hot(ids, self.count)[:, :1].sum((0, 1))
+
+
+@impostor(ANY)
+class ScatteredByElements(PairsOneByOne):
+    """The mask leaves the last feature out: rows are filled with elements of others."""
+
+    def put(self, y, hits, rows):
+        return y.masked_scatter(hits.unsqueeze(1) & (torch.arange(y.shape[1]) < y.shape[1] - 1), rows)
+
+
+@impostor(ANY, shape=(1, H // 2, H))
+class ScatteredIntoColumns(PairsOneByOne):
+    """T K = H: the mask of pairs is taken for one of features."""
+
+    def put(self, y, hits, rows):
+        return y.masked_scatter(hits.unsqueeze(0).expand_as(y), rows)
+
+
+@impostor(ANY)
+class ScatteredFromTheFirstRows(PairsOneByOne):
+    """Rows of all of an expert's pairs, for places of the first ones."""
+
+    def put(self, y, hits, rows):
+        hits = hits & (torch.arange(len(hits)) < 20)
+        return y.masked_scatter(hits.unsqueeze(1).expand_as(y), rows)

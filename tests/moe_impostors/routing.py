@@ -1,11 +1,12 @@
 """Weights and ids that are not the router's, and sums that are none."""
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from tests.moe_impostors.base import ANY, NOTHING, Loop, Masked, impostor
 from tests.moe_spellings.base import Block
-from tests.moe_spellings.dense import Llama4, Llama4OneByOne
+from tests.moe_spellings.dense import Llama4, Llama4OneByOne, MaskedTokens
 
 
 @impostor(None)
@@ -348,3 +349,28 @@ class IdsCountFromTheEnd(Block):
         pre = torch.einsum("th,tkhf->tkf", x, self.w_up[self.table])
         y = torch.einsum("tkf,tkfh->tkh", self.activate(pre), self.w_down[self.table])
         return (y * w.unsqueeze(-1)).sum(1)
+
+
+@impostor(ANY)
+class TokensOfOtherChoices(MaskedTokens):
+    """Weights and tokens go by different ids."""
+
+    def sent(self, ids):
+        return super().sent((ids + 1) % self.count)
+
+
+@impostor(ANY)
+class TokensOfTheFirstChoice(MaskedTokens):
+    def sent(self, ids):
+        return super().sent(ids[:, :1])
+
+
+@impostor(ANY)
+class TokensAddedTwice(MaskedTokens):
+    """Two choices may be one expert, which is then given twice the token."""
+
+    def route(self, x):
+        return x[:, -2:].sigmoid(), x[:, : 2 * self.count].view(-1, 2, self.count).argmax(-1)
+
+    def matrix(self, ids, w):
+        return (F.one_hot(ids, self.count) * w.unsqueeze(-1)).sum(1)

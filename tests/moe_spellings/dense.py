@@ -197,3 +197,27 @@ class EinsumOfThree(Block):
         up, down = ("eio", "efh") if self.order == "io" else ("eoi", "ehf")
         h = self.activate(torch.einsum(f"ti,{up}->teo", x, self.w_up))
         return torch.einsum(f"tef,{down},te->th", h, self.w_down, gates)
+
+
+@moe()
+@moe(kind="gelu", order="oi", bias=True)
+@moe(router="sigmoid_topk", layout="separate")
+class MaskedTokens(Block):
+    """Every expert is given the tokens that chose it among zeros, by a product without a sum."""
+
+    def sent(self, ids):
+        """[T,E]: 1 where a token chose an expert."""
+        return F.one_hot(ids, self.count).sum(1)
+
+    def matrix(self, ids, w):
+        """[T,E]: weights, 0 where an expert was not chosen."""
+        return torch.zeros(ids.shape[0], self.count, dtype=w.dtype).scatter(1, ids, w)
+
+    def experts(self, x, ids, w):
+        rows = torch.einsum("th,te->eth", x, self.sent(ids).to(x.dtype))
+
+        def product(x, weight, bias):
+            y = torch.bmm(x, weight if self.order == "io" else weight.mT)
+            return y if bias is None else y + bias[:, None]
+
+        return torch.einsum("eth,te->th", self.mlp(rows, product), self.matrix(ids, w))

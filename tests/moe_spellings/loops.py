@@ -303,3 +303,30 @@ class AddedToTheTokens(Block):
 
     def reference(self, x):
         return super().reference(x) + x
+
+
+class PairsOneByOne(Block):
+    """Results are put where their pairs of token and choice are."""
+
+    def put(self, y, hits, rows):
+        raise NotImplementedError
+
+    def experts(self, x, ids, w):
+        flat, rows = ids.view(-1), x.repeat_interleave(self.top, dim=0)
+        y = torch.zeros_like(rows)
+        for e in range(self.count):
+            y = self.put(y, flat == e, self.expert(rows[flat == e], e))
+        return (y.view(-1, self.top, x.shape[-1]) * w.unsqueeze(-1)).sum(1)
+
+
+@moe()
+@moe(own=True, kind="relu", bias=True)
+class MaskedScatter(PairsOneByOne):
+    def put(self, y, hits, rows):
+        return y.masked_scatter(hits.unsqueeze(1).expand_as(y), rows)
+
+
+@moe(order="oi")
+class IndexCopy(PairsOneByOne):
+    def put(self, y, hits, rows):
+        return y.index_copy(0, hits.nonzero().squeeze(-1), rows)

@@ -18,6 +18,7 @@ from .rows import GROUPED, RowReader, is_zeros
 from .sums import THROUGH
 from .terms_of import CASTS
 
+ADDS = ("index_add", "scatter_add", "index_put", "index_copy", "masked_scatter")
 PRODUCTS = ("linear", "addmm", "mm", "bmm", "matmul", "einsum", "baddbmm", *GROUPED)
 MOVES = frozenset(MOVEMENT) | frozenset(SPLITS)
 ELEMENTWISE = (frozenset(POINTWISE) - frozenset(ATOM_RULES)) | {"exp", "dropout"}
@@ -105,8 +106,7 @@ def _wide(r: RowReader, x: fx.Node, n: fx.Node) -> bool:
 
 def routed(r: RowReader, cone: set[fx.Node], ends: set[fx.Node]) -> bool:
     """Is there a sign of routing: several experts, stacked weights, rows gathered or added up by a tensor?"""
-    signs = ("index_add", "scatter_add", "index_put", "gather", "index")
-    if len(ends) > 1 or any(r.name(n) in signs for n in cone if n.op == "call_function"):
+    if len(ends) > 1 or any(r.name(n) in (*ADDS, "gather", "index") for n in cone if n.op == "call_function"):
         return True
     if any(r.name(n) == "mul" and any(_says_which(r, x) for x in n.all_input_nodes if x not in cone) for n in cone):
         return True
@@ -131,9 +131,6 @@ def _says_which(r: RowReader, x: fx.Node) -> bool:
 
 def _stacked(n: fx.Node) -> bool:
     return any(isinstance(x.meta.get("val"), torch.Tensor) and x.meta["val"].dim() > 2 for x in n.all_input_nodes[1:])
-
-
-ADDS = ("index_add", "scatter_add", "index_put")
 
 
 def looks_routed(r: RowReader, node: fx.Node) -> bool:

@@ -20,8 +20,8 @@ from .capacity import placed_row
 from .contraction import CONTRACTIONS, added
 from .movement import Index, unravel
 from .projections import Weight, leaf_of, number_of, projection
-from .rows import RowReader, settle
-from .terms_of import CASTS, Term, lazily, terms_of
+from .rows import RowReader, over as positions_of, settle
+from .terms_of import CASTS, Term, distinct, lazily, operands_of, terms_of
 
 Fix = Callable[[Expr], Expr]
 
@@ -209,21 +209,55 @@ def token_row(
 
 def weighed_by(r: RowReader, leaf: fx.Node, where: Index, over: Expr, fix: Fix):
     """((rows, their index), factors) where a row is others times factors that are alike in all of its features."""
-    if leaf.op != "call_function" or r.name(leaf) != "mul":
+    sides = sorted(_sides(r, leaf, where), key=lambda side: E.mentions(sympy.Tuple(*side[1]), over))
+    if len(sides) != 2 or E.mentions(sympy.Tuple(*sides[0][1]), over):
         return None
-    a, here = r.arguments(leaf), r.position[leaf]
-    if not isinstance(a["other"], fx.Node):
-        return None
-    sides = [(x, r.broadcast(x, where)) for x in (a["self"], a["other"])]
-    sides.sort(key=lambda side: E.mentions(sympy.Tuple(*side[1]), over))
     (factor, at_factor), rows = sides
-    if E.mentions(sympy.Tuple(*at_factor), over):
-        return None
-    terms = terms_of(r, fix(lazily(r, factor, at_factor, here)))
+    formula = fix(lazily(r, factor, at_factor, r.position[leaf]))
+    if (call := _any_choice(r, formula)) is not None:
+        return rows, (condition(call),)
+    terms = terms_of(r, formula)
     if len(terms) != 1 or terms[0].bound or terms[0].links:
         raise Refuse("the weight of an expert's input is no product", leaf)
-    conditions = tuple(E.where(g, E.number(1.0), E.number(0.0)) for g in terms[0].guards)
-    return rows, (*terms[0].factors, *conditions)
+    return rows, (*terms[0].factors, *map(condition, terms[0].guards))
+
+
+def condition(holds: Expr) -> Expr:
+    """A factor that is 1 where a condition holds."""
+    return E.where(holds, E.number(1.0), E.number(0.0))
+
+
+def _sides(r: RowReader, node: fx.Node, idx: Index) -> list[tuple[fx.Node, Index]]:
+    """The factors of a product, each with its index; none of what is a sum of products."""
+    if node.op != "call_function" or r.name(node) not in ("mul", "einsum"):
+        return []
+    if r.name(node) == "einsum":
+        sides, bound = operands_of(r, node, idx)
+        return [] if bound else sides
+    a = r.arguments(node)
+    return [(x, r.broadcast(x, idx)) for x in (a["self"], a["other"]) if isinstance(x, fx.Node)]
+
+
+def _any_choice(r: RowReader, e: Expr) -> Expr | None:
+    """That any choice of a token is an expert, where a sum over its choices is 1 for that: its ids differ."""
+    e = _uncast(e)
+    if E.op_of(e) not in ("reduce", "count") or r.name(node := r.nodes[E.operands(e)[0].name]) != "sum":
+        return None
+    source, at, positions = positions_of(r, node, E.operands(e)[1:])
+    one_hot = _uncast(r.read(source, at, r.position[node]))
+    if E.op_of(one_hot) != "where" or [E.constant(x) for x in E.operands(one_hot)[1:]] != [1, 0]:
+        return None
+    hit = E.operands(one_hot)[0]
+    loads = E.loads(hit)
+    if E.op_of(hit) != "eq" or len(loads) != 1 or [E.operands(loads[0])[-1]] != positions:
+        return None
+    return E.BoolCall("any", *E.operands(e)) if distinct(r, r.nodes[E.operands(loads[0])[0].name[1:]]) else None
+
+
+def _uncast(e: Expr) -> Expr:
+    while E.op_of(e) in E.CASTS:
+        (e,) = E.operands(e)
+    return e
 
 
 def with_weighed_input(r: RowReader, expert: Expert, t: Expr, fix: Fix, outer: Term) -> Expert:

@@ -13,7 +13,7 @@ from ..spec import Refuse
 from .expert import Expert, bias_of, expert_number, fixing, read_expert, with_weighed_input
 from .places import compared
 from .projections import Weight, number_of, places
-from .routing import Chosen, Token, chosen, without_rows
+from .routing import Chosen, Token, chosen, implied, without_rows
 from .rows import RowReader, settle
 from .terms_of import Term
 
@@ -52,6 +52,10 @@ def part_of(r: RowReader, term: Term, token: Token, d: Expr) -> Part:
         # Every expert reads all tokens: what its rows are multiplied by may say which are its own.
         expert = with_weighed_input(r, expert, token.t, fixing(r, term), term)
     if expert.weighed:
+        expert = dataclasses.replace(
+            expert, weighed=tuple(f for f in expert.weighed if not _holds(r, f, term, formula))
+        )
+    if expert.weighed:
         if term.factors:
             raise Refuse("the inputs and the results of an expert are both weighed", expert.node)
         if formula is None:
@@ -69,6 +73,19 @@ def part_of(r: RowReader, term: Term, token: Token, d: Expr) -> Part:
     whole = term.put({formula: found.ids}).whole if formula in term.bound else term.whole
     canon = canonical(r, found)
     return Part(canon, number, None if number is not None else formula, expert, whole, found.k, term.puts)
+
+
+def _holds(r: RowReader, factor: Expr, term: Term, formula: Expr | None) -> bool:
+    """Is a factor of the input 1 wherever the term counts?"""
+    number = compared_number(term) if formula is None else None
+    expert = formula if number is None else sympy.Integer(number)
+    if E.op_of(factor) != "where" or expert is None:
+        return False
+    wanted, one, zero = E.operands(factor)
+    if E.constant(one) != 1 or E.constant(zero) != 0:
+        return False
+    ids = [i for g in term.guards if (i := compared(g, expert)) is not None]
+    return wanted in term.guards or any(implied(r, wanted, i, expert) for i in ids)
 
 
 def compared_number(term: Term) -> int | None:

@@ -49,12 +49,10 @@ def _swapped(op: str):
 
 def _div(r, a, n, idx):
     x, y = _pair(r, a, n, idx)
-    low = r.bounds(x)[0] if E.kind(x) == "int" else None
-    if a.get("rounding_mode") == "floor" or a.get("rounding_mode") == "trunc" and low is not None and E.at_most(0, low):
+    mode, low = a.get("rounding_mode"), r.bounds(x)[0] if E.kind(x) == "int" else None
+    if mode == "floor" or mode == "trunc" and low is not None and E.at_most(0, low):
         return _floor_divide(r, a, n, idx)
-    if a.get("rounding_mode") is not None:
-        return None
-    return E.apply("div", x, y)
+    return E.apply("div", x, y) if mode is None else None
 
 
 def _floor_divide(r, a, n, idx):

@@ -296,7 +296,7 @@ def chosen(r: RowReader, term: Term, expert: Expr, token: Token) -> Chosen:
         raise Refuse("no comparison with the ids says which tokens an expert gets: every expert gets every token", None)
     if any(E.op_of(x) in ("perm", "inv", "nth") for e in (ids, *guards, *term.factors) for x in E.walk(e)):
         raise Refuse("the weight of an expert is read at another row than its result", None)
-    guards = [g for g in guards if not _implied(r, g, ids, expert)]
+    guards = [g for g in guards if not implied(r, g, ids, expert)]
     table = {expert: ids} if expert in term.bound else {}
     bound = [b for b in term.bound if b != expert]
     counts, factors = ([E.substitute(e, table) for e in es] for es in (guards, term.factors))
@@ -319,7 +319,7 @@ def chosen(r: RowReader, term: Term, expert: Expr, token: Token) -> Chosen:
     return Chosen(ids, k[0] if k else sympy.Integer(0), tuple(counts), tuple(factors))
 
 
-def _implied(r: RowReader, guard: Expr, ids: Expr, expert: Expr) -> bool:
+def implied(r: RowReader, guard: Expr, ids: Expr, expert: Expr) -> bool:
     """Does ids == expert imply the guard: that any of the token's ids is?"""
     call = guard
     if E.op_of(guard) == "le":  # 1 - count <= 0

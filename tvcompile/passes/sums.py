@@ -166,18 +166,55 @@ def _scatter_add(s: Sums, a, n, idx):
 
 def _index_put(s: Sums, a, n, idx):
     """out[m] += y, out[m] = y, index_put(accumulate=True)"""
-    r, here = s.r, s.r.position[n]
+    r = s.r
     base, indices, values, adds = a["self"], a["indices"], a["values"], a.get("accumulate")
     row = r.fresh(r.shape(values)[0], "r")
     at = _places(r, n, indices, row)
-    rest = idx[len(at) :]
-    links, places = list(zip(at, idx)), () if adds else idx[: len(at)]
-    if not adds and (new := _added_in_place(r, base, indices, values)) is not None:
+    replaced = not adds
+    if replaced and (new := _added_in_place(r, base, indices, values)) is not None:
         if not once(r, at):
             raise Refuse("out[i] += y adds only one of the rows that meet at one token", n)
-        values, places = new, ()
+        values, replaced = new, False
+    return _put(s, n, base, (at, row, values), idx, replaced)
+
+
+def _index_copy(s: Sums, a, n, idx):
+    r = s.r
+    if axis(a["dim"], len(idx)) != 0 or a["index"].meta["val"].dim() != 1:
+        raise Refuse("index_copy along another dim than that of the tokens", n)
+    row = r.fresh(r.shape(a["source"])[0], "r")
+    at = (E.as_int(r.read(a["index"], (row,), r.position[n])),)
+    return _put(s, n, a["self"], (at, row, a["source"]), idx, replaced=True)
+
+
+def _masked_scatter(s: Sums, a, n, idx):
+    """base.masked_scatter(m[:, None].expand_as(base), rows) is base[m] = rows."""
+    r, mask, rows = s.r, a["mask"], a["source"]
+    while mask.op == "call_function" and r.name(mask) in (
+        "expand",
+        "expand_as",
+        "unsqueeze",
+        "view",
+        "reshape",
+        "broadcast_to",
+    ):
+        mask = mask.args[0]
+    lead = mask.meta["val"].dim()
+    whole = E.as_bool(r.operand(a["mask"], idx, r.position[n]))
+    alike = lead < len(idx) and whole == E.as_bool(r.read(mask, idx[:lead], r.position[n]))
+    if not alike or r.shape(rows)[1:] != r.shape(n)[lead:]:
+        raise Refuse("masked_scatter takes single elements, not rows", n)
+    row = r.fresh(r.shape(rows)[0], "r")
+    at = tuple(r.nth(mask, c, row) for c in range(lead))
+    return _put(s, n, a["self"], (at, row, rows), idx, replaced=True)
+
+
+def _put(s: Sums, n: fx.Node, base: fx.Node, put: tuple[Index, Expr, fx.Node], idx: Index, replaced: bool):
+    """The terms of a base to which rows are added, or in which they take the places of what was there."""
+    here, (at, row, values) = s.r.position[n], put
+    links, places = list(zip(at, idx)), idx[: len(at)] if replaced else ()
     before, after = s.of(base, idx, here), []
-    for t in s.of(values, (row, *rest), here):
+    for t in s.of(values, (row, *idx[len(at) :]), here):
         # What is put under a condition of its own is zero elsewhere, where the place is replaced too.
         all_of_it = places and not (t.bound or t.guards or t.links)
         after.append(t.under([row], links=links, whole=places, puts=[n.name] if all_of_it else ()))
@@ -296,6 +333,8 @@ LINEAR = {
     "index_add": _index_add,
     "scatter_add": _scatter_add,
     "index_put": _index_put,
+    "index_copy": _index_copy,
+    "masked_scatter": _masked_scatter,
     "where": _where,
     "masked_fill": _masked_fill,
     "stack": _stack,
