@@ -15,6 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 import tvcompile.kernels
 from tests.harness import tolerated
 from tvcompile import expr, syntax
+from tvcompile.kernels import cpu_experts
 from tvcompile.kernels.experts import Experts, Routing, moe_ref
 from tvcompile.moe_spec import LAYOUTS, MoESpec
 from tvcompile.tuning.cpu import ExpertConfig
@@ -127,9 +128,31 @@ def test_opened_in_a_graph_it_is_its_formula(layout, stacked, bias, weigh):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("layout, stacked, bias, weigh", GRID[::3])
 def test_it_is_as_precise_as_eager(layout, stacked, bias, weigh, dtype):
+    check_precise(arguments(layout, stacked, bias, dtype, tokens=200), spec_of(layout, weigh), dtype)
+
+
+@pytest.mark.parametrize("contiguous", [True, False])
+@pytest.mark.parametrize("faster", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("layout, stacked, bias, weigh", GRID[1::3])
+def test_products_in_either_dtype(layout, stacked, bias, weigh, dtype, faster, contiguous, monkeypatch):
+    """Whatever this machine is faster in: in x's dtype, or in float32 with few numbers widened at a time."""
+    monkeypatch.setattr(cpu_experts, "float32_is_faster", lambda _: faster)
+    monkeypatch.setattr(cpu_experts, "WIDE", 100)
+    x, ids, w, up, down, *biases = arguments(layout, stacked, bias, dtype, tokens=400)
+    if contiguous:
+        up, down = ([t.detach().contiguous().requires_grad_() for t in ts] for ts in (up, down))
+    check_precise((x, ids, w, up, down, *biases), spec_of(layout, weigh), dtype)
+
+
+def test_only_narrow_numbers_are_widened():
+    """A machine may be faster in float32 than in float64."""
+    assert not any(map(cpu_experts.float32_is_faster, (torch.float32, torch.float64)))
+
+
+def check_precise(args, spec, dtype):
     # Smooth: on which side of a bend a value lies is decided by its rounding.
-    smooth = spec_of(layout, weigh).replace("clamp_max(u, 1.0)", "tanh(u)")
-    args, spec = arguments(layout, stacked, bias, dtype, tokens=200), smooth
+    spec = spec.replace("clamp_max(u, 1.0)", "tanh(u)")
     got, own = run(op, args, spec, dtype), run(eager, args, spec, dtype)
     exact = run(moe_ref, args, spec, torch.float64)
     wrong = {n: w for n in got if (w := tolerated(got[n], own[n], exact[n]))}
