@@ -90,7 +90,11 @@ def varied(seed: int, tally: Tally) -> Kernel:
 
     def forward(p: Problem):
         tally.forwards += 1
-        config = few if p.q.shape[2] * p.group <= few_rows(max(p.features)) and not p.spec.dropout else fwd
+        config = (
+            few
+            if p.q.shape[2] * p.group <= few_rows(max(p.features), p.q.element_size()) and not p.spec.dropout
+            else fwd
+        )
         return kernel(config).forward(p)
 
     def backward(p: Problem, given: Given, wanted: tuple[str, ...]):

@@ -45,7 +45,7 @@ def measure(case: Case) -> dict[str, Any]:
     ask = Ask(Device.typical(arch, units=100), pass_, dtype, width, width, "causal", rows, 4096, programs=8)
     row = measure_config(case, choose(ask)[0].config, choose(ask)[0].source)
     if pass_ == "decode":
-        many = measure_config(case, choose(dataclasses.replace(ask, rows=few_rows(width)))[0].config)
+        many = measure_config(case, choose(dataclasses.replace(ask, rows=few_rows(width, size)))[0].config)
         row |= {"spills": row["spills"] + many["spills"], "shared": max(row["shared"], many["shared"])}
     return row
 

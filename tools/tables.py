@@ -33,7 +33,8 @@ sys.path.insert(0, str(ROOT))
 MASKS = ("full", "causal", "mask", "data")
 EDITS = ("sink", "mean", "score", "dropout", "bias")
 WORKS = (*MASKS, *(f"causal+{x}" for x in EDITS))
-DTYPES = ("bfloat16", "float16", "float32")
+SIZES = {"bfloat16": 2, "float16": 2, "float32": 4}  # bytes
+DTYPES = tuple(SIZES)
 TABLE = ROOT / "tvcompile/tuning/tables/attention.json"
 # E, K, H, F of public mixtures.
 MODELS = {
@@ -123,7 +124,7 @@ def cases(archs: list[str], ops: list[str], dtypes: list[str], passes: list[str]
         for dtype in dtypes or DTYPES:
             for pass_ in (p for p in attention.PASSES if "attention" in ops and p in (passes or [p])):
                 for width in attention.WIDTHS:
-                    for rows in (4, attention.few_rows(width)) if pass_ == "decode" else (4096,):
+                    for rows in (4, attention.few_rows(width, SIZES[dtype])) if pass_ == "decode" else (4096,):
                         yield from (Case("attention", arch, dtype, pass_, width, work, rows) for work in WORKS)
             for pass_ in (p for p in moe.PASSES if "moe" in ops and p in (passes or [p])):
                 for model, sizes in MODELS.items():
@@ -177,6 +178,18 @@ LADDER = {
     "dkdv": ((64, 64, 8), (32, 64, 8), (64, 32, 8), (32, 32, 8), (32, 32, 4), (16, 32, 8), (16, 32, 4)),
     "decode": ((16, 64, 4), (16, 32, 4), (16, 128, 4), (16, 64, 2), (16, 16, 4), (16, 16, 2)),
 }
+# Products of float32 are multiplications, whose operands lie in registers.
+LADDER_FLOAT32 = {
+    "fwd": ((32, 32, 8), (16, 32, 8), (16, 16, 8), (16, 16, 4)),
+    "dq": ((64, 16, 8), (32, 32, 8), (32, 16, 8), (16, 32, 8), (16, 16, 8), (16, 64, 8), (16, 16, 4)),
+    "dkdv": ((32, 32, 8), (16, 64, 8), (16, 32, 8), (32, 16, 8), (16, 16, 8), (64, 16, 8), (16, 16, 4)),
+    "decode": ((16, 32, 4), (16, 32, 8), (16, 16, 8), (16, 16, 4)),
+}
+
+
+def ladder(pass_: str, size: int) -> tuple[tuple[int, int, int], ...]:
+    """Rows, keys and warps to try, the largest first."""
+    return (LADDER_FLOAT32 if size == 4 else LADDER)[pass_]
 
 
 class Works:
@@ -197,7 +210,7 @@ class Works:
 
         arch, pass_, size, width = self.cell
         dtype, found = {2: "bfloat16", 4: "float32"}[size], []
-        for rows in (4, few_rows(width)) if pass_ == "decode" else (4096,):
+        for rows in (4, few_rows(width, size)) if pass_ == "decode" else (4096,):
             case = Case("attention", arch, dtype, pass_, width, work, rows)
             found.append(compiled(case, case.ask.fitted(Config(**self.config))))
         return max(found, key=lambda r: (bool(r["wrong"]), r["shared"]))
@@ -241,7 +254,7 @@ def covered(cell: Cell, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         left_masks = [m for m in left_masks if m not in masks]
         left_edits = [e for e in left_edits if e not in edits]
     described = rows[0]["config"].get("descriptors", False) if rows and pass_ != "decode" else False
-    for M, N, warps in LADDER[pass_]:
+    for M, N, warps in ladder(pass_, size):
         if not left_masks and not left_edits:
             break
         waves = arch.startswith("gfx")  # of 64 threads
@@ -272,7 +285,7 @@ def last(cell: Cell, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return []
     described = rows[0]["config"].get("descriptors", False) and pass_ != "decode"
     stages = (1,) if size == 4 or arch.startswith("gfx") else (2, 1)
-    for (M, N, warps), flight in itertools.product((*LADDER[pass_], (16, 16, 4)), stages):
+    for (M, N, warps), flight in itertools.product((*ladder(pass_, size), (16, 16, 4)), stages):
         config = {"BLOCK_M": M, "BLOCK_N": N, "num_warps": min(warps, 4) if arch.startswith("gfx") else warps}
         config |= {"num_stages": flight}
         config |= ({"descriptors": True} if described else {}) | ({"hoist": False} if pass_ == "dkdv" else {})

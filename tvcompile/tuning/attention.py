@@ -51,9 +51,12 @@ class Config:
         return Config(16, 64, 4, 1)
 
 
-def few_rows(width: int) -> int:
-    """Up to so many rows of a group of heads are decoded together: their sums fit the registers of four warps."""
-    return 64 if width <= 128 else 32
+def few_rows(width: int, size: int) -> int:
+    """Up to so many rows of a group of heads are decoded together: their sums fit the registers of four warps.
+
+    width: features of a head; size: bytes of a number
+    """
+    return 64 if width * size <= 256 else 32
 
 
 @functools.lru_cache(maxsize=1024)
@@ -125,7 +128,7 @@ class Ask(ask.Ask):
         """For decoding no more rows than there are, and as many splits as keep the GPU busy."""
         if self.pass_ != "decode":
             return config
-        M = min(few_rows(self.width), max(16, 1 << (max(1, self.rows) - 1).bit_length()))
+        M = min(few_rows(self.width, self.size), max(16, 1 << (max(1, self.rows) - 1).bit_length()))
         # More rows, fewer keys at a time: as many scores as the row of the table was made for.
         config = dataclasses.replace(config, BLOCK_N=max(16, config.BLOCK_N * config.BLOCK_M // M))
         # Two programs per multiprocessor, each with four blocks at least.
@@ -187,9 +190,11 @@ def formula(asked: Ask) -> Config:
     """
     pass_, size, wide = asked.pass_, asked.size, asked.width * asked.size
     warps, stages = 4 if asked.device.arch.startswith("gfx") else 8, 2 if size == 2 else 1
+    if pass_ == "decode" and size == 4:
+        return Config(16, 32 if wide <= 512 else 16, 4 if wide <= 256 else warps, 1, packed=True)
     if pass_ == "decode":
         plain = not asked.edits and asked.mask != "data"
-        return Config(16, 64 if wide <= 128 + 128 * plain else 32 if wide <= 512 else 16, 4, 2, packed=True)
+        return Config(16, 64 if wide <= 128 + 128 * plain else 32, 4, 2, packed=True)
     if size == 4 and pass_ == "fwd" and (asked.edits or wide <= 256):
         # Products of float32 are multiplications, whose operands lie in registers.
         return Config(*((32, 32) if wide <= 256 else (16, 16)), warps, stages)

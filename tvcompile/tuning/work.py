@@ -72,7 +72,8 @@ class Attention:
             sizes = self.B, self.H, self.H_kv, self.S_q, self.S_kv, self.D, self.D_v
             return cpu.Ask(device, pass_, self.dtype, cpu.work_of(self.spec), *sizes, wanted)
         rows, keys = self.S_q * self.group, self.S_kv
-        if pass_ == "fwd" and 0 < rows <= attention.few_rows(max(self.D, self.D_v)):
+        size = torch.finfo(getattr(torch, self.dtype)).bits // 8
+        if pass_ == "fwd" and 0 < rows <= attention.few_rows(max(self.D, self.D_v), size):
             # Dropped weights are drawn where whole rows are, so that one program sees each row.
             pass_, keys = "decode", 0 if self.spec.dropout else self.visible
         work, programs = attention.work_of(self.spec), self.B * self.H_kv
