@@ -194,6 +194,10 @@ def nodes_of(report: Any, target: Any) -> list[torch.fx.Node]:
     return [n for g in graphs for n in g.find_nodes(op="call_function", target=target)]
 
 
+def all_nodes(report: Any) -> list[torch.fx.Node]:
+    return [n for gm in report.graph_modules for n in gm.graph.nodes]
+
+
 def square_nodes(report: Any, rows: int, columns: int) -> list[str]:
     """Nodes with an S_q and an S_kv dim, except inputs that come in so and views of them."""
     found = []

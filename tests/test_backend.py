@@ -89,6 +89,52 @@ def test_autocast_forward_and_backward():
         torch.testing.assert_close(got, want, atol=8e-2, rtol=0)
 
 
+def first_rows_of_each(x, ids):
+    """What Inductor cannot differentiate: of what a mask chose, at most four rows."""
+    out = torch.zeros_like(x)
+    for e in range(2):
+        (row,) = torch.where(ids == e)
+        out = out.index_add(0, row[:4], x[row[:4]].tanh() * (e + 1))
+    return out
+
+
+@pytest.mark.parametrize("options", [{}, {"tv.strict": True}])
+def test_sizes_from_data_that_inductor_cannot_compile_break_the_graph_not_the_program(options):
+    x, ids = torch.randn(12, 8, requires_grad=True), torch.arange(12) % 2
+    torch._dynamo.reset()
+    compiled = torch.compile(first_rows_of_each, backend="tv", options=options)
+    got, want = compiled(x, ids), first_rows_of_each(x, ids)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(*(torch.autograd.grad(y.square().sum(), x) for y in (got, want)))
+
+
+def test_a_loop_of_experts_under_autocast_in_training():
+    class Experts(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up = torch.nn.ModuleList(torch.nn.Linear(16, 32) for _ in range(4))
+            self.down = torch.nn.ModuleList(torch.nn.Linear(32, 16) for _ in range(4))
+
+        def forward(self, x, scores):
+            with torch.autocast("cpu", torch.bfloat16):
+                w, ids = scores.softmax(-1).topk(2, -1)
+                out = torch.zeros(x.shape, dtype=torch.bfloat16)
+                for e, (up, down) in enumerate(zip(self.up, self.down)):
+                    token, k = torch.where(ids == e)
+                    out.index_add_(0, token, (down(up(x[token]).tanh()) * w[token, k, None]).to(out.dtype))
+            return out
+
+    torch._dynamo.reset()
+    experts, x, scores = Experts(), torch.randn(20, 16, requires_grad=True), torch.randn(20, 4)
+    with tvcompile.collect() as report:
+        got = torch.compile(experts, backend="tv", options={"tv.strict": True})(x, scores)
+    assert len(report.sites) == 1 and not report.refusals
+    want = experts(x, scores)
+    torch.testing.assert_close(got, want, atol=3e-2, rtol=3e-2)
+    for a, b in zip(*(torch.autograd.grad(y.sum(), [x, *experts.parameters()]) for y in (got, want)), strict=True):
+        assert (a - b).norm() < 0.02 * b.norm()
+
+
 def test_attention_inside_an_activation_checkpoint_is_fused():
     def block(q, k, v):
         return checkpoint(causal, q, k, v, use_reentrant=False) + q

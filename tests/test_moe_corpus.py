@@ -36,6 +36,7 @@ def test_spelling(spelling, mode):
     assert len(sites) == 1, [str(r) for r in report.refusals]
     assert len(harness.nodes_of(report, torch.ops.tv.moe.default)) == 1
     assert spelling.accepts(sites[0].spec), sites[0].spec
+    assert not any(re.search("nonzero|where.default", str(n.target)) for n in harness.all_nodes(report)), "a size waits"
 
 
 @pytest.mark.parametrize("name", CORPUS)

@@ -12,7 +12,7 @@ from torch import fx
 from torch._functorch.compile_utils import fx_graph_cse
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
-from . import report, sites, tuning
+from . import report, sites, tracing, tuning
 from .kernels import selfcheck
 from .options import Options
 from .passes import LIFTS
@@ -21,7 +21,6 @@ from .passes.emit import compute_dtype, emit
 from .passes.verify import verify
 from .select import select, select_moe
 from .spec import Match, MoEMatch, Refusal, where_of
-from .tracing import tracing_context
 from .tuning import store
 
 
@@ -36,14 +35,28 @@ def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], mode: str | None
     program = attempt(gm, placeholders_of(gm), ours)
     if ours.codegen == "none":
         return program.forward
+    if program is gm:
+        return as_it_was(gm, example_inputs, mode, inductor)
     try:
-        return hand_off(program, example_inputs, mode, inductor)
+        with tracing.backward_at_once(gm):
+            return hand_off(program, example_inputs, mode, inductor)
     except Exception as error:
-        if ours.strict or program is gm:
+        if ours.strict:
             raise
-        compiled = hand_off(gm, example_inputs, mode, inductor)  # raises too where the fault is not ours
+        compiled = as_it_was(gm, example_inputs, mode, inductor)  # raises too where the fault is not ours
         warnings.warn(fallback_message(error), stacklevel=2)
         return compiled
+
+
+def as_it_was(gm: fx.GraphModule, example_inputs: Sequence[Any], mode: str | None, options: dict) -> Callable:
+    """Dynamo's graph, compiled; where that fails for sizes that stay in graphs for us alone, Dynamo is to break it."""
+    try:
+        with tracing.backward_at_once(gm):
+            return hand_off(gm, example_inputs, mode, options)
+    except Exception as error:
+        if tracing.has_sizes_from_data(gm):
+            raise tracing.SizesFromData(f"{type(error).__name__}: {error}") from error
+        raise
 
 
 def attempt(gm: fx.GraphModule, fakes: Sequence[Any], ours: Options) -> fx.GraphModule:
@@ -171,4 +184,4 @@ def fallback_message(error: Exception) -> str:
     )
 
 
-tv.backend_ctx_ctor = tracing_context  # type: ignore[attr-defined]
+tv.backend_ctx_ctor = tracing.tracing_context  # type: ignore[attr-defined]

@@ -12,10 +12,12 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch import fx
 from torch._dynamo import config, convert_frame
 from torch._dynamo.exc import BackendCompilerFailed, UserError, unimplemented
 from torch._dynamo.repro.after_dynamo import WrapBackendDebug
 from torch._dynamo.variables import TensorVariable
+from torch._functorch import config as functorch_config
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, free_unbacked_symbols
 
 
@@ -61,7 +63,23 @@ def _compile(*args: Any, **kwargs: Any) -> Any:
 def _of_shapes(error: BaseException) -> bool:
     """Did a decision about a size fail that only the data tells?"""
     causes = error, error.__cause__, getattr(error, "inner_exception", None)
-    return any(isinstance(e, GuardOnDataDependentSymNode) for e in causes)
+    return any(isinstance(e, (GuardOnDataDependentSymNode, SizesFromData)) for e in causes)
+
+
+class SizesFromData(RuntimeError):
+    """Inductor could not compile a graph with sizes that only the data tells."""
+
+
+def has_sizes_from_data(gm: fx.GraphModule) -> bool:
+    """Has a tensor of Dynamo's graph a size that only the data tells?"""
+    held = (node.meta.get("example_value") for node in gm.graph.nodes)
+    return any(free_unbacked_symbols(n) for t in held if isinstance(t, torch.Tensor) for n in t.shape)
+
+
+def backward_at_once(gm: fx.GraphModule) -> contextlib.AbstractContextManager:
+    """With sizes from data, that the backward pass cannot be compiled must show before the forward pass is run."""
+    name = "force_non_lazy_backward_lowering"
+    return functorch_config.patch({name: has_sizes_from_data(gm) or getattr(functorch_config, name)})
 
 
 def _context_of(wrapper: Any) -> Callable:

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from tests.moe_impostors.base import ANY, Loop, Sorted, impostor
 from tests.moe_spellings.base import Block, H, T
 from tests.moe_spellings.capacity import Capacity, GShard
-from tests.moe_spellings.grouped import ByCounts
+from tests.moe_spellings.grouped import ByCounts, Grouped
 from tests.moe_spellings.loops import PairsOneByOne
 
 
@@ -403,3 +403,39 @@ class ScatteredFromTheFirstRows(PairsOneByOne):
     def put(self, y, hits, rows):
         hits = hits & (torch.arange(len(hits)) < 20)
         return y.masked_scatter(hits.unsqueeze(1).expand_as(y), rows)
+
+
+@impostor("not all of the rows that a mask chose")
+class TheFirstRowsOnly(Loop):
+    """Four tokens at most for each expert."""
+
+    def hits(self, ids, e):
+        token, k = torch.where(ids == e)
+        return token[:4], k[:4]
+
+
+@impostor("not all of the sorted rows")
+class TheFirstSortedRowsOnly(Grouped):
+    def experts(self, x, ids, w):
+        ids_g, perm = torch.sort(ids.reshape(-1))
+        ids_g, perm = ids_g[: T + 3], perm[: T + 3]
+        offsets = F.one_hot(ids.reshape(-1), self.count).sum(0).cumsum(0).clamp(max=T + 3).int()
+        counts = torch.histc(ids.reshape(-1).float(), bins=self.count, min=0, max=self.count - 1)
+        rows = self.rows(x[perm // self.top], ids_g, self.at_most(counts, offsets)) * w.reshape(-1)[perm][:, None]
+        return torch.zeros_like(x).index_add(0, perm // self.top, rows)
+
+    def at_most(self, counts, offsets):
+        return offsets
+
+
+@impostor("not all of the sorted rows")
+class TheFirstRowsOfAPermutation(Block):
+    """Half of the pairs, in the order of their experts, by gathered weights."""
+
+    def experts(self, x, ids, w):
+        perm = ids.reshape(-1).argsort()[:T]
+        token, e = perm // self.top, ids.reshape(-1)[perm]
+        y = torch.einsum(
+            "rf,rfh->rh", self.activate(torch.einsum("rh,rhf->rf", x[token], self.w_up[e])), self.w_down[e]
+        )
+        return torch.zeros_like(x).index_add(0, token, y * w.reshape(-1)[perm, None])

@@ -151,10 +151,10 @@ def canonicalize(gm: fx.GraphModule, fakes: Sequence, bodies: dict) -> tuple[fx.
     fresh = shape_env.ignore_fresh_unbacked_symbols() if shape_env else contextlib.nullcontext()
     with torch.fx.traceback.preserve_node_meta(), fresh:
         traced = tracer(*fakes)
+        if any(n.target is torch.amp.autocast_mode._enter_autocast for n in traced.graph.nodes):
+            values = [n.meta["val"] for n in traced.graph.find_nodes(op="placeholder")]
+            _UnderAutocast(traced, fake_mode_of(values)).run(*values)
     _keep_dynamo_facts(gm, traced)
-    if any(n.target is torch.amp.autocast_mode._enter_autocast for n in traced.graph.nodes):
-        values = [n.meta["val"] for n in traced.graph.find_nodes(op="placeholder")]
-        _UnderAutocast(traced, fake_mode_of(values)).run(*values)
     remove_asserted_types(traced.graph)
     functionalize_temporaries(traced.graph)
     split_contractions(traced.graph)

@@ -35,6 +35,7 @@ def emit(graph: fx.Graph, matches: Sequence[Match | MoEMatch]) -> list[fx.Node]:
             new, op = _emit(graph, _current(match, replaced))
         written.append(op)
         replaced[match.anchor] = names[match.anchor.name] = new
+    remove_dead_nodes(graph)
     remove_idle_rows(graph)
     remove_dead_nodes(graph)
     return written

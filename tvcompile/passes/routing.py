@@ -82,6 +82,8 @@ def _unmasked(r: RowReader, term: Term, at: int) -> Term:
         if row not in term.bound:
             raise Refuse("rows that a mask chose are read at computed numbers", r.nodes[name.name])
         mask = r.nodes[name.name]
+        if r.chosen_by(r.ranges[row]) is not mask:
+            raise Refuse("not all of the rows that a mask chose are used", mask)
         places = tuple(r.fresh(n, "m") for n in r.shape(mask))
         table = {IntCall("nth", name, sympy.Integer(c), row): x for c, x in enumerate(places)}
         holds = r.truth(E.as_bool(r.read(mask, places, at)))
@@ -107,6 +109,8 @@ def _unsorted(r: RowReader, term: Term) -> Term:
         name, row = E.operands(call)
         if row not in term.bound:
             continue
+        if r.ranges[row] != r.shape(r.arguments(r.nodes[name.name])["self"])[0]:
+            raise Refuse("not all of the sorted rows are used", r.nodes[name.name])
         number = r.fresh(r.ranges[row], "n")
         bound = tuple(number if b == row else b for b in term.bound)
         term = dataclasses.replace(term, bound=tuple(b for b in bound if b != 0))

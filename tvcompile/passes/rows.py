@@ -49,12 +49,7 @@ class RowReader(Reader):
 
     def nth(self, mask: fx.Node, coordinate: int, row: Expr) -> Expr:
         """A coordinate of a place where a mask holds; masks of one formula are one mask, whatever their shapes."""
-        shape = self.shape(mask)
-        size = sympy.expand(sympy.Mul(*shape))
-        place = E.index(f"place_{size}")
-        self.ranges[place] = size
-        formula = E.as_bool(self.read(mask, tuple(unravel(place, shape, self.bounds)), self.position[mask] + 1))
-        named = self.masks.setdefault((formula, size), mask)
+        named, shape = self.first_alike(mask), self.shape(mask)
         known = self.shape(named)
         if known == shape:
             return IntCall("nth", Str(named.name), sympy.Integer(coordinate), row)
@@ -63,6 +58,35 @@ class RowReader(Reader):
             at = IntCall("nth", Str(named.name), sympy.Integer(c), row) if n != 1 else sympy.Integer(0)
             number = number * n + at
         return unravel(sympy.expand(number), shape, self.bounds)[coordinate]
+
+    def first_alike(self, mask: fx.Node) -> fx.Node:
+        """The first mask that holds where this one does."""
+        shape = self.shape(mask)
+        size = sympy.expand(sympy.Mul(*shape))
+        place = E.index(f"place_{size}")
+        self.ranges[place] = size
+        formula = E.as_bool(self.read(mask, tuple(unravel(place, shape, self.bounds)), self.position[mask] + 1))
+        return self.masks.setdefault((formula, size), mask)
+
+    def chosen_by(self, size: Expr) -> fx.Node | None:
+        """The mask that chooses so many rows: sizes that only data tells are each one operation's."""
+        mask = self.counted.get(size)
+        return None if mask is None else self.first_alike(mask)
+
+    @functools.cached_property
+    def counted(self) -> dict[Expr, fx.Node]:
+        """{how many places: the mask that holds there}"""
+        found: dict[Expr, fx.Node] = {}
+        for n in self.position:
+            name = self.name(n) if n.op == "call_function" else ""
+            if name == "index" and (mask := mask_of(n)) is not None:
+                found[self.shape(n)[list(n.args[1]).index(mask)]] = mask
+            elif name == "nonzero":
+                found[self.shape(n)[0]] = self.arguments(n)["self"]
+            elif name == "getitem" and self.name(n.args[0]) in ("where", "nonzero_numpy"):
+                b = self.arguments(n.args[0])
+                found[self.shape(n)[0]] = b["condition" if "condition" in b else "self"]
+        return {size: mask for size, mask in found.items() if not size.is_Integer}
 
     def _interval(self, e: Expr) -> tuple:
         op = E.op_of(e)
