@@ -7,6 +7,7 @@ from tests.moe_impostors.base import ANY, impostor
 from tests.moe_spellings.base import B, S
 from tests.moe_spellings.buffers import ChoiceAfterChoice, OneMaskOfAllChoices, SwitchPerSequence
 from tests.moe_spellings.capacity import GShard
+from tests.moe_spellings.dense import OneOfAll
 
 
 class Choices(ChoiceAfterChoice):
@@ -109,3 +110,45 @@ class NegativeWeightsAreNotSent(GShard):
 
     def sent(self, combine):
         return combine > 0
+
+
+@impostor(ANY)
+class TheFirstForTwo(OneOfAll):
+    """Tokens of the second expert get the first one's result."""
+
+    def choose(self, ids, ys):
+        out = ys[0]
+        for e in range(2, self.count):
+            out = torch.where((ids == e)[:, None], ys[e], out)
+        return out
+
+
+@impostor(None)
+class OthersReplaced(OneOfAll):
+    """The last comparison takes the results of others away."""
+
+    def choose(self, ids, ys):
+        out = torch.zeros_like(ys[0])
+        for e, y in enumerate(ys):
+            out = torch.where((ids == e)[:, None] | (ids == 0)[:, None], y, out)
+        return out
+
+
+@impostor(ANY)
+class LeftOverOfMore(OneOfAll):
+    """The router chooses among more than there are experts: what none of the others is may be none."""
+
+    def route(self, x):
+        return torch.ones(x.shape[0], 1, dtype=x.dtype), x[:, : self.count + 1].argmax(-1, keepdim=True)
+
+    def choose(self, ids, ys):
+        out = ys[0]
+        for e in range(1, self.count):
+            out = torch.where((ids == e)[:, None], ys[e], out)
+        return out
+
+
+@impostor(ANY)
+class StackIndexedByOthers(OneOfAll):
+    def choose(self, ids, ys):
+        return torch.stack(ys)[ids, torch.arange(len(ids)).flip(0)]

@@ -6,6 +6,7 @@ from torch import nn
 
 from tests.moe_impostors.base import ANY, Loop, Masked, impostor
 from tests.moe_spellings.base import FF, Expert, H
+from tests.moe_spellings.loops import WeighedInside
 
 
 @impostor(ANY)
@@ -174,3 +175,16 @@ class ProjectionWhoseBiasIsScaled(Loop):
     def linear(self, x, name, e):
         beta = 0.5 if name == "up" else 1.0
         return torch.addmm(getattr(self, f"b_{name}")[e], x, getattr(self, f"w_{name}")[e], beta=beta)
+
+
+@impostor(ANY)
+class WeighedInsideBeforeABias(WeighedInside):
+    """The last bias is not weighed."""
+
+    bias, kind = True, "gelu"
+
+
+@impostor(ANY)
+class WeighedBeforeTheActivation(WeighedInside):
+    def weighed(self, x, e, w):
+        return self.linear(self.activate(self.linear(x, "up", e) * w.to(x.dtype)), "down", e)

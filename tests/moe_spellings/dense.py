@@ -221,3 +221,56 @@ class MaskedTokens(Block):
             return y if bias is None else y + bias[:, None]
 
         return torch.einsum("eth,te->th", self.mlp(rows, product), self.matrix(ids, w))
+
+
+class OneOfAll(Block):
+    """Of the results of all experts the one that a token chose; weighed at the end."""
+
+    router, top = "top1", 1
+
+    def choose(self, ids, ys):
+        """ids [T], ys: E results [T,H]"""
+        raise NotImplementedError
+
+    def experts(self, x, ids, w):
+        return w * self.choose(ids.squeeze(-1), [self.expert(x, e) for e in range(self.count)])
+
+
+@moe(kind="gelu", bias=True)
+@moe(own=True, router="top1_argmax")
+class WhereFromZeros(OneOfAll):
+    def choose(self, ids, ys):
+        out = torch.zeros_like(ys[0])
+        for e, y in enumerate(ys):
+            out = torch.where((ids == e)[:, None], y, out)
+        return out
+
+
+@moe(kind="relu", order="oi")
+@moe(own=True, router="top1_argmax")
+class WhereFromTheFirst(OneOfAll):
+    """The first expert's where no other one was chosen."""
+
+    def choose(self, ids, ys):
+        out = ys[0]
+        for e in range(1, self.count):
+            out = torch.where((ids == e)[:, None], ys[e], out)
+        return out
+
+
+@moe(own=True, kind="gelu", bias=True)
+class IndexedStack(OneOfAll):
+    def choose(self, ids, ys):
+        return torch.stack(ys)[ids, torch.arange(len(ids))]
+
+
+@moe()
+@moe(kind="relu", order="oi")
+class EinsumOverExperts(Block):
+    """Weighed before the last projection, which adds up features and experts at once."""
+
+    def experts(self, x, ids, w):
+        io = self.order == "io"
+        routing = torch.zeros(x.shape[0], self.count, dtype=w.dtype).scatter(1, ids, w).to(x.dtype)
+        h = self.activate(torch.einsum("th,ehf->tef" if io else "th,efh->tef", x, self.w_up))
+        return torch.einsum("te,tef,efh->th" if io else "te,tef,ehf->th", routing, h, self.w_down)

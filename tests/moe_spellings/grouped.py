@@ -188,3 +188,15 @@ class CountsOfASetMatrix(ByCounts):
 
     def counts(self, ids):
         return torch.zeros(ids.shape[0], self.count).scatter(1, ids, 1).long().sum(0)
+
+
+@moe(kind="gelu")
+class ScatteredBack(Grouped):
+    """FastMoE: rows go back to where their pairs were by scatter."""
+
+    def experts(self, x, ids, w):
+        ids_g, order = ids.flatten().sort()
+        offsets = F.one_hot(ids_g, self.count).sum(0).cumsum(0).int()
+        y = self.rows(x[torch.div(order, self.top, rounding_mode="floor")], ids_g, offsets)
+        back = torch.zeros_like(y).scatter(0, order[:, None].expand_as(y), y)
+        return torch.bmm(w.unsqueeze(1), back.view(-1, self.top, x.shape[-1])).squeeze(1)

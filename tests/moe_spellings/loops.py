@@ -330,3 +330,23 @@ class MaskedScatter(PairsOneByOne):
 class IndexCopy(PairsOneByOne):
     def put(self, y, hits, rows):
         return y.index_copy(0, hits.nonzero().squeeze(-1), rows)
+
+
+@moe()
+@moe(own=True)
+@moe(kind="gelu", order="oi")
+class WeighedInside(Block):
+    """Megatron: the weight multiplies what is activated, before the last projection."""
+
+    def experts(self, x, ids, w):
+        out = torch.zeros_like(x)
+        for e in range(self.count):
+            token, k = torch.where(ids == e)
+            out.index_add_(0, token, self.weighed(x[token], e, w[token, k, None]).to(x.dtype))
+        return out
+
+    def weighed(self, x, e, w):
+        if self.own:
+            one = self.list[e]
+            return one.w_down(F.silu(one.w_gate(x)) * one.w_up(x) * w.to(x.dtype))
+        return self.linear(self.activate(self.linear(x, "up", e)) * w.to(x.dtype), "down", e)

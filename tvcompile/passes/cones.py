@@ -12,13 +12,14 @@ import torch
 from torch import fx
 
 from .atoms import ATOM_RULES
+from .contraction import without_sum
 from .movement import MOVEMENT, SPLITS
 from .pointwise import POINTWISE
 from .rows import GROUPED, RowReader, is_zeros
 from .sums import THROUGH
 from .terms_of import CASTS
 
-ADDS = ("index_add", "scatter_add", "index_put", "index_copy", "masked_scatter")
+ADDS = ("index_add", "scatter_add", "scatter", "index_put", "index_copy", "masked_scatter")
 PRODUCTS = ("linear", "addmm", "mm", "bmm", "matmul", "einsum", "baddbmm", *GROUPED)
 MOVES = frozenset(MOVEMENT) | frozenset(SPLITS)
 ELEMENTWISE = (frozenset(POINTWISE) - frozenset(ATOM_RULES)) | {"exp", "dropout"}
@@ -74,7 +75,8 @@ def _activated(r: RowReader, last: fx.Node, inner: set[fx.Node]) -> bool:
         joins = (
             r.name(n) in ("add", "sub") and sum(_wide(r, x, n) and not _is_weight(r, x) for x in n.all_input_nodes) > 1
         )
-        if (r.name(n) in ELEMENTWISE or r.name(n) in MOVES) and not joins and len(seen) < 200:
+        through = r.name(n) in ELEMENTWISE or r.name(n) in MOVES or without_sum(r, n)
+        if through and not joins and len(seen) < 200:
             queue += n.all_input_nodes
     return False
 
@@ -136,7 +138,7 @@ def _stacked(n: fx.Node) -> bool:
 def looks_routed(r: RowReader, node: fx.Node) -> bool:
     """Are rows added up by a tensor's numbers, or multiplied by a column that compares ids?"""
     if r.name(node) != "mul":
-        return r.name(node) in ADDS and node.meta["val"].dtype.is_floating_point
+        return r.name(node) in ADDS and r.name(node) != "scatter" and node.meta["val"].dtype.is_floating_point
     columns = [
         x for x in node.all_input_nodes if isinstance(x.meta.get("val"), torch.Tensor) and x.meta["val"].dim() > 1
     ]

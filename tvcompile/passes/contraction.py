@@ -28,7 +28,10 @@ class Product:
 
 
 def contraction(r: Reader, node: fx.Node, idx: Index) -> Product | None:
-    """The terms of element `idx` of a contraction without what it adds, or None where the node is none that we read."""
+    """The terms of element `idx` of a contraction without what it adds, or None where the node is none that we read.
+
+    Of an einsum that sums over several letters, `idx` begins with a position for each of `further`.
+    """
     rule = CONTRACTIONS.get(r.name(node)) if node.op == "call_function" else None
     a = r.arguments(node) if rule else {}
     return rule(r, a, node, idx) if rule and a.get("out_dtype") is None else None
@@ -68,21 +71,34 @@ def _product(r: Reader, x: fx.Node, y: fx.Node, idx: Index) -> Product | None:
 
 
 def _einsum(r: Reader, a: dict, node: fx.Node, idx: Index) -> Product | None:
+    if (read := _letters(r, a)) is None:
+        return None
+    terms, out, summed = read
+    if len(idx) != len(out) + len(summed) - 1:
+        return None
+    letter, shape = summed[-1], r.shape(a["tensors"][0])
+    length = shape[terms[0].index(letter)]
+    at = {**dict(zip([*summed[:-1], *out], idx)), letter: r.fresh(length, "r")}
+    x, y = ((t, r.broadcast(t, tuple(at[c] for c in term))) for t, term in zip(a["tensors"], terms))
+    return Product(x, y, at[letter], length)
+
+
+def _letters(r: Reader, a: dict) -> tuple[list[str], str, list[str]] | None:
+    """(the two terms, the result, the summed letters, which both terms have)"""
     tensors = a["tensors"]
     if len(tensors) != 2 or a.get("path") is not None:
         return None
-    shapes = [r.shape(t) for t in tensors]
-    terms, out = letters(a["equation"], [len(s) for s in shapes])
+    terms, out = letters(a["equation"], [len(r.shape(t)) for t in tensors])
     summed = [c for c in dict.fromkeys(terms[0] + terms[1]) if c not in out]
-    if any(len(set(t)) != len(t) for t in (*terms, out)) or len(summed) != 1:
-        return None
-    (letter,) = summed
-    if letter not in terms[0] or letter not in terms[1]:
-        return None
-    length = shapes[0][terms[0].index(letter)]
-    at = {**dict(zip(out, idx)), letter: r.fresh(length, "r")}
-    x, y = ((t, r.broadcast(t, tuple(at[c] for c in term))) for t, term in zip(tensors, terms))
-    return Product(x, y, at[letter], length)
+    once = all(len(set(t)) == len(t) for t in (*terms, out))
+    return (terms, out, summed) if once and summed and set(summed) <= set(terms[0]) & set(terms[1]) else None
+
+
+def further(r: Reader, node: fx.Node) -> tuple[Expr, ...]:
+    """The sizes of all summed letters of an einsum but the last: an expert's, where its features come last."""
+    a = r.arguments(node)
+    read = _letters(r, a) if r.name(node) == "einsum" else None
+    return tuple(r.shape(a["tensors"][0])[read[0][0].index(c)] for c in read[2][:-1]) if read else ()
 
 
 def letters(equation: str, ranks: list[int]) -> tuple[list[str], str]:
@@ -101,6 +117,15 @@ def letters(equation: str, ranks: list[int]) -> tuple[list[str], str]:
         once = sorted(c for c in set(left) if c.isalpha() and left.count(c) == 1)
         out = ("..." if "..." in left else "") + "".join(once)
     return full, out.replace("...", dots)
+
+
+def without_sum(r: Reader, node: fx.Node) -> bool:
+    """Is a node an einsum that only multiplies?"""
+    if r.name(node) != "einsum":
+        return False
+    a = r.arguments(node)
+    terms, out = letters(a["equation"], [len(r.shape(t)) for t in a["tensors"]])
+    return all(set(t) <= set(out) and len(set(t)) == len(t) for t in terms)
 
 
 def _sum(r: Reader, a: dict, node: fx.Node, idx: Index) -> Product | None:

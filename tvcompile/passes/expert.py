@@ -28,7 +28,7 @@ Fix = Callable[[Expr], Expr]
 
 @dataclasses.dataclass(frozen=True)
 class Expert:
-    """nodes: its products. weighed: factors of its input, formulas of token and expert."""
+    """nodes: its products. weighed: factors of its input; inside: of what is activated."""
 
     node: fx.Node
     x: fx.Node
@@ -39,6 +39,7 @@ class Expert:
     down: Weight
     nodes: tuple[fx.Node, ...]
     weighed: tuple[Expr, ...] = ()
+    inside: tuple[Expr, ...] = ()
     down_bias: Weight | None = None
 
     def kind(self) -> tuple:
@@ -65,8 +66,12 @@ def read_expert(r: RowReader, node: fx.Node, idx: Index, term: Term, t: Expr, d:
     fix = fixing(r, term)
 
     last = projection(r, node, idx)
-    down = fixed(last.weight, fix, last.length, r.shape(node)[[i for i, x in enumerate(idx) if x == d][-1]])
+    down = fixed(last.weight, fix, last.length, r.shape(node)[[i for i, x in enumerate(idx) if x == d][-1] - len(idx)])
     hidden, at = last.x
+    inside: tuple[Expr, ...] = ()
+    while (split := weighed_by(r, *leaf_of(r, hidden, at, r.position[node])[:2], last.over, fix)) is not None:
+        (hidden, at), factors = split
+        inside = (*inside, *factors)
     formula = fix(r.read(hidden, at, r.position[node]))
     act, units = activation(r, formula, last.over, node)
     act, layout, wholes = arranged(r, act, units, last.over, last.length, node)
@@ -82,7 +87,8 @@ def read_expert(r: RowReader, node: fx.Node, idx: Index, term: Term, t: Expr, d:
         raise Refuse("the projections of an expert read different rows", node)
     (x, weighed) = sources.pop()
     biases = biases_of(r, units, layout, last.over, last.length, node)
-    return Expert(node, x, act, layout, tuple(ups), biases, down, (node, *(u.node for u in units)), weighed)
+    nodes = (node, *(u.node for u in units))
+    return Expert(node, x, act, layout, tuple(ups), biases, down, nodes, weighed, inside)
 
 
 def fixing(r: RowReader, term: Term) -> Fix:

@@ -20,6 +20,7 @@ from torch import fx
 from ..moe_spec import MoESpec
 from ..spec import Choices, MoEMatch, Refusal, Refuse, Weights, where_of
 from .cones import MOVES, computed, cones, followers, looks_routed
+from .contraction import further
 from .expert import stacked
 from .facts import Facts, between
 from .movement import unravel
@@ -61,7 +62,9 @@ def lift_cone(r: RowReader, facts: Facts, cone: list[fx.Node], ends: set[fx.Node
     sums = Sums(r, set(cone), ends)
     reason: tuple[Refuse | Unreadable, fx.Node] | None = None
     for anchor in reversed(cone):
-        if r.name(anchor) in MOVES or r.name(anchor) in CASTS or anchor in ends and len(cone) > 1:
+        selects = r.name(anchor) in ("index", "gather")  # of the results of all experts those that a token chose
+        alone = anchor not in ends or len(cone) == 1 or further(r, anchor)
+        if r.name(anchor) in MOVES and not selects or r.name(anchor) in CASTS or not alone:
             continue
         if not isinstance(anchor.meta.get("val"), torch.Tensor) or not anchor.users:
             continue
@@ -71,7 +74,7 @@ def lift_cone(r: RowReader, facts: Facts, cone: list[fx.Node], ends: set[fx.Node
                 return match, {}
             found = found or match
         except (Refuse, Unreadable) as error:
-            reason = reason or (error, anchor)
+            reason = (error, anchor) if reason is None or r.name(reason[1]) in MOVES else reason
     if found is not None or reason is None:
         return found, {}
     why, anchor = reason

@@ -13,7 +13,7 @@ from ..spec import Refuse
 from .expert import Expert, bias_of, expert_number, fixing, read_expert, with_weighed_input
 from .places import compared
 from .projections import Weight, number_of, places
-from .routing import Chosen, Token, chosen, implied, without_rows
+from .routing import Chosen, Token, chosen, implied, numbered, without_rows
 from .rows import RowReader, settle
 from .terms_of import Term
 
@@ -47,6 +47,10 @@ def part_of(r: RowReader, term: Term, token: Token, d: Expr) -> Part:
     assert term.product is not None
     node, idx = term.product
     expert = read_expert(r, node, idx, term, token.t, d)
+    if expert.inside:
+        # The last projection is linear.
+        more = dataclasses.replace(term, factors=(*term.factors, *expert.inside))
+        term = without_rows(r, more, token, r.position[node])
     formula = expert_number(expert.down)
     if formula is None and compared_number(term) is None and not expert.weighed:
         # Every expert reads all tokens: what its rows are multiplied by may say which are its own.
@@ -91,11 +95,8 @@ def _holds(r: RowReader, factor: Expr, term: Term, formula: Expr | None) -> bool
 def compared_number(term: Term) -> int | None:
     """The number that the ids of an expert's tokens are compared with, if they are."""
     for g in term.guards:
-        if E.op_of(g) == "eq":
-            number, rest = E.operands(g)[0].as_coeff_Add()
-            sign, load = rest.as_coeff_Mul()
-            if E.op_of(load) == "load" and abs(sign) == 1:
-                return int(-number * sign)
+        if (found := numbered(g)) is not None:
+            return found[1]
     return None
 
 

@@ -19,6 +19,7 @@ from ..expr import Expr, IntCall
 from ..spec import Refuse
 from .movement import axis
 from .places import compared, digits, exclude, solved
+from .projections import places
 from .rows import RowReader, over
 from .terms_of import Term, distinct, scattered
 
@@ -47,7 +48,32 @@ def without_rows(r: RowReader, term: Term, token: Token, at: int) -> Term:
         if g is E.FALSE:
             raise Refuse("a condition on the rows of an expert never holds", None)
         guards += g.args if isinstance(g, sympy.And) else [g]
-    return unscattered(r, dataclasses.replace(term, guards=tuple(g for g in guards if g is not E.TRUE)))
+    guards = _settled(r, [g for g in guards if g is not E.TRUE])
+    return unscattered(r, dataclasses.replace(term, guards=tuple(guards)))
+
+
+def numbered(guard: Expr) -> tuple[Expr, int] | None:
+    """(load, n) where the guard says that what is loaded is n."""
+    if E.op_of(guard) != "eq":
+        return None
+    number, rest = E.operands(guard)[0].as_coeff_Add()
+    sign, load = rest.as_coeff_Mul()
+    return (load, int(-number * sign)) if E.op_of(load) == "load" and abs(sign) == 1 else None
+
+
+def _settled(r: RowReader, guards: list[Expr]) -> list[Expr]:
+    """An id that is n is no other number; one of E places that is none of E - 1 is the one that is left."""
+    negated = {g: n for g in guards if isinstance(g, sympy.Not) and (n := numbered(g.args[0])) is not None}
+    for load in dict.fromkeys(load for load, _ in negated.values()):
+        others = {g: n for g, (x, n) in negated.items() if x == load}
+        count = places(r, r.nodes[E.operands(load)[0].name[1:]])
+        left = set(range(int(count))) - set(others.values()) if count is not None and count.is_Integer else set()
+        known = [n for g in guards if (found := numbered(g)) is not None and found[0] == load for n in found[1:]]
+        if len(set(known)) == 1 and known[0] not in others.values():
+            guards = [g for g in guards if g not in others]
+        elif not known and len(left) == 1:
+            guards = [E.eq(load, sympy.Integer(left.pop())), *(g for g in guards if g not in others)]
+    return guards
 
 
 def possible(r: RowReader, term: Term) -> bool:

@@ -15,7 +15,7 @@ from torch import fx
 from .. import expr as E
 from ..expr import Expr
 from ..spec import Refuse
-from .contraction import added
+from .contraction import added, further
 from .movement import SPLITS, Index, axis
 from .places import cases, counts, least, opened
 from .rows import EMPTY, RowReader, mask_of, over
@@ -39,8 +39,8 @@ class Sums:
         if r.changed(node, at):
             raise Refuse("what the experts gave is written to before it is added up", node)
         if node in self.ends:
-            bias = added(r, node, idx)
-            return [Term(product=(node, idx))] + ([] if bias is None else [Term(factors=(bias,))])
+            bias, also = added(r, node, idx), tuple(r.fresh(n, "e") for n in further(r, node))
+            return [Term(product=(node, (*also, *idx))).under(also)] + ([] if bias is None else [Term(factors=(bias,))])
         moved = r.step(node, idx)
         if moved is not None and any(map(counts, moved[1])):
             return self.at_places(node, *moved)
@@ -162,6 +162,19 @@ def _scatter_add(s: Sums, a, n, idx):
         raise Refuse("scatter_add sends the features of one row to several tokens", n)
     added = [t.under([row], links=[(at, idx[0])]) for t in s.of(rows, (row, *idx[1:]), here)]
     return s.of(a["self"], idx, here) + added
+
+
+def _scatter(s: Sums, a, n, idx):
+    """out.scatter(0, i[:, None].expand_as(y), y) is out[i] = y."""
+    r, rows, index = s.r, a.get("src"), a["index"]
+    if axis(a["dim"], len(idx)) != 0 or not isinstance(rows, fx.Node) or a.get("reduce") is not None:
+        raise Refuse("scatter along another dim than that of the tokens, or of a number", n)
+    row = r.fresh(r.shape(rows)[0], "r")
+    at = E.as_int(r.read(index, (row, *idx[1:]), r.position[n]))
+    features = [x for x in idx[1:] if x.free_symbols]
+    if r.shape(rows) != r.shape(index) or r.shape(rows)[1:] != r.shape(n)[1:] or E.mentions(at, *features):
+        raise Refuse("scatter sends the features of one row to several tokens, or not all of them", n)
+    return _put(s, n, a["self"], ((at,), row, rows), idx, replaced=True)
 
 
 def _index_put(s: Sums, a, n, idx):
@@ -332,6 +345,7 @@ LINEAR = {
     **dict.fromkeys(("matmul", "bmm", "mm", "einsum"), _contract),
     "index_add": _index_add,
     "scatter_add": _scatter_add,
+    "scatter": _scatter,
     "index_put": _index_put,
     "index_copy": _index_copy,
     "masked_scatter": _masked_scatter,
