@@ -136,7 +136,9 @@ def _stacked(n: fx.Node) -> bool:
 
 
 def looks_routed(r: RowReader, node: fx.Node) -> bool:
-    """Are rows added up by a tensor's numbers, or multiplied by a column that compares ids?"""
+    """Are rows added up by a tensor's numbers, multiplied by a column that compares ids, or by weights that ids chose?"""
+    if r.name(node) in PRODUCTS:
+        return any(map(gathered, node.all_input_nodes)) and node.meta["val"].dtype.is_floating_point
     if r.name(node) != "mul":
         return r.name(node) in ADDS and r.name(node) != "scatter" and node.meta["val"].dtype.is_floating_point
     columns = [
@@ -144,6 +146,19 @@ def looks_routed(r: RowReader, node: fx.Node) -> bool:
     ]
     columns = [x for x in columns if r.shape(x)[-1] == 1 != r.shape(node)[-1]]
     return any(_says_which(r, x) for x in columns)
+
+
+def gathered(x: fx.Node) -> bool:
+    """Is a tensor made of the weights of the experts that ids name?"""
+    while x.op == "call_function" and x.all_input_nodes:
+        first = x.all_input_nodes[0]
+        name = str(x.target).split(".")[1] if "aten." in str(x.target) else ""
+        if name in ("index", "index_select", "gather") and first.op in ("placeholder", "get_attr"):
+            return isinstance(first.meta.get("val"), torch.Tensor) and first.meta["val"].dim() > 2
+        if name not in MOVES and name not in CASTS:
+            return False
+        x = first
+    return False
 
 
 def followers(node: fx.Node) -> set[fx.Node]:
