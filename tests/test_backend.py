@@ -89,25 +89,6 @@ def test_autocast_forward_and_backward():
         torch.testing.assert_close(got, want, atol=8e-2, rtol=0)
 
 
-def first_rows_of_each(x, ids):
-    """What Inductor cannot differentiate: of what a mask chose, at most four rows."""
-    out = torch.zeros_like(x)
-    for e in range(2):
-        (row,) = torch.where(ids == e)
-        out = out.index_add(0, row[:4], x[row[:4]].tanh() * (e + 1))
-    return out
-
-
-@pytest.mark.parametrize("options", [{}, {"tv.strict": True}])
-def test_sizes_from_data_that_inductor_cannot_compile_break_the_graph_not_the_program(options):
-    x, ids = torch.randn(12, 8, requires_grad=True), torch.arange(12) % 2
-    torch._dynamo.reset()
-    compiled = torch.compile(first_rows_of_each, backend="tv", options=options)
-    got, want = compiled(x, ids), first_rows_of_each(x, ids)
-    torch.testing.assert_close(got, want)
-    torch.testing.assert_close(*(torch.autograd.grad(y.square().sum(), x) for y in (got, want)))
-
-
 def test_a_loop_of_experts_under_autocast_in_training():
     class Experts(torch.nn.Module):
         def __init__(self):

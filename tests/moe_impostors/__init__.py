@@ -8,6 +8,7 @@ from tests.moe_impostors import (  # noqa: F401  (registers them)
     positions,
     residual,
     routing,
+    rows,
     state,
 )
 from tests.moe_impostors.base import IMPOSTORS, Impostor
