@@ -136,7 +136,7 @@ def _stacked(n: fx.Node) -> bool:
 
 
 def looks_routed(r: RowReader, node: fx.Node) -> bool:
-    """Are rows added up by numbers of a tensor, multiplied by a column that compares ids, or by weights that ids chose?"""
+    """Are rows added up by a tensor, multiplied by a column that compares ids, or by weights that ids chose?"""
     if r.name(node) in PRODUCTS:
         return any(map(gathered, node.all_input_nodes)) and node.meta["val"].dtype.is_floating_point
     if r.name(node) != "mul":
