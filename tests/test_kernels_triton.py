@@ -17,7 +17,7 @@ from tvcompile.kernels.problem import Given, Gradients, Kernel, Need, Problem
 
 triton = pytest.importorskip("triton", reason="no Triton beside this PyTorch")
 
-from tvcompile.kernels import data as data_, flash, mint  # noqa: E402
+from tvcompile.kernels import data as data_, flash, flash_fwd, mint  # noqa: E402
 from tvcompile.kernels.blocks import count_runs, next_run  # noqa: E402
 from tvcompile.spec import AttentionSpec  # noqa: E402
 from tvcompile.tuning import choose  # noqa: E402
@@ -94,6 +94,17 @@ GROWING = ["scale=1", "scale=1; keep = kv <= q", "scale=1; score = s/2.0; keep =
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("spec", GROWING)
 def test_maxima_that_outgrow_what_rows_are_measured_by(spec, dtype):
+    check_growing_maxima(spec, dtype)
+
+
+@pytest.mark.parametrize("spec", GROWING)
+def test_sums_that_are_rescaled_at_every_block(spec, monkeypatch):
+    """As with Triton before 3.8, and in specialised warps."""
+    monkeypatch.setattr(flash_fwd, "ASKS", flash_fwd.tl.constexpr(False))
+    check_growing_maxima(spec, torch.float32)
+
+
+def check_growing_maxima(spec, dtype):
     """Scores grow along kv, in some rows within the slack of a whole pass, in others beyond it in every block; one is
     infinite, which is no matter of the others."""
     S = 160
