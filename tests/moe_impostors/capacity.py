@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 
 from tests.moe_impostors.base import ANY, impostor
-from tests.moe_spellings.capacity import Capacity
+from tests.moe_spellings.base import H
+from tests.moe_spellings.capacity import Capacity, SwitchInFloats
 
 
 class Switch(Capacity):
@@ -109,3 +110,30 @@ class CountedAsTheyAre(Compared):
 
     def running(self, mask):
         return mask.cumsum(0)
+
+
+@impostor(ANY, shape=(1, 300, H))
+class PlacesInHalfPrecision(SwitchInFloats):
+    """All tokens go to one expert, more than bfloat16 can count: some share places."""
+
+    places_in, capacity = torch.bfloat16, 290
+
+    def route(self, x):
+        logits = self.gate(x) + 100 * (torch.arange(self.count) == 1)
+        return torch.topk(logits.softmax(-1), 1, dim=-1)
+
+
+@impostor(ANY)
+class PlacesOfOtherTokensInFloats(SwitchInFloats):
+    """The running sum is one of another mask."""
+
+    router = "top1"
+
+    def experts(self, x, ids, w):
+        mask = F.one_hot(ids.squeeze(-1), self.count).float()
+        place = torch.cumsum(mask.roll(1, 0), dim=0) * mask
+        mask = mask * (place <= self.capacity).float()
+        where = F.one_hot(((place - 1) * mask).sum(-1).long().clamp(min=0), self.capacity).float()
+        dispatch = (mask.unsqueeze(-1) * where.unsqueeze(1)).to(x.dtype)
+        rows = torch.einsum("tec,th->ech", dispatch, x)
+        return torch.einsum("tec,ech->th", dispatch * w.unsqueeze(-1), self.places(rows))

@@ -166,3 +166,38 @@ class OneHotResidual(Residual):
     def reference(self, x):
         w, ids = self.route(x)
         return Block.reference(self, x) + torch.where(self.kept(ids), 0.0, w * x)
+
+
+@moe(router="top1", kind="relu")
+@moe(router="top1", order="oi", bias=True, capacity=3)
+class SwitchInFloats(Capacity):
+    """Masks and places in floats, as ports of Mesh TensorFlow have them."""
+
+    top, places_in = 1, torch.float32
+
+    def experts(self, x, ids, w):
+        mask = F.one_hot(ids.squeeze(-1), self.count).to(self.places_in)
+        place = torch.cumsum(mask, dim=0) * mask
+        mask = mask * (place <= self.capacity).to(mask.dtype)
+        where = F.one_hot(((place - 1) * mask).sum(-1).long(), self.capacity).to(mask.dtype)
+        dispatch = (mask.unsqueeze(-1) * where.unsqueeze(1)).to(x.dtype)
+        rows = torch.einsum("tec,th->ech", dispatch, x)
+        return torch.einsum("tec,ech->th", dispatch * w.unsqueeze(-1), self.places(rows))
+
+
+@moe(kind="gelu", bias=True)
+@moe(order="oi", layout="separate", capacity=8)
+class PairsInFloats(Capacity):
+    """All pairs, first choices first, by an exclusive running sum in floats."""
+
+    def experts(self, x, ids, w):
+        hits = F.one_hot(ids, self.count).float()
+        flat = hits.transpose(0, 1).reshape(-1, self.count)
+        place = (flat.cumsum(0) - flat).reshape(self.top, -1, self.count).transpose(0, 1)
+        place = (place * hits).sum(-1)
+        kept = (place < self.capacity).float()
+        where = F.one_hot(place.long().clamp(max=self.capacity - 1), self.capacity).float()
+        combine = torch.einsum("tk,tke,tkc->tec", (w * kept).float(), hits, where).to(x.dtype)
+        dispatch = torch.einsum("tk,tke,tkc->tec", kept, hits, where).to(x.dtype)
+        rows = torch.einsum("tec,th->ech", dispatch, x)
+        return torch.einsum("tec,ech->th", combine, self.places(rows))

@@ -26,7 +26,7 @@ from .facts import between
 from .places import compared, digits, dim_of, exclude, opened, solved
 from .projections import number_of
 from .routing import unscattered, without_rows_of
-from .rows import RowReader, over as positions_of
+from .rows import RowReader, over as positions_of, whole
 from .signs import nonnegative
 from .terms_of import Term, terms_of
 
@@ -212,7 +212,7 @@ def _counts(r: RowReader, x: Expr, ids: Expr, bound: tuple[Expr, ...]) -> bool:
     source = r.arguments(node)["self"]
     e = r.fresh(r.shape(source)[own[0]], "e")
     at[own[0]] = e
-    hit = E.as_int(r.read(source, tuple(at), r.position[node]))
+    hit = whole(r, source, tuple(at), r.position[node])
     return hit == E.where(E.eq(ids, e), sympy.Integer(1), sympy.Integer(0))
 
 

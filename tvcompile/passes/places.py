@@ -16,7 +16,7 @@ from .. import expr as E
 from ..expr import Expr, IntCall
 from .movement import axis
 from .projections import in_range, places as places_of
-from .rows import RowReader, over as positions_of
+from .rows import RowReader, over as positions_of, whole
 from .terms_of import terms_of
 
 ARITHMETIC = ("clamp_min", "clamp_max", "min", "max", "where", "neg")
@@ -54,11 +54,6 @@ def exclude(*conditions: Expr) -> bool:
     """Do conditions exclude each other?"""
     parts = set(flat(conditions))
     return any(E.not_(x) in parts for x in parts) or E.and_(*parts) is E.FALSE
-
-
-def counts(e: Expr) -> bool:
-    """Does a formula hold a running sum or a count?"""
-    return any(E.op_of(x) in ("count", "cumsum") for x in E.walk(e))
 
 
 def cases(e: Expr, guards: tuple[Expr, ...] = ()) -> Iterator[tuple[tuple[Expr, ...], Expr]]:
@@ -104,7 +99,7 @@ def _only_term(r: RowReader, count: Expr, known: Collection[Expr]) -> Expr | Non
     if len(gone) != 1 or gone[0] == 0:
         return None
     total = sympy.Integer(0)
-    for term in terms_of(r, r.read(source, at, r.position[node])):
+    for term in terms_of(r, whole(r, source, at, r.position[node])):
         own = next((i for g in term.guards if (i := compared(g, gone[0])) is not None), None)
         if own is None or not in_range(r, own, r.ranges[gone[0]]) or term.bound or term.links:
             return None
@@ -166,10 +161,10 @@ def _least_sum(r: RowReader, e: Expr) -> int | None:
     at = E.operands(e)[1:]
     source = r.arguments(node)["self"]
     probe = tuple(r.fresh(n, "p") for n in r.shape(source))
-    ends = [E.constant(x) for x in E.leaves(E.as_int(r.read(source, probe, r.position[node])))]
+    ends = [E.constant(x) for x in E.leaves(whole(r, source, probe, r.position[node]))]
     if any(x is None or x < 0 for x in ends):
         return None
-    own = E.as_int(r.read(source, at, r.position[node])) if E.op_of(e) == "cumsum" else 0
+    own = whole(r, source, at, r.position[node]) if E.op_of(e) == "cumsum" else 0
     return 1 if own == 1 else 0
 
 

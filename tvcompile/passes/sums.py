@@ -17,8 +17,8 @@ from ..expr import Expr
 from ..spec import Refuse
 from .contraction import added, further
 from .movement import SPLITS, Index, axis
-from .places import cases, counts, least, opened
-from .rows import EMPTY, RowReader, mask_of, over
+from .places import cases, least, opened
+from .rows import EMPTY, RowReader, counts, mask_of, over
 from .terms_of import CASTS, Term, contracted, lazily, once, product, terms_of
 
 
