@@ -173,13 +173,16 @@ class OneHotResidual(Residual):
 class SwitchInFloats(Capacity):
     """Masks and places in floats, as ports of Mesh TensorFlow have them."""
 
-    top, places_in = 1, torch.float32
+    top = 1
+
+    def running(self, mask):
+        return torch.cumsum(mask, dim=0)
 
     def experts(self, x, ids, w):
-        mask = F.one_hot(ids.squeeze(-1), self.count).to(self.places_in)
-        place = torch.cumsum(mask, dim=0) * mask
-        mask = mask * (place <= self.capacity).to(mask.dtype)
-        where = F.one_hot(((place - 1) * mask).sum(-1).long(), self.capacity).to(mask.dtype)
+        mask = F.one_hot(ids.squeeze(-1), self.count).float()
+        place = self.running(mask) * mask
+        mask = mask * (place <= self.capacity).float()
+        where = F.one_hot(((place - 1) * mask).sum(-1).long(), self.capacity).float()
         dispatch = (mask.unsqueeze(-1) * where.unsqueeze(1)).to(x.dtype)
         rows = torch.einsum("tec,th->ech", dispatch, x)
         return torch.einsum("tec,ech->th", dispatch * w.unsqueeze(-1), self.places(rows))
