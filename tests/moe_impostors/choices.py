@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from tests.moe_impostors.base import ANY, impostor
 from tests.moe_spellings.base import B, S
 from tests.moe_spellings.buffers import ChoiceAfterChoice, OneMaskOfAllChoices, SwitchPerSequence
-from tests.moe_spellings.capacity import GShard
+from tests.moe_spellings.capacity import GShard, GShardAfterThoseKept
 from tests.moe_spellings.dense import OneOfAll
 
 
@@ -152,3 +152,19 @@ class LeftOverOfMore(OneOfAll):
 class StackIndexedByOthers(OneOfAll):
     def choose(self, ids, ys):
         return torch.stack(ys)[ids, torch.arange(len(ids)).flip(0)]
+
+
+@impostor(ANY)
+class SecondChoicesOnTheLastFirstOne(GShardAfterThoseKept):
+    """One place less is counted than first choices are sent to."""
+
+    router, fewer = "argmax_twice", 1
+
+
+@impostor(ANY)
+class SecondChoicesAfterThoseOfEvenTokens(GShard):
+    router = "argmax_twice"
+
+    def taken(self, mask1):
+        even = (torch.arange(mask1.shape[0]) % 2 == 0)[:, None]
+        return torch.sum(mask1 * even, dim=0, keepdim=True)

@@ -106,6 +106,18 @@ class GShardByPositiveWeights(GShard):
         return combine > 0
 
 
+@moe(router="argmax_twice", kind="relu")
+@moe(router="renormalised", capacity=4, kind="gelu", bias=True)
+class GShardAfterThoseKept(GShard):
+    """Second choices begin after the first ones that found a place, as in GShard's own algorithm."""
+
+    fewer = 0
+
+    def taken(self, mask1):
+        places = torch.cumsum(mask1, dim=0) - 1
+        return torch.sum(mask1 * (places < self.capacity - self.fewer), dim=0, keepdim=True)
+
+
 class Residual(Capacity):
     """The experts' results take the tokens' places; who found none stays as it was."""
 

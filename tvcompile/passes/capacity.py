@@ -5,7 +5,7 @@
 p is a token or a pair of token and choice. Where place(p) counts the pairs of e up to p (a running sum of the ids'
 one-hot, less one), no two pairs of e have one place. So what a pair gets back from its place was computed from its
 token alone, and the sum over p is x[t]. Second choices begin where the first ones of their expert end: place(p) +
-(number of first choices of e). The dispatch is a sum of products, or rows put into a buffer (buffers.py).
+(number of first choices of e, or of those that have a place). The dispatch is a sum of products, or rows put into a buffer (buffers.py).
 """
 
 from __future__ import annotations
@@ -235,7 +235,7 @@ def _check_apart(r: RowReader, places: list[Place], about: fx.Node) -> None:
 
 
 def _total(r: RowReader, count: Expr, before: Place, ids: Expr) -> bool:
-    """Is a count the whole of an earlier running sum, at the same expert?"""
+    """Is a count the whole of an earlier running sum at the same expert, or of those of it that are kept?"""
     node = r.nodes[E.operands(count)[0].name]
     source, at, gone = positions_of(r, node, E.operands(count)[1:])
     summed = r.nodes[E.operands(before.running)[0].name]
@@ -245,4 +245,29 @@ def _total(r: RowReader, count: Expr, before: Place, ids: Expr) -> bool:
     if len(gone) != 1 or r.ranges.get(gone[0]) != r.shape(hits)[d]:
         return False
     where[d] = gone[0]
-    return r.read(source, at, r.position[node]) == r.read(hits, tuple(where), r.position[summed])
+    everyone = r.read(source, at, r.position[node]) == r.read(hits, tuple(where), r.position[summed])
+    return everyone or _all_kept(r, whole(r, source, at, r.position[node]), before, ids, gone[0])
+
+
+def _all_kept(r: RowReader, body: Expr, before: Place, ids: Expr, pair: Expr) -> bool:
+    """Does a count go over the pairs that have one of the first n places, and is none sent to a place beyond?
+
+    Their places are 0, 1, ... in the order of the running sum, so that as many places are taken as are counted.
+    """
+    terms, bound = terms_of(r, body), before.way.term.bound
+    if len(terms) != 1 or terms[0].factors or terms[0].bound or terms[0].links or len(bound) != 1 or before.added != 0:
+        return False
+    own = E.substitute(before.ids, {bound[0]: pair})
+    hits = [g for g in terms[0].guards if compared(g, ids) == own]
+    kept = [g for g in terms[0].guards if g not in hits]
+    if len(hits) != 1 or len(kept) != 1:
+        return False
+    # At the expert of the pair itself, with the running sum's own name for it.
+    limit = E.substitute(E.substitute(kept[0], {hits[0]: E.TRUE}), {ids: own})
+    limit = E.substitute(limit, {pair: bound[0]})
+    alike = [x for x in limit.atoms(IntCall) if E.op_of(x) == "cumsum" and _counts(r, x, before.ids, bound)]
+    limit = E.substitute(limit, dict.fromkeys(alike, before.running))
+    if E.op_of(limit) != "le":
+        return False
+    n = sympy.expand(before.running - E.operands(limit)[0])
+    return n.is_Integer and E.at_most(r.ranges[before.at], n)
