@@ -106,6 +106,23 @@ class GShardByPositiveWeights(GShard):
         return combine > 0
 
 
+@moe(kind="relu")
+@moe(order="oi", router="renormalised", capacity=8)
+class PairsSummed(Capacity):
+    """Dispatch and combine of all pairs [T K,E,C], added up for every token."""
+
+    def experts(self, x, ids, w):
+        hits = F.one_hot(ids.T.reshape(-1), self.count)
+        place = (hits.cumsum(0) * hits).sum(-1) - 1
+        kept = place < self.capacity
+        where = F.one_hot(place.clamp(0, self.capacity - 1), self.capacity) * kept[:, None]
+        pairs = hits[:, :, None] * where[:, None, :]
+        shape = (self.top, -1, self.count, self.capacity)
+        combine = (pairs * (w.T.reshape(-1) * kept)[:, None, None]).view(shape).sum(0)
+        rows = torch.einsum("tec,th->ech", pairs.view(shape).sum(0).to(x.dtype), x)
+        return torch.einsum("tec,ech->th", combine.to(x.dtype), self.places(rows))
+
+
 @moe(router="argmax_twice", kind="relu")
 @moe(router="renormalised", capacity=4, kind="gelu", bias=True)
 class GShardAfterThoseKept(GShard):

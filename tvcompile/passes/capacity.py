@@ -5,7 +5,8 @@
 p is a token or a pair of token and choice. Where place(p) counts the pairs of e up to p (a running sum of the ids'
 one-hot, less one), no two pairs of e have one place. So what a pair gets back from its place was computed from its
 token alone, and the sum over p is x[t]. Second choices begin where the first ones of their expert end: place(p) +
-(number of first choices of e, or of those that have a place). The dispatch is a sum of products, or rows put into a buffer (buffers.py).
+(number of first choices of e, or of those that have a place). The dispatch is a sum of products, or rows put into a
+buffer (buffers.py).
 """
 
 from __future__ import annotations

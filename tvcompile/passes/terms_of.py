@@ -151,6 +151,17 @@ def terms_of(r: RowReader, e: Expr) -> list[Term]:
     return [Term(factors=(e,))]
 
 
+def coefficient(r: RowReader, e: Expr) -> list[Term]:
+    """The terms of what rows are multiplied by, where a sum of integers is a sum and no number of a place."""
+    inner = e
+    while E.op_of(inner) in E.CASTS:
+        (inner,) = E.operands(inner)
+    if E.op_of(inner) == "count" and chooses(r, inner):
+        found = _summed(r, r.nodes[E.operands(inner)[0].name], E.operands(inner)[1:])
+        return terms_of(r, e) if found is None else found
+    return terms_of(r, e)
+
+
 OPENED = ("mul", "where", "reduce", "dot", *E.CASTS)
 
 
@@ -167,7 +178,7 @@ def contracted(r: RowReader, node: fx.Node, idx: Index, terms: Callable) -> list
     found = [Term()]
     for source, at in sides:
         if terms is terms_of:
-            found = product(found, terms_of(r, r.read(source, at, r.position[node])))
+            found = product(found, coefficient(r, r.read(source, at, r.position[node])))
         else:
             found = product(found, terms(source, at, r.position[node]))
     return [t.under(bound) for t in found]
