@@ -14,8 +14,16 @@ from tests import harness
 from tests.moe_impostors import IMPOSTORS
 from tests.moe_impostors.experts import DropoutInExperts
 from tests.moe_spellings import CORPUS
+from tests.moe_spellings.capacity import SwitchInFloats
 from tvcompile.moe_spec import MoESpec
 
+# Running sums of a mask of ones and zeros.
+RUNNING = {
+    "exact": lambda mask: mask.cumsum(0),
+    "summed": lambda mask: mask.bfloat16().cumsum(0),
+    "rounded": lambda mask: mask.cumsum(0).bfloat16(),
+    "rounded and back": lambda mask: mask.cumsum(0).bfloat16().float(),
+}
 CASES = [pytest.param(s, mode, id=f"{name}-{mode}") for name, s in CORPUS.items() for mode in s.modes]
 
 
@@ -62,6 +70,21 @@ def test_impostor(name):
     refusals = moe_refusals(report)
     assert any(re.search(impostor.reason, refusal.reason) for refusal in refusals), refusals
     assert all(re.search(r"tests/moe_\w+/\w+\.py:\d+", refusal.where) for refusal in refusals)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("running", RUNNING)
+def test_places_that_are_rounded_are_no_counts(running, dtype):
+    """All tokens go to one expert, and bfloat16 counts to 256: some share a place. Nothing else is rounded."""
+    block = SwitchInFloats()
+    block.running, block.capacity = RUNNING[running], 590
+    x = torch.randn(600, 24).to(dtype)
+    block.route = lambda x: torch.topk((block.gate(x) + 100 * (torch.arange(block.count) == 1)).softmax(-1), 1)
+    block = block.to(dtype)
+    with tvcompile.collect() as report, torch.no_grad():
+        got = torch.compile(block, backend="tv", options=harness.STRICT)(x.view(1, 600, 24))
+    assert len(moe_sites(report)) == (running == "exact")
+    torch.testing.assert_close(got, block(x.view(1, 600, 24)), atol=2e-2, rtol=2e-2)
 
 
 @pytest.mark.parametrize("train", [True, False])

@@ -145,6 +145,15 @@ def test_products_in_either_dtype(layout, stacked, bias, weigh, dtype, faster, c
     check_precise((x, ids, w, up, down, *biases), spec_of(layout, weigh), dtype)
 
 
+def test_memory_first_used_in_inference_mode_serves_others(monkeypatch):
+    monkeypatch.setattr(cpu_experts, "float32_is_faster", lambda _: True)
+    monkeypatch.setattr(cpu_experts, "HELD", cpu_experts.Held())
+    args = arguments(dtype=torch.bfloat16, tokens=400)
+    with torch.inference_mode():
+        OP(*args, SILU, False)
+    check_precise(args, SILU, torch.bfloat16)
+
+
 def test_only_narrow_numbers_are_widened():
     """A machine may be faster in float32 than in float64."""
     assert not any(map(cpu_experts.float32_is_faster, (torch.float32, torch.float64)))

@@ -341,6 +341,15 @@ def quotient_of_floats_rounded_down(q, k, v):
     return (scores(q, k) + steps * 0.1).softmax(-1) @ v
 
 
+@impostor(None, *SELF)
+def blocks_truncated(q, k, v):
+    """What is truncated is rounded up where the divisor is negative, and where the dividend is."""
+    at = torch.arange(37)
+    down, around = (torch.div(*pair, rounding_mode="trunc") for pair in ((at, -4), (at - 18, 4)))
+    keep = (down[:, None] == down) | (around[:, None] == around)
+    return F.softmax(scores(q, k).masked_fill(~keep, float("-inf")), -1) @ v
+
+
 @impostor(None, *SELF, "N")
 def table_whose_padding_gets_no_gradient(q, k, v, table):
     i = torch.arange(37)

@@ -7,7 +7,7 @@ from tests.moe_impostors.base import ANY, impostor
 from tests.moe_spellings.base import B, S
 from tests.moe_spellings.buffers import ChoiceAfterChoice, OneMaskOfAllChoices, SwitchPerSequence
 from tests.moe_spellings.capacity import GShard, GShardAfterThoseKept
-from tests.moe_spellings.dense import OneOfAll
+from tests.moe_spellings.dense import OneOfAll, WhereFromTheFirst
 
 
 class Choices(ChoiceAfterChoice):
@@ -135,17 +135,11 @@ class OthersReplaced(OneOfAll):
 
 
 @impostor(ANY)
-class LeftOverOfMore(OneOfAll):
+class LeftOverOfMore(WhereFromTheFirst):
     """The router chooses among more than there are experts: what none of the others is may be none."""
 
     def route(self, x):
         return torch.ones(x.shape[0], 1, dtype=x.dtype), x[:, : self.count + 1].argmax(-1, keepdim=True)
-
-    def choose(self, ids, ys):
-        out = ys[0]
-        for e in range(1, self.count):
-            out = torch.where((ids == e)[:, None], ys[e], out)
-        return out
 
 
 @impostor(ANY)

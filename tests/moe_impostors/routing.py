@@ -184,13 +184,8 @@ class SigmoidOfTheFill(Llama4):
 
 
 @impostor(ANY)
-class SigmoidOfTheFillOneByOne(Llama4):
-    def forward(self, x):
-        rows = x.reshape(-1, x.shape[-1])
-        logits = self.gate(rows)
-        best, ids = torch.topk(logits, self.top, dim=1)
-        scores = torch.full_like(logits, -3.0).scatter_(1, ids, best).sigmoid()
-        return sum(self.expert(rows * scores[:, e : e + 1], e) for e in range(self.count)).view(x.shape)
+class SigmoidOfTheFillOneByOne(Llama4OneByOne):
+    fill = -3.0
 
 
 @impostor(ANY)
@@ -201,16 +196,11 @@ class ActivationOfZeroOneByOne(Llama4OneByOne):
 
 
 @impostor(ANY)
-class ScoresOfTheNextExpert(Llama4):
-    """The last expert reads the first one's column once more, the first one none."""
+class ScoresOfTheNextExpert(Llama4OneByOne):
+    """The last expert reads its own column, which the one before reads too; the first one's is read by none."""
 
-    def forward(self, x):
-        rows = x.reshape(-1, x.shape[-1])
-        logits = self.gate(rows)
-        best, ids = torch.topk(logits, self.top, dim=1)
-        scores = torch.full_like(logits, float("-inf")).scatter_(1, ids, best).sigmoid()
-        columns = [1, 2, 3, 3]
-        return sum(self.expert(rows * scores[:, c, None], e) for e, c in enumerate(columns)).view(x.shape)
+    def column(self, e):
+        return min(e + 1, self.count - 1)
 
 
 @impostor(ANY)

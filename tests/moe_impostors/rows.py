@@ -103,3 +103,20 @@ class TheFirstRowsOfAPermutation(Block):
             "rf,rfh->rh", self.activate(torch.einsum("rh,rhf->rf", x[token], self.w_up[e])), self.w_down[e]
         )
         return torch.zeros_like(x).index_add(0, token, y * w.reshape(-1)[perm, None])
+
+
+@impostor("not rows")
+class ScatteredIntoOneRow(PairsOneByOne):
+    """A base of one row is stretched to all of them."""
+
+    def experts(self, x, ids, w):
+        flat, rows = ids.view(-1), x.repeat_interleave(self.top, dim=0)
+        y = torch.zeros_like(rows[:1]).masked_scatter(
+            (flat == 0)[:, None].expand_as(rows), self.expert(rows[flat == 0], 0)
+        )
+        for e in range(1, self.count):
+            y = self.put(y, flat == e, self.expert(rows[flat == e], e))
+        return (y.view(-1, self.top, x.shape[-1]) * w.unsqueeze(-1)).sum(1)
+
+    def put(self, y, hits, rows):
+        return y.masked_scatter(hits.unsqueeze(1).expand_as(y), rows)

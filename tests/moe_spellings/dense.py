@@ -148,12 +148,18 @@ class Llama4(Block):
 class Llama4OneByOne(Llama4):
     """The same in a loop: every expert reads all tokens times a column of the scores."""
 
+    fill = float("-inf")
+
+    def column(self, e):
+        return e
+
     def forward(self, x):
         rows = x.reshape(-1, x.shape[-1])
         logits = self.gate(rows)
         best, ids = torch.topk(logits, self.top, dim=1)
-        scores = torch.full_like(logits, float("-inf")).scatter_(1, ids, best).sigmoid()
-        return sum(self.expert(rows * scores[:, e : e + 1], e) for e in range(self.count)).view(x.shape)
+        scores = torch.full_like(logits, self.fill).scatter_(1, ids, best).sigmoid()
+        weighed = (rows * scores[:, c : c + 1] for c in map(self.column, range(self.count)))
+        return sum(self.expert(x, e) for e, x in enumerate(weighed)).view(x.shape)
 
 
 @moe()

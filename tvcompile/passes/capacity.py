@@ -23,11 +23,12 @@ from .. import expr as E
 from ..expr import Expr, IntCall
 from ..spec import Refuse
 from .buffers import Way
+from .counts import whole
 from .facts import between
 from .places import compared, digits, dim_of, exclude, opened, solved
 from .projections import number_of
 from .routing import unscattered, without_rows_of
-from .rows import RowReader, over as positions_of, whole
+from .rows import RowReader, over as positions_of
 from .signs import nonnegative
 from .terms_of import Term, terms_of
 

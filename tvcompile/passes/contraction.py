@@ -91,7 +91,11 @@ def _letters(r: Reader, a: dict) -> tuple[list[str], str, list[str]] | None:
     terms, out = letters(a["equation"], [len(r.shape(t)) for t in tensors])
     summed = [c for c in dict.fromkeys(terms[0] + terms[1]) if c not in out]
     once = all(len(set(t)) == len(t) for t in (*terms, out))
-    return (terms, out, summed) if once and summed and set(summed) <= set(terms[0]) & set(terms[1]) else None
+    if not once or not summed or not set(summed) <= set(terms[0]) & set(terms[1]):
+        return None
+    # einsum stretches a dim of 1: a sum over it is not as long as the first term says.
+    lengths = [[r.shape(t)[term.index(c)] for c in summed] for t, term in zip(tensors, terms)]
+    return (terms, out, summed) if lengths[0] == lengths[1] else None
 
 
 def further(r: Reader, node: fx.Node) -> tuple[Expr, ...]:

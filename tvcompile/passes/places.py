@@ -14,9 +14,10 @@ import sympy
 
 from .. import expr as E
 from ..expr import Expr, IntCall
+from .counts import whole
 from .movement import axis
 from .projections import in_range, places as places_of
-from .rows import RowReader, over as positions_of, whole
+from .rows import RowReader, over as positions_of
 from .terms_of import terms_of
 
 ARITHMETIC = ("clamp_min", "clamp_max", "min", "max", "where", "neg")

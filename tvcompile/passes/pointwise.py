@@ -49,8 +49,8 @@ def _swapped(op: str):
 
 def _div(r, a, n, idx):
     x, y = _pair(r, a, n, idx)
-    mode, low = a.get("rounding_mode"), r.bounds(x)[0] if E.kind(x) == "int" else None
-    if mode == "floor" or mode == "trunc" and low is not None and E.at_most(0, low):
+    mode, low = a.get("rounding_mode"), r.bounds(x)[0] if E.kind(x) == E.kind(y) == "int" else None
+    if mode == "floor" or mode == "trunc" and low is not None and E.at_most(0, low) and E.at_most(1, y):
         return _floor_divide(r, a, n, idx)
     return E.apply("div", x, y) if mode is None else None
 

@@ -19,6 +19,7 @@ from .. import expr as E
 from ..expr import Expr, IntCall
 from ..spec import Refuse
 from .contraction import contraction
+from .counts import whole
 from .movement import Index, axis, unravel
 from .read import Reader
 from .rows import GROUPED, RowReader, over, settle
@@ -174,6 +175,8 @@ def counted_ids(r: RowReader, offsets: fx.Node, experts: Expr, node: fx.Node) ->
 def _counted(r: RowReader, counts: fx.Node, experts: Expr, probe: Expr, node: fx.Node) -> Ids:
     """The ids of which counts[e] are e."""
     a, here, name = r.arguments(counts), r.position[counts], r.name(counts)
+    if counts.meta["val"].dtype in NARROW:
+        raise Refuse(f"the ids of a grouped product are counted in {counts.meta['val'].dtype}", node)
     if name == "histc" and a["bins"] == experts and a["min"] == 0 and a["max"] in (experts - 1, experts):
         return ids_of(r, _unwrapped(r, a["self"]), here)
     if name == "bincount" and a.get("weights") is None:
@@ -203,7 +206,10 @@ def _summed_ids(r: RowReader, node: fx.Node, probe: Expr, condition: Callable[[E
     """ids where sum_i condition(ids[i], e) is what a sum computes."""
     source, at, positions = over(r, node, (probe,))
     positions = [p for p in positions if p != 0]
-    body = r.truth(E.as_bool(r.read(source, at, r.position[node])))
+    value = whole(r, source, at, r.position[node])
+    body = r.truth(E.as_bool(value))
+    if value not in (E.as_int(body), *E.loads(value)):
+        return None  # not one for each
     for load in E.loads(body):
         if set(positions) <= load.free_symbols and body == condition(load):
             sizes = tuple(r.ranges[p] for p in positions)
@@ -226,9 +232,9 @@ def _set_ids(r: RowReader, matrix: fx.Node) -> Ids | None:
     ids, zero = a["index"], tuple(r.fresh(n, "z") for n in r.shape(matrix))
     ones = r.operand(a["src"] if isinstance(a.get("src"), fx.Node) else a["value"], zero, here)
     ends = [E.constant(x) for x in (r.operand(a["self"], zero, here), ones)]
-    whole = axis(a["dim"], len(zero)) == len(zero) - 1 and r.shape(ids)[:-1] == r.shape(matrix)[:-1]
+    rows = axis(a["dim"], len(zero)) == len(zero) - 1 and r.shape(ids)[:-1] == r.shape(matrix)[:-1]
     plain = a.get("reduce") is None and ends == [0, 1]
-    return ids_of(r, ids, here) if whole and plain and distinct(r, ids) else None
+    return ids_of(r, ids, here) if rows and plain and distinct(r, ids) else None
 
 
 def in_range(r: RowReader, ids: Expr, experts: Expr) -> bool:
@@ -260,10 +266,13 @@ def places(r: RowReader, node: fx.Node) -> Expr | None:
     return None if dim is None else shape[axis(dim, len(shape))]
 
 
+NARROW = (torch.bool, torch.uint8, torch.int8, torch.float16, torch.bfloat16)
+
+
 def _unwrapped(r: RowReader, node: fx.Node) -> fx.Node:
     """Through casts that keep every number of an expert."""
     while node.op == "call_function" and r.name(node) in ("to", "_to_copy", "float", "int", "long", "contiguous"):
-        if node.meta["val"].dtype in (torch.bool, torch.uint8, torch.int8, torch.float16, torch.bfloat16):
+        if node.meta["val"].dtype in NARROW:
             break
         node = node.args[0]
     return node

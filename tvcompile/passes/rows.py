@@ -22,6 +22,7 @@ from torch import fx
 from .. import expr as E
 from ..expr import BoolCall, Expr, IntCall
 from .contraction import letters
+from .counts import as_counted, sums_whole
 from .movement import Index, axis, unravel
 from .pointwise import POINTWISE
 from .read import Reader
@@ -109,70 +110,6 @@ class RowReader(Reader):
         if node.op == "call_function" and self.name(node) == "index" and (mask := mask_of(node)) is not None:
             return self.arguments(node)["self"], masked_index(self, node, mask, idx)
         return super().step(node, idx)
-
-
-# Counts in floats: exact as long as they are less than 2 / eps
-
-
-def counts(e: Expr) -> bool:
-    """Does a formula hold a running sum or a count?"""
-    return any(E.op_of(x) in ("count", "cumsum") for x in E.walk(e))
-
-
-def integral(e: Expr) -> Expr | None:
-    """A formula of numbers that are whole in integers."""
-    value, op, args = E.constant(e), E.op_of(e), E.operands(e)
-    if value is not None:
-        return sympy.Integer(int(value)) if float(value).is_integer() else None
-    if E.kind(e) != "float":
-        return E.as_int(e)
-    if op in E.CASTS:
-        return integral(args[0])
-    parts = [x if E.kind(x) == "bool" else integral(x) for x in args] if op in WHOLE else [None]
-    if any(x is None for x in parts):
-        return None
-    return E.where(*parts) if op == "where" else E.apply(op, *parts)
-
-
-WHOLE = ("where", "add", "sub", "mul", "neg", "clamp_min", "clamp_max", "min", "max")
-
-
-def as_counted(e: Expr, dtype: torch.dtype) -> Expr:
-    """Counts that were computed in floats as those of integers."""
-    if not counts(e):
-        return e
-    if dtype == torch.bool:
-        table = {}
-        for x in e.atoms(BoolCall):
-            sides = [integral(y) for y in E.operands(x)] if E.op_of(x) in WHOLE_COMPARED else [None]
-            if all(y is not None and counts(x) for y in sides):
-                table[x] = WHOLE_COMPARED[E.op_of(x)](*sides)
-        return E.substitute(e, table) if table else e
-    inner = E.operands(e)[0] if E.op_of(e) == "int" else e
-    whole = integral(inner)
-    if whole is None:
-        return e
-    return E.FloatCall(str(dtype).removeprefix("torch."), whole) if dtype.is_floating_point else whole
-
-
-WHOLE_COMPARED = {"fle": E.le, "flt": E.lt, "feq": E.eq}
-
-
-def whole(r: Reader, node: fx.Node, idx: Index, at: int) -> Expr:
-    """An element of a tensor as an integer, also where it is one in floats."""
-    e = r.read(node, idx, at)
-    found = integral(e)
-    return E.as_int(e) if found is None else found
-
-
-def _sums_whole(r: RowReader, n: fx.Node) -> bool:
-    """Does a sum of floats add up ones, zeros and counts, so few that it is exact?"""
-    source, dtype = r.arguments(n)["self"], n.meta["val"].dtype
-    sizes = r.shape(source)
-    one = integral(r.read(source, tuple(r.fresh(s, "p") for s in sizes), r.position[n]))
-    if one is None or not (counts(one) or all(E.constant(x) in (0, 1) for x in E.leaves(one))):
-        return False
-    return all(s.is_Integer and int(s) <= 1 / torch.finfo(dtype).eps for s in sizes)
 
 
 def is_zeros(r: Reader, node: fx.Node) -> bool:
@@ -297,7 +234,7 @@ def _any(r, a, n, idx):
 
 
 def _sum(r, a, n, idx):
-    if n.meta["val"].dtype.is_floating_point and not _sums_whole(r, n):
+    if n.meta["val"].dtype.is_floating_point and not sums_whole(r, n):
         return None
     return IntCall("count", Str(n.name), *idx)
 
@@ -319,7 +256,7 @@ def _cumsum(r, a, n, idx):
     if not any(x.free_symbols for x in idx):
         return None
     if n.meta["val"].dtype.is_floating_point:
-        return IntCall("cumsum", Str(n.name), *idx) if _sums_whole(r, n) else None
+        return IntCall("cumsum", Str(n.name), *idx) if sums_whole(r, n) else None
     closed = POINTWISE["cumsum"](r, a, n, idx)
     return IntCall("cumsum", Str(n.name), *idx) if closed is None else closed
 

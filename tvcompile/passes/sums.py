@@ -16,9 +16,10 @@ from .. import expr as E
 from ..expr import Expr
 from ..spec import Refuse
 from .contraction import added, further
+from .counts import counts
 from .movement import SPLITS, Index, axis
 from .places import cases, least, opened
-from .rows import EMPTY, RowReader, counts, mask_of, over
+from .rows import EMPTY, RowReader, mask_of, over
 from .terms_of import CASTS, Term, contracted, lazily, once, product, terms_of
 
 
@@ -215,7 +216,7 @@ def _masked_scatter(s: Sums, a, n, idx):
     lead = mask.meta["val"].dim()
     whole = E.as_bool(r.operand(a["mask"], idx, r.position[n]))
     alike = lead < len(idx) and whole == E.as_bool(r.read(mask, idx[:lead], r.position[n]))
-    if not alike or r.shape(rows)[1:] != r.shape(n)[lead:]:
+    if not alike or r.shape(rows)[1:] != r.shape(n)[lead:] or r.shape(a["self"]) != r.shape(n):
         raise Refuse("masked_scatter takes single elements, not rows", n)
     row = r.fresh(r.shape(rows)[0], "r")
     at = tuple(r.nth(mask, c, row) for c in range(lead))

@@ -199,7 +199,7 @@ def formula(asked: Ask) -> Config:
         # Products of float32 are multiplications, whose operands lie in registers.
         return Config(*((32, 32) if wide <= 256 else (16, 16)), warps, stages)
     if asked.edits:
-        return Config(*{"fwd": (32, 32), "dq": (32, 16), "dkdv": (16, 32)}[pass_], warps, stages)
+        return Config(*{"fwd": (32, 32), "dq": (32, 16), "dkdv": (16, 32 if wide <= 512 else 16)}[pass_], warps, stages)
     stays = 64 if wide <= 256 else 32 if wide <= 512 else 16
     moves = 64
     while moves > 16 and (moves * wide * 2 > asked.device.shared // 3 or size == 4):
