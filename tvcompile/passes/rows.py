@@ -72,11 +72,11 @@ class RowReader(Reader):
 
     def chosen_by(self, size: Expr) -> fx.Node | None:
         """The mask that chooses so many rows: sizes that only data tells are each one operation's."""
-        mask = self.counted.get(size)
+        mask = self.sizes_of_choices.get(size)
         return None if mask is None else self.first_alike(mask)
 
     @functools.cached_property
-    def counted(self) -> dict[Expr, fx.Node]:
+    def sizes_of_choices(self) -> dict[Expr, fx.Node]:
         """{how many places: the mask that holds there}"""
         found: dict[Expr, fx.Node] = {}
         for n in self.position:
