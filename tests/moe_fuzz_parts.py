@@ -41,6 +41,7 @@ PLAIN = {
     "silu": "F.silu({u})",
     "relu2": "F.relu({u}).square()",
     "tanh": "torch.tanh({u})",
+    "power": "F.relu({u}) ** 2",
 }
 SPLITS = {
     "chunk": ["g, u = {p}.chunk(2, -1)", "g, u = {p}.split({F}, dim=-1)", "g, u = {p}[..., :{F}], {p}[..., {F}:]"],

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from tvcompile import expr as E, syntax
-from tvcompile.derive import derivative
+from tvcompile.derive import RULES, derivative
 from tvcompile.kernels import mods
 from tvcompile.kernels.problem import Problem
+from tvcompile.passes.pointwise import POINTWISE, UNARY
 
 FORMULAS = [
     "5.0*tanh(s/5.0) + bias[h]",
@@ -17,8 +18,12 @@ FORMULAS = [
     "sqrt(s*s + 1.0) + rsqrt(s*s + 2.0) + softplus(s)",
     "min(s, 0.3) + max(s, bias[h])*2.0 + clamp_min(s, -0.5) + clamp_max(s, 0.7)",
     "erf(s) + sin(s)*cos(s) + reciprocal(s*s + 1.0) + exp2(s) + log1p(s*s) + log2(s*s + 1.0)",
-    "floor(s)*s + abs(s)",
+    "floor(s)*s + abs(s) + sign(s)*s",
+    "pow(bias[h], s) + pow(abs(s), 2.5) + pow(abs(s), bias[h] + 1.0)",
+    "logaddexp(s, bias[h]) + remainder(s, bias[h] + 0.1)",
 ]
+# What a reader makes of operations of one and of two numbers.
+READ = (*UNARY, "exp", "softplus", "round", "add", "sub", "mul", "div", "pow", "max", "min", "logaddexp", "remainder")
 
 
 @pytest.mark.parametrize("text", FORMULAS)
@@ -42,6 +47,13 @@ def test_a_derivative_is_what_autograd_finds(text):
 def test_a_part_that_is_not_there_has_no_slope():
     assert derivative(syntax.parse("tanh(s)"), syntax.parse("bias[h]")) == E.number(0.0)
     assert derivative(syntax.parse("s + bias[h, q, kv]"), E.S) == E.number(1.0)
+
+
+def test_all_that_is_read_of_floats_has_a_rule():
+    assert set(READ) <= set(RULES)
+    binary = {op for op, rule in POINTWISE.items() if rule.__qualname__.startswith("_binary")}
+    assert {"subtract": "sub", "multiply": "mul", "maximum": "max", "minimum": "min"}.keys() <= binary
+    assert binary - {"subtract", "multiply", "maximum", "minimum"} <= set(RULES)
 
 
 def test_what_has_no_rule_is_an_error():

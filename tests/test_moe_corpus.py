@@ -112,6 +112,55 @@ def test_two_layers_are_two_sites(names):
     assert len(moe_sites(report)) == 2, [str(r) for r in report.refusals]
 
 
+class Summed(torch.nn.Module):
+    """Two mixtures of one input, `joined` in one sum."""
+
+    def __init__(self, joined):
+        super().__init__()
+        self.blocks = torch.nn.ModuleList(CORPUS["dense.MaskedSum"].build(torch.float32) for _ in range(2))
+        self.joined = joined
+
+    def forward(self, x):
+        flat = x.view(-1, x.shape[-1])
+        routes = [(block, *block.route(flat)) for block in self.blocks]
+        return self.joined(flat, routes).view(x.shape)
+
+
+def added(x, routes):
+    first, second = (block.experts(x, ids, w) for block, w, ids in routes)
+    return x + (first + second)
+
+
+def in_one_chain(x, routes):
+    out = x
+    for block, w, ids in routes:
+        for e in range(block.count):
+            out = out + (w * (ids == e)).sum(-1, keepdim=True) * block.expert(x, e)
+    return out
+
+
+def rows_in_one_chain(x, routes):
+    out = torch.zeros_like(x)
+    for block, w, ids in routes:
+        for e in range(block.count):
+            token, k = torch.where(ids == e)
+            out.index_add_(0, token, block.expert(x[token], e) * w[token, k, None])
+    return out
+
+
+@pytest.mark.parametrize("joined", [added, in_one_chain, rows_in_one_chain], ids=lambda f: f.__name__)
+def test_two_mixtures_in_one_sum_are_two_sites(joined):
+    report = harness.run(Summed(joined), CORPUS["dense.MaskedSum"].make_inputs(torch.float32), True)
+    assert len(moe_sites(report)) == 2, [str(r) for r in report.refusals]
+
+
+def test_layers_whose_residual_begins_the_sum_are_two_sites():
+    blocks = [CORPUS["layers.ResidualThenDense.own"].build(torch.float32) for _ in range(2)]
+    inputs = CORPUS["dense.MaskedSum"].make_inputs(torch.float32)
+    report = harness.run(torch.nn.Sequential(*blocks), inputs, True)
+    assert len(moe_sites(report)) == 2, [str(r) for r in report.refusals]
+
+
 class Checkpointed(torch.nn.Module):
     def __init__(self, block):
         super().__init__()

@@ -29,6 +29,16 @@ def derivative(e: Expr, x: Expr) -> Expr:
     return go(e)
 
 
+def underivable(e: Expr, *parts: Expr) -> str | None:
+    """What has no derivative by one of these parts."""
+    try:
+        for x in parts:
+            derivative(e, x)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def _holds(y: Expr, x: Expr) -> bool:
     return E.kind(y) == "float" and any(part == x for part in E.walk(y))
 
@@ -84,6 +94,23 @@ def _at_most(a: Expr, b: Expr) -> Expr:
     return E.compare_float("le", a, b)
 
 
+def _power(e: Expr, a: Expr, b: Expr, da: Expr, db: Expr) -> Expr:
+    """0 ** b does not move with b >= 0."""
+    still = E.and_(E.compare_float("eq", a, ZERO), _at_most(ZERO, b))
+    by_b = ZERO if db == ZERO else E.where(still, ZERO, mul(mul(e, E.apply("log", a)), db))
+    by_a = mul(mul(b, E.apply("pow", a, E.apply("sub", b, ONE))), da)
+    return add(by_a if b != ZERO else ZERO, by_b)
+
+
+def _logaddexp(e: Expr, a: Expr, b: Expr, da: Expr, db: Expr) -> Expr:
+    share = E.apply("sigmoid", E.apply("sub", a, b))
+    return add(mul(share, da), mul(sub(ONE, share), db))
+
+
+def _remainder(e: Expr, a: Expr, b: Expr, da: Expr, db: Expr) -> Expr:
+    return sub(da, mul(E.apply("floor", E.apply("div", a, b)), db))
+
+
 def _number(x: float) -> Expr:
     return E.number(x)
 
@@ -115,5 +142,8 @@ RULES: dict[str, Callable] = {
     "erf": _scaled(lambda e, a: mul(_number(2 / math.sqrt(math.pi)), E.apply("exp", E.apply("neg", mul(a, a))))),
     "sin": _scaled(lambda e, a: E.apply("cos", a)),
     "cos": _scaled(lambda e, a: E.apply("neg", E.apply("sin", a))),
-    **dict.fromkeys(("floor", "ceil", "round", "trunc"), lambda e, a, da: ZERO),
+    "pow": _power,
+    "logaddexp": _logaddexp,
+    "remainder": _remainder,
+    **dict.fromkeys(("floor", "ceil", "round", "trunc", "sign"), lambda e, a, da: ZERO),
 }

@@ -36,6 +36,8 @@ PLAIN: dict[str, Callable] = {
     "silu": lambda g, u: F.silu(u),
     "relu2": lambda g, u: F.relu(u).square(),
     "tanh": lambda g, u: torch.tanh(u),
+    "power": lambda g, u: F.relu(u) ** 2,
+    "powers": lambda g, u: u.abs() ** 1.5 - (u * u + 1) ** -0.5 + torch.logaddexp(u, -u),
 }
 ACTIVATIONS = GATED | PLAIN
 

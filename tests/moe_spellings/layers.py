@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tests.moe_spellings.base import B, Expert, H, S, T, moe
+from tests.moe_spellings.base import B, Block, Expert, H, S, T, moe
 from tests.moe_spellings.batched import Einsums
 from tests.moe_spellings.dense import MaskedSum
 from tests.moe_spellings.grouped import SortHistcInverse
@@ -84,6 +84,46 @@ class TokensFirst:
     def forward(self, x):
         w, ids = self.route(x)
         return self.experts(x, ids, w)
+
+
+class Begun(Shared, Block):
+    """The sum begins with what the shared expert gives, or with the residual."""
+
+    def forward(self, x):
+        return Block.forward(self, x)
+
+    def begin(self, x):
+        return torch.sigmoid(self.shared_gate(x)) * self.shared(x)
+
+
+@moe(modes=("train",))
+@moe(own=True)
+class SharedThenDense(Begun):
+    def experts(self, x, ids, w):
+        out = self.begin(x)
+        for e in range(self.count):
+            out = out + (w * (ids == e)).sum(-1, keepdim=True) * self.expert(x, e)
+        return out
+
+
+@moe(modes=("train",))
+@moe(own=True, kind="gelu", bias=True)
+class SharedThenRows(Begun):
+    def experts(self, x, ids, w):
+        out = self.begin(x)
+        for e in range(self.count):
+            token, k = torch.where(ids == e)
+            out.index_add_(0, token, self.expert(x[token], e) * w[token, k, None])
+        return out
+
+
+@moe(own=True)
+class ResidualThenDense(SharedThenDense):
+    def begin(self, x):
+        return x
+
+    def reference(self, x):
+        return Block.reference(self, x) + x
 
 
 for mixin, shape in ((Shared, (B, S, H)), (Losses, (B, S, H)), (Residual, (B, S, H)), (TokensFirst, (T, H))):

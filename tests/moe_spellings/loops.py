@@ -68,6 +68,8 @@ class BooleanPlus(Block):
 @moe()
 @moe(own=True, kind="relu2")
 @moe(order="oi", layout="separate", bias=True)
+@moe(kind="power")
+@moe(kind="powers", bias=True)
 class ChoiceByChoice(Block):
     """Two loops: over choices and experts."""
 

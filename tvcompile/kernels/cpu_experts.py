@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from .. import expr as E
-from ..derive import derivative
+from ..derive import derivative, underivable
 from ..expr import Expr
 from . import mods
 from .cpu import product_dtype
@@ -38,7 +38,7 @@ from .experts import ExpertGradients, ExpertKernel, ExpertNeed, Experts, Routing
 
 def supports(need: ExpertNeed) -> str | None:
     float32_is_faster(need.dtype)  # measured as a graph is compiled, not in a call
-    return None
+    return underivable(need.spec.act, E.UP, E.GATE) if need.backward else None
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

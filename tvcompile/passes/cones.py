@@ -72,17 +72,27 @@ def _activated(r: RowReader, last: fx.Node, inner: set[fx.Node]) -> bool:
         seen.add(n)
         if n in inner:
             return True
-        joins = (
-            r.name(n) in ("add", "sub") and sum(_wide(r, x, n) and not _is_weight(r, x) for x in n.all_input_nodes) > 1
-        )
-        through = r.name(n) in ELEMENTWISE or r.name(n) in MOVES or without_sum(r, n)
-        if through and not joins and len(seen) < 200:
+        sides = [x for x in n.all_input_nodes if _wide(r, x, n) and not _is_weight(r, x)]
+        joins = r.name(n) in ("add", "sub") and len(sides) > 1 and not all(_made_of(r, x, inner) for x in sides)
+        if _elementwise(r, n) and not joins and len(seen) < 200:
             queue += n.all_input_nodes
     return False
 
 
+def _elementwise(r: RowReader, n: fx.Node) -> bool:
+    return r.name(n) in ELEMENTWISE or r.name(n) in MOVES or without_sum(r, n)
+
+
+def _made_of(r: RowReader, n: fx.Node, inner: set[fx.Node], depth: int = 12) -> bool:
+    """Is n computed from projections alone, element by element? A residual is not."""
+    if n in inner or n.op != "call_function" or not _elementwise(r, n) or depth == 0:
+        return n in inner
+    sides = n.all_input_nodes[:1] if r.name(n) in MOVES else [x for x in n.all_input_nodes if _wide(r, x, n)]
+    return bool(sides) and all(_made_of(r, x, inner, depth - 1) for x in sides)
+
+
 def _reached(r: RowReader, last: fx.Node, owner: dict, lasts: set[fx.Node]) -> set[fx.Node]:
-    """What the results flow into by linear operations, up to where something else is added."""
+    """What the results flow into by linear operations, up to another addend or the next layer."""
     found: set[fx.Node] = set()
     queue = list(last.users)
     while queue:
@@ -96,14 +106,18 @@ def _reached(r: RowReader, last: fx.Node, owner: dict, lasts: set[fx.Node]) -> s
         ends_here = r.name(n) == "add" and any(
             _wide(r, x, n) for x in others if x not in lasts and r.name(x) != "index"
         )
-        if not ends_here:
+        users = [u for u in n.users if u.op == "call_function"]
+        summed_on = list(map(r.name, users)) == ["add"]  # as in a loop that begins with a base
+        projected = r.name(n) == "add" and any(r.name(u) in PRODUCTS and _has_weight(r, u) for u in users)
+        if not projected and (not ends_here or summed_on):
             queue += n.users
     return found
 
 
 def _wide(r: RowReader, x: fx.Node, n: fx.Node) -> bool:
     """Is x as large as n, and no zeros?"""
-    return isinstance(x.meta.get("val"), torch.Tensor) and r.shape(x) == r.shape(n) and not is_zeros(r, x)
+    tensors = all(isinstance(y.meta.get("val"), torch.Tensor) for y in (x, n))
+    return tensors and r.shape(x) == r.shape(n) and not is_zeros(r, x)
 
 
 def routed(r: RowReader, cone: set[fx.Node], ends: set[fx.Node]) -> bool:

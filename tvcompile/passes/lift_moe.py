@@ -17,20 +17,21 @@ import sympy
 import torch
 from torch import fx
 
+from ..expr import Expr
 from ..moe_spec import MoESpec
 from ..spec import Choices, MoEMatch, Refusal, Refuse, Weights, where_of
-from .cones import MOVES, computed, cones, followers, looks_routed
+from .cones import MOVES, computed, cones, followers, looks_routed, routed
 from .contraction import further
 from .expert import stacked
 from .facts import Facts, between
 from .movement import unravel
-from .parts import Base, Column, add_biases, base_of_sum, check_whole, in_columns, part_of
+from .parts import Base, Column, Part, add_biases, base_of_sum, check_whole, in_columns, part_of
 from .projections import Weight, in_range
 from .read import Unreadable
-from .routing import Token, possible, without_rows
+from .routing import Token, Unchosen, possible, without_rows
 from .rows import RowReader
 from .sums import Sums
-from .terms_of import CASTS
+from .terms_of import CASTS, Term
 
 
 def lift_moe(graph: fx.Graph) -> tuple[list[MoEMatch], dict[fx.Node, Refusal]]:
@@ -41,8 +42,8 @@ def lift_moe(graph: fx.Graph) -> tuple[list[MoEMatch], dict[fx.Node, Refusal]]:
     refusals: dict[fx.Node, Refusal] = {}
     seen: set[fx.Node] = set()
     for cone, ends in cones(r, graph):
-        match, refused = lift_cone(r, facts, cone, ends)
-        matches += [match] if match is not None else []
+        found, refused = lift_cone(r, facts, cone, ends)
+        matches += found
         refusals |= refused
         seen |= set(cone)
     for node in graph.nodes:
@@ -54,12 +55,13 @@ def lift_moe(graph: fx.Graph) -> tuple[list[MoEMatch], dict[fx.Node, Refusal]]:
 
 
 def lift_cone(r: RowReader, facts: Facts, cone: list[fx.Node], ends: set[fx.Node]):
-    """(match, {}) at the last node of the cone that is one, or (None, {that node: the reason}).
+    """([matches], {}), the last one first, or ([], {the last node that could be one: the reason}).
 
     A sum that holds something else too, as the residual, is taken only if no earlier node holds the experts alone.
     """
     found: MoEMatch | None = None
     sums = Sums(r, set(cone), ends)
+    shared: set[fx.Node] = set()
     reason: tuple[Refuse | Unreadable, fx.Node] | None = None
     for anchor in reversed(cone):
         selects = r.name(anchor) in ("index", "gather")  # of the results of all experts those that a token chose
@@ -70,16 +72,23 @@ def lift_cone(r: RowReader, facts: Facts, cone: list[fx.Node], ends: set[fx.Node
             continue
         try:
             match = lift_at(r, facts, sums, anchor)
+            found = match if found is None or match.base is None else found
             if match.base is None:
-                return match, {}
-            found = found or match
+                break
         except (Refuse, Unreadable) as error:
+            shared |= error.nodes if isinstance(error, Shared) else set()
             reason = (error, anchor) if reason is None or r.name(reason[1]) in MOVES else reason
-    if found is not None or reason is None:
-        return found, {}
+    if found is not None:
+        cone, ends = reached_from([n for n in cone if n not in found.region], ends.difference(found.region))
+        more, refused = lift_cone(r, facts, cone, ends) if routed(r, set(cone), ends) else ([], {})
+        return [found, *more], refused if more else {}
+    if shared:
+        return lift_cone(r, facts, *reached_from(cone, ends - shared))
+    if reason is None:
+        return [], {}
     why, anchor = reason
     place = getattr(why, "node", None) or anchor
-    return None, {anchor: Refusal(str(anchor.target), f"no mixture of experts: {why}", where_of(place))}
+    return [], {anchor: Refusal(str(anchor.target), f"no mixture of experts: {why}", where_of(place))}
 
 
 def lift_at(r: RowReader, facts: Facts, sums: Sums, anchor: fx.Node) -> MoEMatch:
@@ -92,14 +101,44 @@ def lift_at(r: RowReader, facts: Facts, sums: Sums, anchor: fx.Node) -> MoEMatch
     sums.d = d
     terms = sums.of(anchor, idx, at + 1)
     terms = [t for t in terms if possible(r, t)]
-    parts = [part_of(r, without_rows(r, t, token, at), token, d) for t in terms if t.product]
-    if not parts:
-        raise Refuse("no expert's result reaches it", anchor)
+    parts = chosen_parts(r, [t for t in terms if t.product], token, d, anchor)
     plain = add_biases(r, parts, [t for t in terms if not t.product], token, d, at)
     base = base_of_sum(r, plain, token, d, width, anchor)
     columns = in_columns(parts)
     check_whole(r, columns, base, anchor)
     return build(r, facts, anchor, token, columns, base)
+
+
+class Shared(Refuse):
+    """The results of these nodes are of all tokens, others of those that chose them."""
+
+    def __init__(self, nodes: set[fx.Node], node: fx.Node):
+        super().__init__("a shared expert's result is added in between", node)
+        self.nodes = nodes
+
+
+def chosen_parts(r: RowReader, terms: list[Term], token: Token, d: Expr, anchor: fx.Node) -> list[Part]:
+    parts, unchosen = [], {}
+    for t in terms:
+        try:
+            parts.append(part_of(r, without_rows(r, t, token, r.position[anchor]), token, d))
+        except Unchosen as error:
+            assert t.product is not None
+            unchosen[t.product[0]] = error
+    if not parts:
+        raise next(iter(unchosen.values()), Refuse("no expert's result reaches it", anchor))
+    if unchosen:
+        raise Shared(set(unchosen), anchor)
+    return parts
+
+
+def reached_from(cone: list[fx.Node], ends: set[fx.Node]) -> tuple[list[fx.Node], set[fx.Node]]:
+    """The part of a cone that these ends reach, and they."""
+    reached: set[fx.Node] = set()
+    for node in cone:
+        if node in ends or reached.intersection(node.all_input_nodes):
+            reached.add(node)
+    return [n for n in cone if n in reached], ends
 
 
 def build(

@@ -13,7 +13,7 @@ from ..spec import Refuse
 from .expert import Expert, bias_of, expert_number, fixing, read_expert, with_weighed_input
 from .places import compared
 from .projections import Weight, number_of, places
-from .routing import Chosen, Token, chosen, implied, numbered, without_rows
+from .routing import Chosen, Token, Unchosen, chosen, implied, numbered, without_rows
 from .rows import RowReader, settle
 from .terms_of import Term
 
@@ -71,7 +71,7 @@ def part_of(r: RowReader, term: Term, token: Token, d: Expr) -> Part:
         term = without_rows(r, dataclasses.replace(term, factors=expert.weighed), token, r.position[expert.node])
     number = compared_number(term) if formula is None else None
     if formula is None and number is None:
-        raise Refuse("no comparison with the ids says which tokens an expert gets", expert.node)
+        raise Unchosen("", expert.node)
     formula = sympy.Integer(number) if formula is None else formula
     found = chosen(r, term, formula, token)
     whole = term.put({formula: found.ids}).whole if formula in term.bound else term.whole

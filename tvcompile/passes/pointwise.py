@@ -39,6 +39,23 @@ def _pair(r, a, n, idx):
     return r.operand(a["self"], idx, here), r.operand(a["exponent" if "exponent" in a else "other"], idx, here)
 
 
+def _pow(r, a, n, idx):
+    """Powers that are products or roots are these, as PyTorch computes them too."""
+    x, y = _pair(r, a, n, idx)
+    power = E.constant(y)
+    if "float" not in (E.kind(x), E.kind(y)) or E.constant(x) is not None or power is None:
+        return E.apply("pow", x, y)
+    root = {0.5: "sqrt", -0.5: "rsqrt"}.get(power)
+    if root is not None:
+        return E.apply(root, x)
+    if power != int(power) or not 1 <= abs(power) <= 4:
+        return E.apply("pow", x, y)
+    found = E.as_float(x)
+    for _ in range(int(abs(power)) - 1):
+        found = E.apply("mul", found, x)
+    return found if power > 0 else E.apply("reciprocal", found)
+
+
 def _swapped(op: str):
     def rule(r, a, n, idx):
         x, y = _pair(r, a, n, idx)
@@ -359,7 +376,7 @@ POINTWISE = {
     "mul": _binary("mul"),
     "multiply": _binary("mul"),
     "rsub": _swapped("sub"),
-    "pow": _binary("pow"),
+    "pow": _pow,
     "maximum": _binary("max"),
     "minimum": _binary("min"),
     "logaddexp": _binary("logaddexp"),

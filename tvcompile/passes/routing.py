@@ -310,6 +310,13 @@ class Chosen:
     factors: tuple[Expr, ...]
 
 
+class Unchosen(Refuse):
+    """Every token goes through an expert, as through a shared one."""
+
+    def __init__(self, more: str, node: fx.Node | None):
+        super().__init__(f"no comparison with the ids says which tokens an expert gets{more}", node)
+
+
 def chosen(r: RowReader, term: Term, expert: Expr, token: Token) -> Chosen:
     """The ids that the term compares with its expert's number, or the number itself where it is read from ids."""
     guards = list(term.guards)
@@ -323,7 +330,7 @@ def chosen(r: RowReader, term: Term, expert: Expr, token: Token) -> Chosen:
                 guards.remove(g)
                 break
     if ids is None:
-        raise Refuse("no comparison with the ids says which tokens an expert gets: every expert gets every token", None)
+        raise Unchosen(": every expert gets every token", None)
     if any(E.op_of(x) in ("perm", "inv", "nth") for e in (ids, *guards, *term.factors) for x in E.walk(e)):
         raise Refuse("the weight of an expert is read at another row than its result", None)
     guards = [g for g in guards if not implied(r, g, ids, expert)]
