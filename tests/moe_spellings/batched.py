@@ -1,4 +1,4 @@
-"""Every pair gathers its expert's weights: W[ids] and a batched product."""
+"""Every pair gathers its expert's weights: W[ids], or a one-hot times W, and a batched product."""
 
 import torch
 import torch.nn.functional as F
@@ -125,3 +125,51 @@ class ThreeDims(Block):
 
         y = self.mlp(x.unsqueeze(2).expand(-1, -1, self.top, -1), product)
         return torch.einsum("bskh,bsk->bsh", y, w)
+
+
+class OneHots(Block):
+    """Experts chosen by sums over a one-hot instead of an index."""
+
+    def one_hot(self, ids, dtype):
+        return F.one_hot(ids, self.count).to(dtype)
+
+    def experts(self, x, ids, w):
+        hot = self.one_hot(ids, x.dtype)
+        y = self.mlp(x[:, None].expand(-1, self.top, -1), lambda x, weight, bias: self.chosen(hot, x, weight, bias))
+        return torch.einsum("tkh,tk->th", y, w)
+
+
+@moe()
+@moe(order="oi", kind="gelu", bias=True)
+class ThreeFactors(OneHots):
+    """einsum of the one-hot, the tokens and the weights"""
+
+    def chosen(self, hot, x, weight, bias):
+        y = torch.einsum("tke,tki,eio->tko" if self.order == "io" else "tke,tki,eoi->tko", hot, x, weight)
+        return y if bias is None else y + hot @ bias
+
+
+@moe(layout="separate")
+@moe(router="top1", top=1, kind="relu")
+class WeightsByMatmul(OneHots):
+    def one_hot(self, ids, dtype):
+        return (ids[..., None] == torch.arange(self.count)).to(dtype)
+
+    def chosen(self, hot, x, weight, bias):
+        weights = (hot.flatten(0, 1) @ weight.flatten(1)).view(*hot.shape[:2], *weight.shape[1:])
+        return torch.einsum("tki,tkio->tko", x, weights)
+
+
+@moe(router="top1", top=1)
+@moe(router="top1", top=1, kind="gelu", bias=True)
+class SetToOne(ThreeFactors):
+    def one_hot(self, ids, dtype):
+        return torch.zeros(ids.shape[0], 1, self.count, dtype=dtype).scatter_(-1, ids[..., None], 1.0)
+
+
+@moe(router="top1", top=1, kind="relu")
+class WeightInTheOneHot(OneHots):
+    def experts(self, x, ids, w):
+        hot = self.one_hot(ids[:, 0], x.dtype)
+        h = torch.einsum("te,ti,eio->to", hot, x, self.w_up).relu()
+        return torch.einsum("te,ti,eio->to", hot * w, h, self.w_down)

@@ -25,7 +25,8 @@ from ..spec import Refuse
 from .buffers import Way
 from .counts import whole
 from .facts import between
-from .places import compared, digits, dim_of, exclude, opened, solved
+from .ids import compared
+from .places import digits, dim_of, exclude, opened, solved
 from .projections import number_of
 from .routing import unscattered, without_rows_of
 from .rows import RowReader, over as positions_of

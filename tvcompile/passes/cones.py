@@ -13,11 +13,11 @@ from torch import fx
 
 from .atoms import ATOM_RULES
 from .contraction import without_sum
+from .ids import CASTS, selected_from
 from .movement import MOVEMENT, SPLITS
 from .pointwise import POINTWISE
 from .rows import GROUPED, RowReader, is_zeros
 from .sums import THROUGH
-from .terms_of import CASTS
 
 ADDS = ("index_add", "scatter_add", "scatter", "index_put", "index_copy", "masked_scatter")
 PRODUCTS = ("linear", "addmm", "mm", "bmm", "matmul", "einsum", "baddbmm", *GROUPED)
@@ -28,6 +28,7 @@ ELEMENTWISE = (frozenset(POINTWISE) - frozenset(ATOM_RULES)) | {"exp", "dropout"
 def cones(r: RowReader, graph: fx.Graph) -> Iterator[tuple[list[fx.Node], set[fx.Node]]]:
     """(nodes that last projections reach by linear operations, those projections), each set that hangs together."""
     inner = {n for n in graph.nodes if n.op == "call_function" and r.name(n) in PRODUCTS and _has_weight(r, n)}
+    inner = {n for n in inner if not _is_weight(r, n, gathered=True)}
     lasts = {n for n in inner if _activated(r, n, inner)}
     owner: dict[fx.Node, int] = {}
     groups: dict[int, tuple[set[fx.Node], set[fx.Node]]] = {}
@@ -53,10 +54,15 @@ def _has_weight(r: RowReader, n: fx.Node) -> bool:
 
 
 def _is_weight(r: RowReader, x: fx.Node, gathered: bool = False) -> bool:
-    while x.op == "call_function" and (r.name(x) in MOVES or r.name(x) in CASTS) and x.all_input_nodes:
-        if r.name(x) == "embedding" and not gathered:
-            return False
-        x = x.all_input_nodes[0]
+    while x.op == "call_function" and x.all_input_nodes:
+        if r.name(x) in MOVES or r.name(x) in CASTS:
+            if r.name(x) == "embedding" and not gathered:
+                return False
+            x = x.all_input_nodes[0]
+        elif gathered and (source := selected_from(r, x)) is not None:
+            x = source
+        else:
+            break
     val = x.meta.get("val")
     return x.op in ("placeholder", "get_attr") and isinstance(val, torch.Tensor) and val.dim() > 1
 
@@ -73,6 +79,7 @@ def _activated(r: RowReader, last: fx.Node, inner: set[fx.Node]) -> bool:
         if n in inner:
             return True
         sides = [x for x in n.all_input_nodes if _wide(r, x, n) and not _is_weight(r, x)]
+        sides = [x for x in sides if selected_from(r, x) is None]
         joins = r.name(n) in ("add", "sub") and len(sides) > 1 and not all(_made_of(r, x, inner) for x in sides)
         if _elementwise(r, n) and not joins and len(seen) < 200:
             queue += n.all_input_nodes
@@ -104,7 +111,7 @@ def _reached(r: RowReader, last: fx.Node, owner: dict, lasts: set[fx.Node]) -> s
         found.add(n)
         others = [x for x in n.all_input_nodes if x not in found and x is not last and x not in owner]
         ends_here = r.name(n) == "add" and any(
-            _wide(r, x, n) for x in others if x not in lasts and r.name(x) != "index"
+            _wide(r, x, n) and selected_from(r, x) is None for x in others if x not in lasts and r.name(x) != "index"
         )
         users = [u for u in n.users if u.op == "call_function"]
         summed_on = list(map(r.name, users)) == ["add"]  # as in a loop that begins with a base

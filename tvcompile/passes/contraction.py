@@ -9,9 +9,11 @@ from __future__ import annotations
 import dataclasses
 import string
 
+import sympy
 from torch import fx
 
 from ..expr import Expr
+from ..spec import Refuse
 from .atoms import is_product_sum
 from .movement import Index, axis
 from .read import Reader
@@ -121,6 +123,26 @@ def letters(equation: str, ranks: list[int]) -> tuple[list[str], str]:
         once = sorted(c for c in set(left) if c.isalpha() and left.count(c) == 1)
         out = ("..." if "..." in left else "") + "".join(once)
     return full, out.replace("...", dots)
+
+
+def operands_of(r: Reader, node: fx.Node, idx: Index) -> tuple[list[tuple[fx.Node, Index]], list[Expr]]:
+    """([(operand, its index)], the summed positions) of a matmul or an einsum of any number of operands."""
+    if r.name(node) == "einsum":
+        a = r.arguments(node)
+        tensors, shapes = a["tensors"], [r.shape(t) for t in a["tensors"]]
+        names, out = letters(a["equation"], [len(s) for s in shapes])
+        if all(len(set(t)) == len(t) for t in (*names, out)):
+            sizes = {c: n for term, shape in zip(names, shapes) for c, n in zip(term, shape) if n != 1}
+            at = {c: r.fresh(sizes.get(c, sympy.Integer(1)), "k") for c in sizes}
+            at |= dict(zip(out, idx))
+            found = [
+                (t, r.broadcast(t, tuple(at.get(c, sympy.Integer(0)) for c in term))) for t, term in zip(tensors, names)
+            ]
+            return found, [at[c] for c in sizes if c not in out]
+    inner = contraction(r, node, idx)
+    if inner is None:
+        raise Refuse("a sum of products has a form that is not read", node)
+    return [inner.lhs, inner.rhs], [inner.over]
 
 
 def without_sum(r: Reader, node: fx.Node) -> bool:

@@ -17,11 +17,12 @@ from ..expr import Expr
 from ..spec import Refuse, Weights
 from .buffers import Way, rows_put
 from .capacity import placed_row
-from .contraction import CONTRACTIONS, added
+from .contraction import CONTRACTIONS, added, operands_of
+from .ids import CASTS, distinct
 from .movement import Index, unravel
 from .projections import Weight, leaf_of, number_of, projection
 from .rows import RowReader, over as positions_of, settle
-from .terms_of import CASTS, Term, distinct, lazily, operands_of, terms_of
+from .terms_of import Term, lazily, terms_of
 
 Fix = Callable[[Expr], Expr]
 
@@ -233,6 +234,10 @@ def condition(holds: Expr) -> Expr:
     return E.where(holds, E.number(1.0), E.number(0.0))
 
 
+def is_condition(factor: Expr) -> bool:
+    return E.op_of(factor) == "where" and [E.constant(x) for x in E.operands(factor)[1:]] == [1, 0]
+
+
 def _sides(r: RowReader, node: fx.Node, idx: Index) -> list[tuple[fx.Node, Index]]:
     """The factors of a product, each with its index; none of what is a sum of products."""
     if node.op != "call_function" or r.name(node) not in ("mul", "einsum"):
@@ -251,7 +256,7 @@ def _any_choice(r: RowReader, e: Expr) -> Expr | None:
         return None
     source, at, positions = positions_of(r, node, E.operands(e)[1:])
     one_hot = _uncast(r.read(source, at, r.position[node]))
-    if E.op_of(one_hot) != "where" or [E.constant(x) for x in E.operands(one_hot)[1:]] != [1, 0]:
+    if not is_condition(one_hot):
         return None
     hit = E.operands(one_hot)[0]
     loads = E.loads(hit)

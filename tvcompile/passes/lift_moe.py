@@ -24,14 +24,15 @@ from .cones import MOVES, computed, cones, followers, looks_routed, routed
 from .contraction import further
 from .expert import stacked
 from .facts import Facts, between
+from .ids import CASTS, in_range
 from .movement import unravel
 from .parts import Base, Column, Part, add_biases, base_of_sum, check_whole, in_columns, part_of
-from .projections import Weight, in_range
+from .projections import Weight
 from .read import Unreadable
 from .routing import Token, Unchosen, possible, without_rows
 from .rows import RowReader
 from .sums import Sums
-from .terms_of import CASTS, Term
+from .terms_of import Term
 
 
 def lift_moe(graph: fx.Graph) -> tuple[list[MoEMatch], dict[fx.Node, Refusal]]:

@@ -10,9 +10,9 @@ from torch import fx
 from .. import expr as E
 from ..expr import Expr
 from ..spec import Refuse
-from .expert import Expert, bias_of, expert_number, fixing, read_expert, with_weighed_input
-from .places import compared
-from .projections import Weight, number_of, places
+from .expert import Expert, bias_of, expert_number, fixing, is_condition, read_expert, with_weighed_input
+from .ids import compared, places
+from .projections import Weight, number_of
 from .routing import Chosen, Token, Unchosen, chosen, implied, numbered, without_rows
 from .rows import RowReader, settle
 from .terms_of import Term
@@ -49,8 +49,10 @@ def part_of(r: RowReader, term: Term, token: Token, d: Expr) -> Part:
     expert = read_expert(r, node, idx, term, token.t, d)
     if expert.inside:
         # The last projection is linear.
-        more = dataclasses.replace(term, factors=(*term.factors, *expert.inside))
-        term = without_rows(r, more, token, r.position[node])
+        conditions = [E.operands(f)[0] for f in expert.inside if is_condition(f)]
+        weights = [f for f in expert.inside if not is_condition(f)]
+        guards, factors = (*term.guards, *conditions), (*term.factors, *weights)
+        term = without_rows(r, dataclasses.replace(term, guards=guards, factors=factors), token, r.position[node])
     formula = expert_number(expert.down)
     if formula is None and compared_number(term) is None and not expert.weighed:
         # Every expert reads all tokens: what its rows are multiplied by may say which are its own.
@@ -74,20 +76,30 @@ def part_of(r: RowReader, term: Term, token: Token, d: Expr) -> Part:
         raise Unchosen("", expert.node)
     formula = sympy.Integer(number) if formula is None else formula
     found = chosen(r, term, formula, token)
+    if number is None:
+        expert = numbered_alike(expert, found.ids, formula)
     whole = term.put({formula: found.ids}).whole if formula in term.bound else term.whole
     canon = canonical(r, found)
     return Part(canon, number, None if number is not None else formula, expert, whole, found.k, term.puts)
+
+
+def numbered_alike(e: Expert, ids: Expr, formula: Expr) -> Expert:
+    """The same, where a weight that is read at the token's id is read at its expert's number, which that is."""
+
+    def alike(w: Weight) -> Weight:
+        return dataclasses.replace(w, rest=E.substitute(w.rest, {ids: formula}))
+
+    biases = tuple(map(alike, e.up_biases))
+    return dataclasses.replace(e, ups=tuple(map(alike, e.ups)), up_biases=biases)
 
 
 def _holds(r: RowReader, factor: Expr, term: Term, formula: Expr | None) -> bool:
     """Is a factor of the input 1 wherever the term counts?"""
     number = compared_number(term) if formula is None else None
     expert = formula if number is None else sympy.Integer(number)
-    if E.op_of(factor) != "where" or expert is None:
+    if not is_condition(factor) or expert is None:
         return False
-    wanted, one, zero = E.operands(factor)
-    if E.constant(one) != 1 or E.constant(zero) != 0:
-        return False
+    wanted = E.operands(factor)[0]
     ids = [i for g in term.guards if (i := compared(g, expert)) is not None]
     return wanted in term.guards or any(implied(r, wanted, i, expert) for i in ids)
 

@@ -15,24 +15,12 @@ import sympy
 from .. import expr as E
 from ..expr import Expr, IntCall
 from .counts import whole
+from .ids import compared, in_range, places as places_of
 from .movement import axis
-from .projections import in_range, places as places_of
 from .rows import RowReader, over as positions_of
 from .terms_of import terms_of
 
 ARITHMETIC = ("clamp_min", "clamp_max", "min", "max", "where", "neg")
-
-
-def compared(guard: Expr, expert: Expr) -> Expr | None:
-    """I where the guard says I == expert, and I is read from a tensor."""
-    if E.op_of(guard) != "eq":
-        return None
-    gap = E.operands(guard)[0]
-    for sign in (1, -1):
-        other = sympy.expand(sign * gap + expert)
-        if E.op_of(other) == "load" and not (expert.free_symbols & other.free_symbols):
-            return other
-    return None
 
 
 def solved(guard: Expr, symbol: Expr) -> Expr | None:

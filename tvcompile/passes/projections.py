@@ -20,10 +20,10 @@ from ..expr import Expr, IntCall
 from ..spec import Refuse
 from .contraction import contraction
 from .counts import whole
+from .ids import chosen_sides, distinct, in_range
 from .movement import Index, axis, unravel
 from .read import Reader
 from .rows import GROUPED, RowReader, over, settle
-from .terms_of import distinct
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,9 +112,13 @@ def projection(r: RowReader, node: fx.Node, idx: Index) -> Projection:
         sides = [(x, (idx[0], over)), (w, (group(r, offsets, idx[0], node), over, idx[1]))]
     else:
         inner = contraction(r, node, idx)
-        if inner is None:
-            raise Refuse("a sum of products has a form that is not read", node)
-        over, length, sides = inner.over, inner.length, [inner.lhs, inner.rhs]
+        if inner is not None:
+            over, length, sides = inner.over, inner.length, [inner.lhs, inner.rhs]
+        else:
+            sides, bound = chosen_sides(r, node, idx)
+            if len(sides) != 2 or len(bound) != 1:
+                raise Refuse("a sum of products has a form that is not read", node)
+            over, length = bound[0], r.ranges[bound[0]]
     for x, w in (sides, sides[::-1]):
         found = weight_of(r, *w, over, column, here)
         if found is not None and found.column and (found.feature or length == 1):
@@ -235,35 +239,6 @@ def _set_ids(r: RowReader, matrix: fx.Node) -> Ids | None:
     rows = axis(a["dim"], len(zero)) == len(zero) - 1 and r.shape(ids)[:-1] == r.shape(matrix)[:-1]
     plain = a.get("reduce") is None and ends == [0, 1]
     return ids_of(r, ids, here) if rows and plain and distinct(r, ids) else None
-
-
-def in_range(r: RowReader, ids: Expr, experts: Expr) -> bool:
-    """Are all ids in [0, E), as those of a topk over E scores are?"""
-    if E.op_of(ids) != "load":
-        return False
-    node = r.nodes[E.operands(ids)[0].name[1:]]
-    return places(r, node) == experts
-
-
-KEPT = {"to", "clone", "contiguous", "detach", "alias", "view", "reshape", "unsqueeze", "squeeze", "t", "transpose"}
-
-
-def places(r: RowReader, node: fx.Node) -> Expr | None:
-    """The size of the dim in which topk, max or argmax found places, alike in all parts of what was joined."""
-    while node.op == "call_function" and r.name(node) in KEPT:
-        node = node.args[0]
-    if node.op != "call_function":
-        return None
-    if r.name(node) in ("cat", "concat", "concatenate", "stack"):
-        found = {places(r, part) for part in r.arguments(node)["tensors"]}
-        return found.pop() if len(found) == 1 else None
-    source = node.args[0] if r.name(node) == "getitem" and node.args[1] == 1 else node
-    if not isinstance(source, fx.Node) or r.name(source) not in ("topk", "max", "sort", "argmax", "argsort", "min"):
-        return None
-    a = r.arguments(source)
-    shape = r.shape(a["self"])
-    dim = a.get("dim", -1)
-    return None if dim is None else shape[axis(dim, len(shape))]
 
 
 NARROW = (torch.bool, torch.uint8, torch.int8, torch.float16, torch.bfloat16)

@@ -17,11 +17,11 @@ from torch import fx
 from .. import expr as E
 from ..expr import Expr, IntCall
 from ..spec import Refuse
+from .ids import compared, distinct, places, scattered
 from .movement import axis
-from .places import compared, digits, exclude, solved
-from .projections import places
+from .places import digits, exclude, solved
 from .rows import RowReader, over
-from .terms_of import Term, distinct, scattered
+from .terms_of import Term
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,6 +23,7 @@ from .. import expr as E
 from ..expr import BoolCall, Expr, IntCall
 from .contraction import letters
 from .counts import as_counted, sums_whole
+from .ids import selected
 from .movement import Index, axis, unravel
 from .pointwise import POINTWISE
 from .read import Reader
@@ -62,7 +63,13 @@ class RowReader(Reader):
         return unravel(sympy.expand(number), shape, self.bounds)[coordinate]
 
     def first_alike(self, mask: fx.Node) -> fx.Node:
-        """The first mask that holds where this one does."""
+        """Of the masks that hold where this one does the first of most dims: its places are numbers of their own."""
+        others, self._unnamed = self._unnamed, []
+        for other in others:
+            self._alike(other)
+        return self._alike(mask)
+
+    def _alike(self, mask: fx.Node) -> fx.Node:
         shape = self.shape(mask)
         size = sympy.expand(sympy.Mul(*shape))
         place = E.index(f"place_{size}")
@@ -74,6 +81,11 @@ class RowReader(Reader):
         """The mask that chooses so many rows: sizes that only data tells are each one operation's."""
         mask = self.sizes_of_choices.get(size)
         return None if mask is None else self.first_alike(mask)
+
+    @functools.cached_property
+    def _unnamed(self) -> list[fx.Node]:
+        masks = dict.fromkeys(self.sizes_of_choices.values())
+        return sorted(masks, key=lambda m: (-m.meta["val"].dim(), self.position[m]))
 
     @functools.cached_property
     def sizes_of_choices(self) -> dict[Expr, fx.Node]:
@@ -109,7 +121,7 @@ class RowReader(Reader):
             return None
         if node.op == "call_function" and self.name(node) == "index" and (mask := mask_of(node)) is not None:
             return self.arguments(node)["self"], masked_index(self, node, mask, idx)
-        return super().step(node, idx)
+        return super().step(node, idx) or selected(self, node, idx)
 
 
 def is_zeros(r: Reader, node: fx.Node) -> bool:

@@ -17,10 +17,11 @@ from ..expr import Expr
 from ..spec import Refuse
 from .contraction import added, further
 from .counts import counts
+from .ids import CASTS, once
 from .movement import SPLITS, Index, axis
 from .places import cases, least, opened
 from .rows import EMPTY, RowReader, mask_of, over
-from .terms_of import CASTS, Term, contracted, lazily, once, product, terms_of
+from .terms_of import Term, contracted, lazily, product, terms_of
 
 
 class Sums:
@@ -186,7 +187,7 @@ def _index_put(s: Sums, a, n, idx):
     at = _places(r, n, indices, row)
     replaced = not adds
     if replaced and (new := _added_in_place(r, base, indices, values)) is not None:
-        if not once(r, at):
+        if mask_of(n) is None and not once(r, at):
             raise Refuse("out[i] += y adds only one of the rows that meet at one token", n)
         values, replaced = new, False
     return _put(s, n, base, (at, row, values), idx, replaced)

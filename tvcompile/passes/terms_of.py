@@ -15,11 +15,10 @@ from torch import fx
 from .. import expr as E
 from ..expr import Expr
 from ..spec import Refuse
-from .contraction import added, contraction, letters
+from .contraction import added, operands_of
+from .ids import scattered
 from .movement import Index
 from .rows import RowReader, is_zeros, over, settle
-
-CASTS = ("to", "_to_copy", "type_as", "float", "half")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,69 +181,3 @@ def contracted(r: RowReader, node: fx.Node, idx: Index, terms: Callable) -> list
         else:
             found = product(found, terms(source, at, r.position[node]))
     return [t.under(bound) for t in found]
-
-
-def operands_of(r: RowReader, node: fx.Node, idx: Index) -> tuple[list[tuple[fx.Node, Index]], list[Expr]]:
-    """([(operand, its index)], the summed positions) of a matmul or an einsum of any number of operands."""
-    if r.name(node) == "einsum":
-        a = r.arguments(node)
-        tensors, shapes = a["tensors"], [r.shape(t) for t in a["tensors"]]
-        names, out = letters(a["equation"], [len(s) for s in shapes])
-        if all(len(set(t)) == len(t) for t in (*names, out)):
-            sizes = {c: n for term, shape in zip(names, shapes) for c, n in zip(term, shape) if n != 1}
-            at = {c: r.fresh(sizes.get(c, sympy.Integer(1)), "k") for c in sizes}
-            at |= dict(zip(out, idx))
-            found = [
-                (t, r.broadcast(t, tuple(at.get(c, sympy.Integer(0)) for c in term))) for t, term in zip(tensors, names)
-            ]
-            return found, [at[c] for c in sizes if c not in out]
-    inner = contraction(r, node, idx)
-    if inner is None:
-        raise Refuse("a sum of products has a form that is not read", node)
-    return [inner.lhs, inner.rhs], [inner.over]
-
-
-# Routing matrices, and ids
-
-
-def scattered(r: RowReader, e: Expr) -> tuple[fx.Node, dict] | None:
-    """(node, arguments) where a load is one of a tensor in which few places per row were set."""
-    node = r.nodes.get(E.operands(e)[0].name[1:])
-    if node is None or node.op != "call_function" or r.name(node) not in ("scatter", "scatter_add"):
-        return None
-    a = r.arguments(node)
-    return None if a.get("reduce") is not None else (node, a)
-
-
-def once(r: RowReader, at: Index) -> bool:
-    """Does every place occur once: all coordinates of a mask's places, or of one that compares distinct ids?"""
-    if any(E.op_of(x) != "nth" for x in at):
-        return len(at) == 1 and E.op_of(at[0]) in ("perm", "inv")
-    masks = {E.operands(x)[0] for x in at}
-    if len(masks) != 1:
-        return False
-    mask = r.nodes[next(iter(masks)).name]
-    held = {int(E.operands(x)[1]) for x in at}
-    missing = set(range(mask.meta["val"].dim())) - held
-    if not missing:
-        return True
-    probe = tuple(r.fresh(n, "p") for n in r.shape(mask))
-    formula = r.truth(E.as_bool(r.read(mask, probe, r.position[mask] + 1)))
-    loads = E.loads(formula)
-    if len(missing) != 1 or len(loads) != 1 or E.op_of(formula) != "eq":
-        return False
-    name, *idx = E.operands(loads[0])
-    free = probe[missing.pop()]
-    return idx[-1] == free and distinct(r, r.nodes[name.name[1:]]) and not any(E.mentions(i, free) for i in idx[:-1])
-
-
-def distinct(r: RowReader, ids: fx.Node) -> bool:
-    """Do the ids of one token differ from each other, as those of a topk do?"""
-    while ids.op == "call_function":
-        if r.name(ids) == "getitem":
-            return r.name(ids.args[0]) in ("topk", "sort") and ids.args[1] == 1
-        if r.name(ids) in ("clone", "contiguous", "detach", "alias", "to"):
-            ids = ids.args[0]
-            continue
-        break
-    return r.shape(ids)[-1] == 1

@@ -1,0 +1,98 @@
+"""Sums over something that is no one-hot of the ids, or of other ids."""
+
+import torch
+import torch.nn.functional as F
+
+from tests.moe_impostors.base import ANY, impostor
+from tests.moe_spellings.base import Block
+
+
+class OneHot(Block):
+    """Top-1 by one-hots, in parts."""
+
+    top, router, kind = 1, "top1", "relu"
+
+    def experts(self, x, ids, w):
+        up, down = self.hots(x, ids[:, 0], w)
+        h = torch.einsum("te,ti,eio->to", up, x, self.w_up).relu()
+        return torch.einsum("te,ti,eio->to", down, h, self.w_down) * w
+
+    def hots(self, x, ids, w):
+        hot = self.hot(x, ids)
+        return hot, hot
+
+    def hot(self, x, ids):
+        return F.one_hot(ids, self.count).to(x.dtype)
+
+
+@impostor(ANY)
+class OtherExpertsBelow(OneHot):
+    def hots(self, x, ids, w):
+        return self.hot(x, ids), self.hot(x, ids.flip(0))
+
+
+@impostor(ANY)
+class NextExpertsBelow(OneHot):
+    def hots(self, x, ids, w):
+        return self.hot(x, ids), self.hot(x, (ids + 1) % self.count)
+
+
+@impostor(ANY)
+class IdsBeyondTheLast(OneHot):
+    """The last expert's tokens get none."""
+
+    def hot(self, x, ids):
+        return (ids[:, None] + 1 == torch.arange(self.count)).to(x.dtype)
+
+
+@impostor(ANY)
+class WeighedBelowTheActivation(OneHot):
+    def hots(self, x, ids, w):
+        return self.hot(x, ids) * w, self.hot(x, ids)
+
+
+@impostor(ANY)
+class TwoOnes(OneHot):
+    def hot(self, x, ids):
+        return super().hot(x, ids) + super().hot(x, ids.flip(0))
+
+
+@impostor(ANY)
+class TwosInstead(OneHot):
+    def hot(self, x, ids):
+        return 2 * super().hot(x, ids)
+
+
+@impostor(ANY)
+class SetToTwo(OneHot):
+    def hot(self, x, ids):
+        return x.new_zeros(x.shape[0], self.count).scatter(1, ids[:, None], 2.0)
+
+
+@impostor(ANY)
+class SetInOnes(OneHot):
+    def hot(self, x, ids):
+        return x.new_ones(x.shape[0], self.count).scatter(1, ids[:, None], 1.0)
+
+
+@impostor(ANY)
+class AllButOne(OneHot):
+    def hot(self, x, ids):
+        return 1 - super().hot(x, ids)
+
+
+@impostor(ANY)
+class SoftWeights(OneHot):
+    """A mixture of weights, not of experts."""
+
+    def hot(self, x, ids):
+        return self.gate(x).softmax(-1)
+
+
+@impostor(ANY)
+class StraightThrough(OneHot):
+    """One-hot in value, with the softmax's gradient."""
+
+    def hot(self, x, ids):
+        soft = self.gate(x).softmax(-1)
+        return super().hot(x, ids) + soft - soft.detach()

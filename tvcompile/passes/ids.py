@@ -1,0 +1,186 @@
+"""What is known of ids: which numbers they can be, and what is chosen by a sum over their one-hot instead of an index.
+
+einsum("te,ehf->thf", one_hot(ids), W)[t, h, f]        = W[ids[t], h, f]
+einsum("te,th,ehf->tf", one_hot(ids), x, W)[t, f]      = sum_h x[t, h] W[ids[t], h, f]
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import sympy
+from torch import fx
+
+from .. import expr as E
+from ..expr import Expr
+from ..spec import Refuse
+from .contraction import operands_of, without_sum
+from .movement import MOVEMENT, Index, axis
+from .read import Reader
+
+if TYPE_CHECKING:
+    from .rows import RowReader
+
+
+def in_range(r: RowReader, ids: Expr, experts: Expr) -> bool:
+    """Are all ids in [0, E), as those of a topk over E scores are?"""
+    if E.op_of(ids) != "load":
+        return False
+    node = r.nodes[E.operands(ids)[0].name[1:]]
+    return places(r, node) == experts
+
+
+KEPT = {"to", "clone", "contiguous", "detach", "alias", "view", "reshape", "unsqueeze", "squeeze", "t", "transpose"}
+
+
+def places(r: Reader, node: fx.Node) -> Expr | None:
+    """The size of the dim in which topk, max or argmax found places, alike in all parts of what was joined."""
+    while node.op == "call_function" and r.name(node) in KEPT:
+        node = node.args[0]
+    if node.op != "call_function":
+        return None
+    if r.name(node) in ("cat", "concat", "concatenate", "stack"):
+        found = {places(r, part) for part in r.arguments(node)["tensors"]}
+        return found.pop() if len(found) == 1 else None
+    source = node.args[0] if r.name(node) == "getitem" and node.args[1] == 1 else node
+    if not isinstance(source, fx.Node) or r.name(source) not in ("topk", "max", "sort", "argmax", "argsort", "min"):
+        return None
+    a = r.arguments(source)
+    shape = r.shape(a["self"])
+    dim = a.get("dim", -1)
+    return None if dim is None else shape[axis(dim, len(shape))]
+
+
+def compared(guard: Expr, expert: Expr) -> Expr | None:
+    """I where the guard says I == expert, and I is read from a tensor."""
+    if E.op_of(guard) != "eq":
+        return None
+    gap = E.operands(guard)[0]
+    for sign in (1, -1):
+        other = sympy.expand(sign * gap + expert)
+        if E.op_of(other) == "load" and not (expert.free_symbols & other.free_symbols):
+            return other
+    return None
+
+
+def scattered(r: RowReader, e: Expr) -> tuple[fx.Node, dict] | None:
+    """(node, arguments) where a load is one of a tensor in which few places per row were set."""
+    node = r.nodes.get(E.operands(e)[0].name[1:])
+    if node is None or node.op != "call_function" or r.name(node) not in ("scatter", "scatter_add"):
+        return None
+    a = r.arguments(node)
+    return None if a.get("reduce") is not None else (node, a)
+
+
+def once(r: RowReader, at: Index) -> bool:
+    """Does every place occur once: all coordinates of a mask's places, or of one that compares distinct ids?"""
+    if any(E.op_of(x) != "nth" for x in at):
+        return len(at) == 1 and E.op_of(at[0]) in ("perm", "inv")
+    masks = {E.operands(x)[0] for x in at}
+    if len(masks) != 1:
+        return False
+    mask = r.nodes[next(iter(masks)).name]
+    held = {int(E.operands(x)[1]) for x in at}
+    missing = set(range(mask.meta["val"].dim())) - held
+    if not missing:
+        return True
+    probe = tuple(r.fresh(n, "p") for n in r.shape(mask))
+    formula = r.truth(E.as_bool(r.read(mask, probe, r.position[mask] + 1)))
+    loads = E.loads(formula)
+    if len(missing) != 1 or len(loads) != 1 or E.op_of(formula) != "eq":
+        return False
+    name, *idx = E.operands(loads[0])
+    free = probe[missing.pop()]
+    return idx[-1] == free and distinct(r, r.nodes[name.name[1:]]) and not any(E.mentions(i, free) for i in idx[:-1])
+
+
+def distinct(r: RowReader, ids: fx.Node) -> bool:
+    """Do the ids of one token differ from each other, as those of a topk do?"""
+    while ids.op == "call_function":
+        if r.name(ids) == "getitem":
+            return r.name(ids.args[0]) in ("topk", "sort") and ids.args[1] == 1
+        if r.name(ids) in ("clone", "contiguous", "detach", "alias", "to"):
+            ids = ids.args[0]
+            continue
+        break
+    return r.shape(ids)[-1] == 1
+
+
+CASTS = ("to", "_to_copy", "type_as", "float", "half")
+Side = tuple[fx.Node, Index]
+SUMS = ("einsum", "matmul", "mm", "bmm")
+
+
+def hot(r: RowReader, x: fx.Node, idx: Index, position: Expr, at: int) -> Expr | None:
+    """ids where x[idx] is 1 if ids == position and else 0, and ids are proven to be such positions."""
+    if not _compares(r, x):
+        return None
+    e = r.read(x, idx, at)
+    while E.op_of(e) in E.CASTS:
+        (e,) = E.operands(e)
+    if E.op_of(e) == "where" and [E.constant(v) for v in E.operands(e)[1:]] == [1, 0]:
+        ids = compared(r.truth(E.operands(e)[0]), position)
+    else:
+        ids = _set_to_one(r, e) if E.op_of(e) == "load" and E.operands(e)[-1] == position else None
+    return ids if ids is not None and in_range(r, ids, r.ranges[position]) else None
+
+
+def _compares(r: Reader, x: fx.Node) -> bool:
+    """Is x, moved and cast at most, a comparison or a one-hot?"""
+    while x.op == "call_function" and r.name(x) in (*MOVEMENT, *KEPT, *CASTS) and x.all_input_nodes:
+        x = x.all_input_nodes[0]
+    return x.op == "call_function" and r.name(x) in ("one_hot", "eq", "scatter", "where")
+
+
+def _set_to_one(r: RowReader, e: Expr) -> Expr | None:
+    """ids[t] where a load is zeros.scatter(-1, ids[:, None], 1)[t, .]"""
+    if (held := scattered(r, e)) is None:
+        return None
+    node, a = held
+    where, rank = E.operands(e)[1:], len(r.shape(node))
+    one = tuple(r.fresh(n, "z") for n in r.shape(a["index"]))
+    value = r.operand(a["src"] if isinstance(a.get("src"), fx.Node) else a["value"], one, r.position[node])
+    zero = r.read(a["self"], where, r.position[node])
+    if axis(a["dim"], rank) != rank - 1 or r.shape(a["index"]) != (*r.shape(node)[:-1], 1):
+        return None
+    if E.constant(value) != 1 or E.constant(zero) != 0:
+        return None
+    return E.as_int(r.read(a["index"], (*where[:-1], E.number(0)), r.position[node]))
+
+
+def chosen_sides(r: RowReader, node: fx.Node, idx: Index) -> tuple[list[Side], list[Expr]]:
+    """([(operand, its index)], the summed positions) of a contraction, without its one-hots."""
+    sides, bound = operands_of(r, node, idx)
+    sides = [factor for side in sides for factor in _factors(r, *side)]
+    for side in list(sides):
+        for position in [b for b in bound if b in side[1]]:
+            if (ids := hot(r, *side, position, r.position[node])) is not None:
+                sides = [(x, tuple(E.substitute(i, {position: ids}) for i in at)) for x, at in sides if (x, at) != side]
+                bound = [b for b in bound if b != position]
+                break
+    return sides, bound
+
+
+def _factors(r: RowReader, node: fx.Node, idx: Index) -> list[Side]:
+    if node.op != "call_function" or not without_sum(r, node):
+        return [(node, idx)]
+    return [factor for side in operands_of(r, node, idx)[0] for factor in _factors(r, *side)]
+
+
+def selected(r: RowReader, node: fx.Node, idx: Index) -> Side | None:
+    """Where an element of one_hot(ids) @ x lies in x."""
+    if node.op != "call_function" or r.name(node) not in SUMS or r.cut(node):
+        return None
+    try:
+        sides, bound = chosen_sides(r, node, idx)
+    except Refuse:
+        return None
+    return sides[0] if len(sides) == 1 and not bound else None
+
+
+def selected_from(r: RowReader, node: fx.Node) -> fx.Node | None:
+    """x where a node is one_hot(ids) @ x."""
+    if node.op != "call_function" or r.name(node) not in SUMS:
+        return None
+    side = selected(r, node, tuple(r.fresh(n, "i") for n in r.shape(node)))
+    return None if side is None else side[0]
