@@ -20,7 +20,7 @@ from .capacity import placed_row
 from .contraction import CONTRACTIONS, added, operands_of
 from .ids import CASTS, distinct
 from .movement import Index, unravel
-from .projections import Weight, leaf_of, number_of, projection
+from .projections import Weight, leaf_of, number_of, path_of, projection
 from .rows import RowReader, over as positions_of, settle
 from .terms_of import Term, lazily, terms_of
 
@@ -193,11 +193,12 @@ def token_row(
     r: RowReader, node: fx.Node, idx: Index, at: int, over: Expr, length: Expr, t: Expr, fix: Fix, outer: Term
 ):
     """(x, factors) where the row is x[t] times the factors, each a formula of the token and its expert."""
-    leaf, where, used = leaf_of(r, node, idx, at)
-    where = tuple(map(fix, where))
-    if sympy.expand(number_of(r, leaf, where) - (t * length + over)) == 0:
-        r._note_use(leaf, used)
-        return leaf, ()
+    path = [(x, tuple(map(fix, where)), used) for x, where, used in path_of(r, node, idx, at)]
+    for x, where, used in reversed(path):
+        if sympy.expand(number_of(r, x, where) - (t * length + over)) == 0:
+            r._note_use(x, used)
+            return x, ()
+    leaf, where, used = path[-1]
     name, a, here = (r.name(leaf), r.arguments(leaf), r.position[leaf]) if leaf.op == "call_function" else ("", {}, 0)
     if name in CASTS and leaf.meta["val"].dtype == node.meta["val"].dtype:
         return token_row(r, a["self"], where, here, over, length, t, fix, outer)

@@ -71,14 +71,21 @@ def joined(e: Expr) -> Expr:
     return e
 
 
-def leaf_of(r: RowReader, node: fx.Node, idx: Index, at: int) -> tuple[fx.Node, Index, int]:
-    """Through the operations that only move data: the tensor they come from."""
+def path_of(r: RowReader, node: fx.Node, idx: Index, at: int) -> list[tuple[fx.Node, Index, int]]:
+    """Through the operations that only move data: (tensor, index, the position of what reads it), the source last."""
+    path = [(node, idx, at)]
     while not r.changed(node, at) and (moved := r.step(node, idx)) is not None:
         at = r.position[node]
         node, idx = moved[0], tuple(settle(E.as_int(i), r.bounds) for i in moved[1])
+        path.append((node, idx, at))
     if r.changed(node, at):
         raise Refuse("a tensor is written to after the experts read it", node)
-    return node, idx, at
+    return path
+
+
+def leaf_of(r: RowReader, node: fx.Node, idx: Index, at: int) -> tuple[fx.Node, Index, int]:
+    """The tensor that an element comes from by operations that only move data."""
+    return path_of(r, node, idx, at)[-1]
 
 
 def weight_of(r: RowReader, node: fx.Node, idx: Index, over: Expr, column: Expr, at: int) -> Weight | None:
