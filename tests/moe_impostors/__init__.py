@@ -5,6 +5,7 @@ from tests.moe_impostors import (  # noqa: F401  (registers them)
     capacity,
     choices,
     experts,
+    maps,
     one_hot,
     positions,
     residual,

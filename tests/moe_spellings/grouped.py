@@ -200,3 +200,32 @@ class ScatteredBack(Grouped):
         y = self.rows(x[torch.div(order, self.top, rounding_mode="floor")], ids_g, offsets)
         back = torch.zeros_like(y).scatter(0, order[:, None].expand_as(y), y)
         return torch.bmm(w.unsqueeze(1), back.view(-1, self.top, x.shape[-1])).squeeze(1)
+
+
+@moe()
+@moe(kind="geglu", order="oi", bias=True)
+class PermutedByAMap(Grouped):
+    """Megatron: a map [E,T] of who goes where, whose places are the rows."""
+
+    def experts(self, x, ids, w):
+        sent = torch.zeros(x.shape[0], self.count, dtype=torch.int32).scatter(1, ids, 1).bool()
+        mask = self.mask(sent)
+        token = torch.arange(x.shape[0]).unsqueeze(0).expand(self.count, -1).masked_select(mask)
+        expert = torch.arange(self.count)[:, None].expand_as(mask).masked_select(mask)
+        probabilities = x.new_zeros(sent.shape).scatter(1, ids, w.to(x.dtype)).T.contiguous()
+        probabilities = probabilities.masked_select(self.weighed(mask))
+        y = self.rows(x.index_select(0, self.read(token)), expert, self.counts(sent).cumsum(0).to(torch.int32))
+        y = y * probabilities[:, None]
+        return torch.zeros_like(x).scatter_add(0, token.unsqueeze(1).expand_as(y), y)
+
+    def mask(self, sent):
+        return sent.T.contiguous()
+
+    def weighed(self, mask):
+        return mask
+
+    def read(self, token):
+        return token
+
+    def counts(self, sent):
+        return sent.sum(0)

@@ -27,7 +27,7 @@ from .counts import whole
 from .facts import between
 from .ids import compared
 from .places import digits, dim_of, exclude, opened, solved
-from .projections import number_of
+from .projections import is_row
 from .routing import unscattered, without_rows_of
 from .rows import RowReader, over as positions_of
 from .signs import nonnegative
@@ -62,7 +62,7 @@ def placed_row(r: RowReader, ways: Sequence[Way], outer: Term, about: fx.Node, h
         if len(factors) == 1 and E.op_of(factors[0]) == "load":
             name, *idx = (E.substitute(x, pair, r.bounds) for x in E.operands(factors[0]))
             node = r.nodes[name.name[1:]]
-            if sympy.expand(number_of(r, node, tuple(idx)) - (t * length + h)) == 0:
+            if is_row(r, node, tuple(idx), t, h, length):
                 _check_unrounded(r, node, about)
                 return node
     raise Refuse(NOT_DISPATCHED, about)

@@ -20,7 +20,7 @@ from .capacity import placed_row
 from .contraction import CONTRACTIONS, added, operands_of
 from .ids import CASTS, distinct
 from .movement import Index, unravel
-from .projections import Weight, leaf_of, number_of, path_of, projection
+from .projections import Weight, is_row, leaf_of, number_of, path_of, projection
 from .rows import RowReader, over as positions_of, settle
 from .terms_of import Term, lazily, terms_of
 
@@ -195,7 +195,7 @@ def token_row(
     """(x, factors) where the row is x[t] times the factors, each a formula of the token and its expert."""
     path = [(x, tuple(map(fix, where)), used) for x, where, used in path_of(r, node, idx, at)]
     for x, where, used in reversed(path):
-        if sympy.expand(number_of(r, x, where) - (t * length + over)) == 0:
+        if is_row(r, x, where, t, over, length):
             r._note_use(x, used)
             return x, ()
     leaf, where, used = path[-1]

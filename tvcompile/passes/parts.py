@@ -12,7 +12,7 @@ from ..expr import Expr
 from ..spec import Refuse
 from .expert import Expert, bias_of, expert_number, fixing, is_condition, read_expert, with_weighed_input
 from .ids import compared, places
-from .projections import Weight, number_of
+from .projections import Weight, is_row
 from .routing import Chosen, Token, Unchosen, chosen, implied, numbered, without_rows
 from .rows import RowReader, settle
 from .terms_of import Term
@@ -179,13 +179,13 @@ def base_of_sum(r: RowReader, plain: list[Term], token: Token, d: Expr, width: E
     """A tensor that the experts' results are added to, as it is, or that they replace where there are any."""
     if not plain:
         return None
-    (term, *others), want = plain, sympy.expand(token.t * width + d)
+    term, *others = plain
     if not others and len(term.factors) == 1 and not (term.bound or term.guards or term.links):
         (load,) = term.factors
         if E.op_of(load) == "load":
             name, *idx = E.operands(load)
             node = r.nodes[name.name[1:]]
-            if sympy.expand(number_of(r, node, tuple(settle(i, r.bounds) for i in idx)) - want) == 0:
+            if is_row(r, node, tuple(settle(i, r.bounds) for i in idx), token.t, d, width):
                 return Base(node, term.puts)
     raise Refuse("something else than results of experts is added", anchor)
 

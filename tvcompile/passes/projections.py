@@ -60,6 +60,12 @@ def number_of(r: Reader, node: fx.Node, idx: Index) -> Expr:
     return joined(total)
 
 
+def is_row(r: Reader, x: fx.Node, idx: Index, t: Expr, over: Expr, length: Expr) -> bool:
+    """Is x[idx] element `over` of row t of x, and has x as many rows as there are t?"""
+    here = sympy.expand(number_of(r, x, idx) - (t * length + over)) == 0
+    return here and sympy.expand(sympy.Mul(*r.shape(x)) - r.ranges.get(t, sympy.Integer(1)) * length) == 0
+
+
 def joined(e: Expr) -> Expr:
     """a*c*(x//c) + a*(x%c) is a*x."""
     for call in [x for x in e.atoms(IntCall) if E.op_of(x) == "%"]:
@@ -136,6 +142,8 @@ def projection(r: RowReader, node: fx.Node, idx: Index) -> Projection:
 def group(r: RowReader, offsets: fx.Node, row: Expr, node: fx.Node) -> Expr:
     """The expert of a row of a grouped product: ids[perm(row)] where the offsets count the ids."""
     experts = r.shape(offsets)[0]
+    if (expert := _by_mask(r, offsets, row, experts)) is not None:
+        return expert
     ids = counted_ids(r, offsets, experts, node)
     i = r.fresh(ids.count, "p")
     counted = ids.at(i)
@@ -152,6 +160,25 @@ def group(r: RowReader, offsets: fx.Node, row: Expr, node: fx.Node) -> Expr:
     if not in_range(r, sorted_by, experts):
         raise Refuse("the ids of a grouped product are not proven to be numbers of experts", node)
     return settle(E.substitute(sorted_by, {i: settle(IntCall("perm", sort, row))}, r.bounds), r.bounds)
+
+
+def _by_mask(r: RowReader, offsets: fx.Node, row: Expr, experts: Expr) -> Expr | None:
+    """The expert of a row that a mask [E,T] chose, where the offsets count the places of its rows."""
+    mask = r.chosen_by(r.ranges[row]) if row in r.ranges else None
+    added = _unwrapped(r, offsets)
+    if mask is None or len(r.shape(mask)) != 2 or r.shape(mask)[0] != experts or r.name(added) != "cumsum":
+        return None
+    counts = _unwrapped(r, r.arguments(added)["self"])
+    if r.name(counts) != "sum" or counts.meta["val"].dtype in NARROW:
+        return None
+    e = r.fresh(experts, "e")
+    source, at, positions = over(r, counts, (e,))
+    value = whole(r, source, at, r.position[counts])
+    body = r.truth(E.as_bool(value))
+    if len(positions) != 1 or r.ranges.get(positions[0]) != r.shape(mask)[1] or value not in (E.as_int(body), body):
+        return None
+    chosen = r.truth(E.as_bool(r.read(mask, (e, positions[0]), len(r.position))))
+    return r.nth(mask, 0, row) if chosen == body else None
 
 
 @dataclasses.dataclass(frozen=True)

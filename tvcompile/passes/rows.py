@@ -95,6 +95,8 @@ class RowReader(Reader):
             name = self.name(n) if n.op == "call_function" else ""
             if name == "index" and (mask := mask_of(n)) is not None:
                 found[self.shape(n)[list(n.args[1]).index(mask)]] = mask
+            elif name == "masked_select":
+                found[self.shape(n)[0]] = self.arguments(n)["mask"]
             elif name == "nonzero":
                 found[self.shape(n)[0]] = self.arguments(n)["self"]
             elif name == "getitem" and self.name(n.args[0]) in ("where", "nonzero_numpy"):
@@ -121,6 +123,10 @@ class RowReader(Reader):
             return None
         if node.op == "call_function" and self.name(node) == "index" and (mask := mask_of(node)) is not None:
             return self.arguments(node)["self"], masked_index(self, node, mask, idx)
+        if node.op == "call_function" and self.name(node) == "masked_select":
+            source, mask = self.arguments(node)["self"], self.arguments(node)["mask"]
+            places = tuple(self.nth(mask, c, idx[0]) for c in range(mask.meta["val"].dim()))
+            return (source, places) if self.shape(source) == self.shape(mask) else None
         return super().step(node, idx) or selected(self, node, idx)
 
 
