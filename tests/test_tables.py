@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 COMPLETE = {
     "--dtype bfloat16 --op attention": 150,
     "--dtype float32 --op attention --pass fwd decode --arch sm80 sm86 sm89 sm90 sm100 sm120": 90,
-    "--dtype float32 --op attention --pass dq dkdv --arch sm80 sm86 sm89": 30,
+    "--dtype float32 --op attention --pass dq dkdv --arch sm80 sm86 sm89 sm90 sm100 sm120": 60,
 }
 
 

@@ -280,3 +280,20 @@ class EinsumOverExperts(Block):
         routing = torch.zeros(x.shape[0], self.count, dtype=w.dtype).scatter(1, ids, w).to(x.dtype)
         h = self.activate(torch.einsum("th,ehf->tef" if io else "th,efh->tef", x, self.w_up))
         return torch.einsum("te,tef,efh->th" if io else "te,tef,ehf->th", routing, h, self.w_down)
+
+
+@moe()
+@moe(own=True, kind="silu")
+class MaskedAboveAThreshold(Block):
+    """Weights of a matrix [T,E] that do not reach a threshold are left out."""
+
+    def coefficients(self, x):
+        c = super().coefficients(x)
+        return torch.where(c > 0.3, c, 0.0)
+
+    def experts(self, x, ids, w):
+        matrix, out = torch.zeros(x.shape[0], self.count, dtype=w.dtype).scatter(1, ids, w), torch.zeros_like(x)
+        for e in range(self.count):
+            c = torch.where(matrix[:, e] > 0.3, matrix[:, e], 0.0)
+            out = out + self.expert(x, e) * c[:, None]
+        return out

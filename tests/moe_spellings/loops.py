@@ -352,3 +352,51 @@ class WeighedInside(Block):
             one = self.list[e]
             return one.w_down(F.silu(one.w_gate(x)) * one.w_up(x) * w.to(x.dtype))
         return self.linear(self.activate(self.linear(x, "up", e)) * w.to(x.dtype), "down", e)
+
+
+class FromAMatrix(Block):
+    """The rows of an expert are those where a condition on a matrix [T,E] of what was scattered holds."""
+
+    def coefficients(self, x):
+        w, ids = self.route(x)
+        matrix = self.matrix(x, ids, w)
+        return torch.where(self.counts(matrix), matrix, 0.0)
+
+    def matrix(self, x, ids, w):
+        return torch.zeros(x.shape[0], self.count, dtype=w.dtype).scatter(1, ids, w)
+
+    def experts(self, x, ids, w):
+        matrix, out = self.matrix(x, ids, w), torch.zeros_like(x)
+        counts = self.counts(matrix)
+        for e in range(self.count):
+            (token,) = torch.where(counts[:, e])
+            out = out.index_add(0, token, self.expert(x[token], e) * matrix[token, e, None])
+        return out
+
+
+@moe()
+@moe(own=True, kind="gelu", bias=True)
+class AboveAThreshold(FromAMatrix):
+    def counts(self, matrix):
+        return matrix > 0.3
+
+
+@moe()
+@moe(kind="relu", order="oi")
+class FirstOnes(FromAMatrix):
+    """The first tokens of each expert, counted in the matrix."""
+
+    def counts(self, matrix):
+        sent = (matrix != 0).to(matrix.dtype)
+        return sent * (sent.cumsum(0) <= 6) > 0
+
+
+@moe()
+class PositiveLogits(FromAMatrix):
+    """Weights of both signs, of which one counts."""
+
+    def route(self, x):
+        return torch.topk(self.gate(x), self.top, dim=-1)
+
+    def counts(self, matrix):
+        return matrix > 0

@@ -30,7 +30,7 @@ from .places import digits, dim_of, exclude, opened, solved
 from .projections import is_row
 from .routing import unscattered, without_rows_of
 from .rows import RowReader, over as positions_of
-from .signs import nonnegative
+from .signs import compared_with_zero, nonnegative
 from .terms_of import Term, terms_of
 
 NOT_ALONE = "a place of an expert is not proven to hold one token at most"
@@ -102,7 +102,7 @@ def _unscattered(r: RowReader, way: Way) -> Way:
 
 def _not_zero(r: RowReader, way: Way) -> list[Way]:
     for g in way.term.guards:
-        coefficient = _compared_with_zero(g)
+        coefficient = compared_with_zero(g)
         if coefficient is not None:
             found = terms_of(r, coefficient)
             weights = [x for f in found for x in f.factors]
@@ -112,14 +112,6 @@ def _not_zero(r: RowReader, way: Way) -> list[Way]:
                 # At most one pair has a place, so that the sum of the coefficients is not zero where one is not.
                 return [Way(rest.under(f.bound, f.guards), way.needs.times(Term(factors=f.factors))) for f in found]
     return [way]
-
-
-def _compared_with_zero(g: Expr) -> Expr | None:
-    """x where a condition says that x != 0, or 0 < x."""
-    if isinstance(g, sympy.Not) and E.op_of(g.args[0]) == "feq":
-        x, zero = E.operands(g.args[0])
-        return x if E.constant(zero) == 0 else None
-    return E.operands(g)[1] if E.op_of(g) == "flt" and E.constant(E.operands(g)[0]) == 0 else None
 
 
 def _own_pairs(r: RowReader, place: Place, outer: Term) -> Iterator[dict[Expr, Expr]]:

@@ -21,6 +21,7 @@ from .ids import compared, distinct, places, scattered
 from .movement import axis
 from .places import digits, exclude, solved
 from .rows import RowReader, over
+from .signs import compared_with_zero, nonnegative
 from .terms_of import Term
 
 
@@ -214,11 +215,26 @@ def unscattered(r: RowReader, term: Term) -> Term:
             new = E.substitute(e, {load: value})
             factors = tuple(new if f is e and not is_guard else f for f in term.factors)
             guards = tuple(g for g in term.guards if not (is_guard and g is e))
+            if is_guard and (left := r.truth(new)) is not E.TRUE and not _of_a_factor(r, left, factors):
+                guards = (*guards, left)
             bound = term.bound if k == 0 or k in term.bound else (*term.bound, k)
             guards = guards if held else (*guards, E.eq(chosen, expert))
             term = dataclasses.replace(term, factors=factors, guards=guards, bound=bound)
             return unscattered(r, term)
     return term
+
+
+def _of_a_factor(r: RowReader, guard: Expr, factors: tuple[Expr, ...]) -> bool:
+    """Does a guard say that a factor is not zero, so that nothing is lost without it?"""
+    x = compared_with_zero(guard)
+    signed = E.op_of(guard) == "flt" and x is not None and not nonnegative(r, x)
+    return x is not None and not signed and _bare(x) in map(_bare, factors)
+
+
+def _bare(e: Expr) -> Expr:
+    while E.op_of(e) in E.CASTS:
+        (e,) = E.operands(e)
+    return e
 
 
 def _source_of_scatter(r: RowReader, x: Expr):

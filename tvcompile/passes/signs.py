@@ -7,6 +7,7 @@ What is not proven counts as negative. A weight that is no number (NaN) compares
 
 from __future__ import annotations
 
+import sympy
 import torch
 from torch import fx
 
@@ -72,3 +73,11 @@ def _loaded(r: RowReader, node: fx.Node) -> bool:
         return a.get("reduce") is None and set_ and _all_of(r, a["self"], here)
     opened = r.read(node, tuple(r.fresh(n, "z") for n in r.shape(node)), at)
     return (E.op_of(opened) != "load" or E.operands(opened)[0].name[1:] != node.name) and nonnegative(r, opened)
+
+
+def compared_with_zero(g: Expr) -> Expr | None:
+    """x where a condition says that x != 0, or 0 < x."""
+    if isinstance(g, sympy.Not) and E.op_of(g.args[0]) == "feq":
+        x, zero = E.operands(g.args[0])
+        return x if E.constant(zero) == 0 else None
+    return E.operands(g)[1] if E.op_of(g) == "flt" and E.constant(E.operands(g)[0]) == 0 else None
