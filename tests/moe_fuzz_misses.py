@@ -13,7 +13,7 @@ NEAR_MISSES: dict[str, tuple[str, str]] = {
     "a value flipped": (ANY_VALUE, r"\1\2\n\1\3 = \3.flip(-1)"),
     "a value scaled by its rows": (
         ANY_VALUE,
-        r"\1\2\n\1\3 = \3 * torch.linspace(0.5, 1.5, \3.shape[0], dtype=\3.dtype).view(-1, *[1] * (\3.dim() - 1))",
+        r"\1\2\n\1\3 = \3 * (1.5 - torch.arange(\3.shape[0], dtype=\3.dtype) / 50).view(-1, *[1] * (\3.dim() - 1))",
     ),
     "a value scaled by its columns": (
         ANY_VALUE,

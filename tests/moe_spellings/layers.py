@@ -131,3 +131,31 @@ for mixin, shape in ((Shared, (B, S, H)), (Losses, (B, S, H)), (Residual, (B, S,
         name = f"{mixin.__name__}{form.__name__}"
         made = type(name, (mixin, form), {"__module__": __name__})
         moe(shape, modes=("train",))(made)
+
+
+@moe(own=True, router="renormalised")
+class FirstTokens(WhereIndexAdd):
+    """The first tokens alone go through the experts."""
+
+    def experts(self, x, ids, w):
+        return torch.cat([super().experts(x[:9], ids[:9], w[:9]), x[9:]])
+
+    def reference(self, x):
+        flat = x.reshape(-1, H)
+        return torch.cat([super().reference(flat)[:9], flat[9:]]).view(x.shape)
+
+
+@moe(order="oi")
+class WithoutPadding(WhereIndexAdd):
+    """Tokens that a mask left, routed by themselves."""
+
+    def forward(self, x):
+        flat = x.reshape(-1, H)
+        kept, out = flat[:, 0] > -0.5, torch.zeros_like(flat)
+        rows = flat[kept]
+        w, ids = self.route(rows)
+        out[kept] = self.experts(rows, ids, w)
+        return out.view(x.shape)
+
+    def reference(self, x):
+        return torch.where(x[..., :1] > -0.5, super().reference(x), 0.0)

@@ -215,7 +215,8 @@ def unscattered(r: RowReader, term: Term) -> Term:
             new = E.substitute(e, {load: value})
             factors = tuple(new if f is e and not is_guard else f for f in term.factors)
             guards = tuple(g for g in term.guards if not (is_guard and g is e))
-            if is_guard and (left := r.truth(new)) is not E.TRUE and not _of_a_factor(r, left, factors):
+            left = r.truth(E.as_bool(new)) if is_guard else E.TRUE
+            if left is not E.TRUE and not _of_a_factor(r, left, factors):
                 guards = (*guards, left)
             bound = term.bound if k == 0 or k in term.bound else (*term.bound, k)
             guards = guards if held else (*guards, E.eq(chosen, expert))
@@ -353,6 +354,7 @@ def chosen(r: RowReader, term: Term, expert: Expr, token: Token) -> Chosen:
     table = {expert: ids} if expert in term.bound else {}
     bound = [b for b in term.bound if b != expert]
     counts, factors = ([E.substitute(e, table) for e in es] for es in (guards, term.factors))
+    counts = [g for g in counts if g is not E.TRUE]
     for b in [b for b in bound if not E.mentions(ids, b)]:
         place = next((p for g in counts if (p := solved(g, b)) is not None), None)
         if place is not None:
