@@ -110,6 +110,10 @@ def eq(a: Expr, b: Expr) -> Expr:
     a, b = as_int(a), as_int(b)
     if is_choice(a, b):
         return choose(eq, a, b)
+    for x, known in ((a, b), (b, a)):
+        if op_of(x) == "where" and known.is_Integer and any(y.is_Integer for y in operands(x)[1:]):
+            c, y, z = operands(x)
+            return or_(and_(c, eq(y, known)), and_(not_(c), eq(z, known)))
     e = sympy.expand(a - b)
     if isinstance(e, sympy.Integer):
         return TRUE if e == 0 else FALSE

@@ -364,3 +364,16 @@ class TokensAddedTwice(MaskedTokens):
 
     def matrix(self, ids, w):
         return (F.one_hot(ids, self.count) * w.unsqueeze(-1)).sum(1)
+
+
+@impostor(ANY)
+class IdsThatMayBeAlike(Block):
+    """Two routers may choose one expert twice: it counts once."""
+
+    def experts(self, x, ids, w):
+        probabilities, out = self.gate(x).softmax(-1), torch.zeros_like(x)
+        ids = torch.stack([self.gate(x).argmax(-1), self.gate(x.flip(0)).argmax(-1)], dim=1)
+        for e in range(self.count):
+            mask = (ids == e).any(-1)
+            out[mask] += probabilities[mask, e].unsqueeze(-1) * self.expert(x[mask], e)
+        return out

@@ -20,6 +20,7 @@ from torch import fx
 from ..expr import Expr
 from ..moe_spec import MoESpec
 from ..spec import Choices, MoEMatch, Refusal, Refuse, Weights, where_of
+from .chosen import Token, Unchosen
 from .cones import MOVES, computed, cones, followers, looks_routed, routed
 from .contraction import further
 from .expert import stacked
@@ -29,7 +30,7 @@ from .movement import unravel
 from .parts import Base, Column, Part, add_biases, base_of_sum, check_whole, in_columns, part_of
 from .projections import Weight
 from .read import Unreadable
-from .routing import Token, Unchosen, possible, without_rows
+from .routing import possible, without_rows
 from .rows import RowReader
 from .sums import Sums
 from .terms_of import Term

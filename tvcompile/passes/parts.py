@@ -10,10 +10,11 @@ from torch import fx
 from .. import expr as E
 from ..expr import Expr
 from ..spec import Refuse
+from .chosen import Chosen, Token, Unchosen, chosen, implied, numbered
 from .expert import Expert, bias_of, expert_number, fixing, is_condition, read_expert, with_weighed_input
 from .ids import compared, places
 from .projections import Weight, is_row
-from .routing import Chosen, Token, Unchosen, chosen, implied, numbered, without_rows
+from .routing import without_rows
 from .rows import RowReader, settle
 from .terms_of import Term
 

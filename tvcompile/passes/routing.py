@@ -17,20 +17,13 @@ from torch import fx
 from .. import expr as E
 from ..expr import Expr, IntCall
 from ..spec import Refuse
+from .chosen import Token, numbered, of_any
 from .ids import compared, distinct, places, scattered
 from .movement import axis
 from .places import digits, exclude, solved
-from .rows import RowReader, over
+from .rows import RowReader
 from .signs import compared_with_zero, nonnegative
 from .terms_of import Term
-
-
-@dataclasses.dataclass(frozen=True)
-class Token:
-    """The token's number t in [0, size)."""
-
-    t: Expr
-    size: Expr
 
 
 def without_rows(r: RowReader, term: Term, token: Token, at: int) -> Term:
@@ -50,16 +43,7 @@ def without_rows(r: RowReader, term: Term, token: Token, at: int) -> Term:
             raise Refuse("a condition on the rows of an expert never holds", None)
         guards += g.args if isinstance(g, sympy.And) else [g]
     guards = _settled(r, [g for g in guards if g is not E.TRUE])
-    return unscattered(r, dataclasses.replace(term, guards=tuple(guards)))
-
-
-def numbered(guard: Expr) -> tuple[Expr, int] | None:
-    """(load, n) where the guard says that what is loaded is n."""
-    if E.op_of(guard) != "eq":
-        return None
-    number, rest = E.operands(guard)[0].as_coeff_Add()
-    sign, load = rest.as_coeff_Mul()
-    return (load, int(-number * sign)) if E.op_of(load) == "load" and abs(sign) == 1 else None
+    return of_any(r, unscattered(r, dataclasses.replace(term, guards=tuple(guards))))
 
 
 def _settled(r: RowReader, guards: list[Expr]) -> list[Expr]:
@@ -312,83 +296,3 @@ def _decided(r: RowReader, c: Expr) -> bool | None:
                 table[x] = sympy.Integer(int(base))
     value = E.substitute(c, table) if table else c
     return {E.TRUE: True, E.FALSE: False}.get(value)
-
-
-# Which expert
-
-
-@dataclasses.dataclass(frozen=True)
-class Chosen:
-    """ids[t, k] as a formula, k (0 where K is 1), the conditions under which a pair counts, its weight's factors."""
-
-    ids: Expr
-    k: Expr
-    counts: tuple[Expr, ...]
-    factors: tuple[Expr, ...]
-
-
-class Unchosen(Refuse):
-    """Every token goes through an expert, as through a shared one."""
-
-    def __init__(self, more: str, node: fx.Node | None):
-        super().__init__(f"no comparison with the ids says which tokens an expert gets{more}", node)
-
-
-def chosen(r: RowReader, term: Term, expert: Expr, token: Token) -> Chosen:
-    """The ids that the term compares with its expert's number, or the number itself where it is read from ids."""
-    guards = list(term.guards)
-    ids = None
-    if any(E.op_of(x) == "load" for x in E.walk(expert)):
-        ids = expert
-    else:
-        for g in guards:
-            ids = compared(g, expert)
-            if ids is not None:
-                guards.remove(g)
-                break
-    if ids is None:
-        raise Unchosen(": every expert gets every token", None)
-    if any(E.op_of(x) in ("perm", "inv", "nth") for e in (ids, *guards, *term.factors) for x in E.walk(e)):
-        raise Refuse("the weight of an expert is read at another row than its result", None)
-    guards = [g for g in guards if not implied(r, g, ids, expert)]
-    table = {expert: ids} if expert in term.bound else {}
-    bound = [b for b in term.bound if b != expert]
-    counts, factors = ([E.substitute(e, table) for e in es] for es in (guards, term.factors))
-    counts = [g for g in counts if g is not E.TRUE]
-    for b in [b for b in bound if not E.mentions(ids, b)]:
-        place = next((p for g in counts if (p := solved(g, b)) is not None), None)
-        if place is not None:
-            # sum_c (c = place) f(c) is f(place) where place is one of them.
-            bound.remove(b)
-            table = {b: place}
-            inside = [E.le(sympy.Integer(0), place), E.lt(place, r.ranges[b])]
-            counts = [g for g in (r.truth(E.substitute(e, table)) for e in counts) if g is not E.TRUE]
-            counts += [g for g in map(r.truth, inside) if g is not E.TRUE and g not in counts]
-            factors = [E.substitute(e, table) for e in factors]
-    k = [b for b in bound if E.mentions(ids, b)]
-    if len(bound) > 1 or len(k) != len(bound):
-        raise Refuse("what is added up for a token runs over more than its experts", None)
-    strange = set().union(*(e.free_symbols for e in (ids, *counts, *factors))) & set(r.ranges)
-    if strange - {token.t, *k}:
-        raise Refuse("the weight of an expert depends on more than token and choice", None)
-    return Chosen(ids, k[0] if k else sympy.Integer(0), tuple(counts), tuple(factors))
-
-
-def implied(r: RowReader, guard: Expr, ids: Expr, expert: Expr) -> bool:
-    """Does ids == expert imply the guard: that any of the token's ids is?"""
-    call = guard
-    if E.op_of(guard) == "le":  # 1 - count <= 0
-        call = sympy.expand(1 - E.operands(guard)[0])
-    elif isinstance(guard, sympy.Not) and E.op_of(guard.args[0]) == "eq":
-        call = E.operands(guard.args[0])[0]
-    if E.op_of(call) not in ("any", "count"):
-        return False
-    node = r.nodes[E.operands(call)[0].name]
-    source, at, positions = over(r, node, E.operands(call)[1:])
-    body = r.truth(E.as_bool(r.read(source, at, r.position[node])))
-    if (other := compared(body, expert)) is None:
-        return False
-    return any(
-        E.substitute(other, {p: b}) == ids
-        for p in positions if p != 0 for b in sorted(ids.free_symbols, key=str) if b in r.ranges
-    ) or other == ids  # fmt: skip
