@@ -13,6 +13,7 @@ import sys
 import torch
 
 from tests import fuzz, moe_fuzz_misses as misses, moe_fuzz_parts as parts
+from tests.moe_fuzz_dispatches import DISPATCHES
 from tests.moe_spellings.grouped import grouped_mm
 from tests.spellings.base import MAKERS
 
@@ -37,7 +38,7 @@ def generate(seed: int) -> fuzz.Program:
     rng = random.Random(seed)
     w = parts.Writer(rng)
     parts.start(w)
-    dispatch, own = w.pick(*parts.DISPATCHES.values())
+    dispatch, own = w.pick(*DISPATCHES.values())
     w.own = w.own and own
     parts.weights(w)
     parts.router(w)

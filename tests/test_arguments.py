@@ -57,7 +57,7 @@ def named(constants: tuple) -> Iterator[str]:
 
 
 def strings(function: types.FunctionType, seen: set[int]) -> Iterator[str]:
-    """The strings in the code of a function, and of those of its module that it calls or holds."""
+    """The strings in the code of a function, and of those that it holds, or calls in its module."""
     if id(function) in seen:
         return
     seen.add(id(function))
@@ -65,12 +65,12 @@ def strings(function: types.FunctionType, seen: set[int]) -> Iterator[str]:
     for code in codes:
         codes += [c for c in code.co_consts if isinstance(c, types.CodeType)]
         yield from named(code.co_consts)
-    held = [cell.cell_contents for cell in function.__closure__ or ()]
-    held += [function.__globals__.get(name) for code in codes for name in code.co_names]
-    for x in held:
+    given = [cell.cell_contents for cell in function.__closure__ or ()]
+    own = [function.__globals__.get(name) for code in codes for name in code.co_names]
+    for x in (*given, *own):
         if isinstance(x, str):
             yield x
-        if isinstance(x, types.FunctionType) and x.__module__ == function.__module__:
+        if isinstance(x, types.FunctionType) and (x in given or x.__module__ == function.__module__):
             yield from strings(x, seen)
 
 

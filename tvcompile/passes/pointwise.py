@@ -8,12 +8,11 @@ use of the operation has none. The reader casts the formula to the node's dtype.
 
 from __future__ import annotations
 
-import math
-
 import sympy
 import torch
 
 from .. import expr as E
+from .activations import ACTIVATIONS, power
 from .atoms import ATOM_RULES, ATOMS
 from .movement import axis
 
@@ -40,20 +39,7 @@ def _pair(r, a, n, idx):
 
 
 def _pow(r, a, n, idx):
-    """Powers that are products or roots are these, as PyTorch computes them too."""
-    x, y = _pair(r, a, n, idx)
-    power = E.constant(y)
-    if "float" not in (E.kind(x), E.kind(y)) or E.constant(x) is not None or power is None:
-        return E.apply("pow", x, y)
-    root = {0.5: "sqrt", -0.5: "rsqrt"}.get(power)
-    if root is not None:
-        return E.apply(root, x)
-    if power != int(power) or not 1 <= abs(power) <= 4:
-        return E.apply("pow", x, y)
-    found = E.as_float(x)
-    for _ in range(int(abs(power)) - 1):
-        found = E.apply("mul", found, x)
-    return found if power > 0 else E.apply("reciprocal", found)
+    return power(*_pair(r, a, n, idx))
 
 
 def _swapped(op: str):
@@ -307,37 +293,6 @@ def _apply(formula):
     return rule
 
 
-def _gelu(x, a):
-    """x * Phi(x), or its approximation by tanh"""
-    if a.get("approximate", "none") == "tanh":
-        cube = E.apply("mul", E.apply("mul", x, x), x)
-        inner = E.apply(
-            "mul", E.apply("add", x, E.apply("mul", cube, E.number(0.044715))), E.number((2 / math.pi) ** 0.5)
-        )
-        phi = E.apply("add", E.apply("tanh", inner), E.number(1.0))
-    else:
-        phi = E.apply("add", E.apply("erf", E.apply("mul", x, E.number(0.5**0.5))), E.number(1.0))
-    return E.apply("mul", E.apply("mul", x, E.number(0.5)), phi)
-
-
-def _clamped(x, low, high):
-    return E.apply("clamp_max", E.apply("clamp_min", x, E.number(float(low))), E.number(float(high)))
-
-
-def _softplus(x, a):
-    return E.apply("softplus", x) if a.get("beta", 1) == 1 and a.get("threshold", 20) == 20 else None
-
-
-def _negative_side(x, below):
-    return E.where(E.lt(E.number(0.0), x), x, below)
-
-
-def _elu(x, a):
-    if a.get("scale", 1) != 1 or a.get("input_scale", 1) != 1:
-        return None
-    return _negative_side(x, E.apply("mul", E.apply("expm1", x), E.number(float(a.get("alpha", 1)))))
-
-
 def _glu(r, a, n, idx):
     """The first half times the sigmoid of the second."""
     d, here = axis(a.get("dim", -1), len(idx)), r.position[n]
@@ -345,20 +300,6 @@ def _glu(r, a, n, idx):
     x, gate = (r.read(a["self"], (*idx[:d], idx[d] + start, *idx[d + 1 :]), here) for start in (ZERO, half))
     return E.apply("mul", x, E.apply("sigmoid", gate))
 
-
-ACTIVATIONS = {
-    "silu": lambda x, a: E.apply("mul", x, E.apply("sigmoid", x)),
-    "gelu": _gelu,
-    "square": lambda x, a: E.apply("mul", x, x),
-    "round": lambda x, a: None if a.get("decimals") else E.apply("round", x),
-    "softplus": _softplus,
-    "mish": lambda x, a: E.apply("mul", x, E.apply("tanh", E.apply("softplus", x))),
-    "log_sigmoid": lambda x, a: E.apply("neg", E.apply("softplus", E.apply("neg", x))),
-    "relu6": lambda x, a: _clamped(x, 0, 6),
-    "hardtanh": lambda x, a: _clamped(x, a.get("min_val", -1), a.get("max_val", 1)),
-    "leaky_relu": lambda x, a: _negative_side(x, E.apply("mul", x, E.number(float(a.get("negative_slope", 0.01))))),
-    "elu": _elu,
-}
 
 UNARY = (
     "neg", "abs", "exp2", "log", "log2", "log1p", "expm1", "sqrt", "rsqrt", "tanh", "sigmoid", "sin", "cos", "erf",
