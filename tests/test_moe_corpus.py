@@ -13,7 +13,7 @@ import tvcompile
 from tests import harness
 from tests.moe_impostors import IMPOSTORS
 from tests.moe_impostors.experts import DropoutInExperts
-from tests.moe_spellings import CORPUS
+from tests.moe_spellings import CORPUS, Block
 from tests.moe_spellings.capacity import SwitchInFloats
 from tvcompile.moe_spec import MoESpec
 
@@ -110,6 +110,47 @@ def test_two_layers_are_two_sites(names):
     program = torch.nn.Sequential(blocks[0], torch.nn.Tanh(), blocks[1])
     report = harness.run(program, CORPUS[names[0]].make_inputs(torch.float32), True)
     assert len(moe_sites(report)) == 2, [str(r) for r in report.refusals]
+
+
+class Given(torch.nn.Module):
+    """The experts alone: ids and weights are inputs."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def forward(self, x, ids, w):
+        return self.block.experts(x, ids, w)
+
+
+class GatheredWeights(Block):
+    def __init__(self, bias, combine):
+        self.bias, self.combine = bias, combine
+        super().__init__()
+
+    def experts(self, x, ids, w):
+        def product(x, weight, bias):
+            y = torch.einsum("tki,tkio->tko", x, weight[ids])
+            return y if bias is None else y + bias[ids]
+
+        return self.combine(self.mlp(x.unsqueeze(1).expand(-1, self.top, -1), product), w)
+
+
+@pytest.mark.parametrize("combine", ["sum", "einsum", "bmm", "matmul"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_ids_and_weights_may_be_inputs(combine, bias):
+    """A weight [T,K] of results is no weight of a projection."""
+    combines = {
+        "sum": lambda y, w: (y * w.unsqueeze(-1)).sum(1),
+        "einsum": lambda y, w: torch.einsum("tkh,tk->th", y, w),
+        "bmm": lambda y, w: torch.bmm(w.unsqueeze(1), y).squeeze(1),
+        "matmul": lambda y, w: (y.mT @ w.unsqueeze(-1)).squeeze(-1),
+    }
+    torch.manual_seed(0)
+    block = GatheredWeights(bias, combines[combine])
+    w, ids = torch.randn(9, 4).softmax(-1).topk(2, -1)
+    report = harness.run(Given(block), [torch.randn(9, 24), ids, w], True)
+    assert len(moe_sites(report)) == 1, [str(r) for r in report.refusals]
 
 
 class Summed(torch.nn.Module):

@@ -110,13 +110,13 @@ def eq(a: Expr, b: Expr) -> Expr:
     a, b = as_int(a), as_int(b)
     if is_choice(a, b):
         return choose(eq, a, b)
-    for x, known in ((a, b), (b, a)):
-        if op_of(x) == "where" and known.is_Integer and any(y.is_Integer for y in operands(x)[1:]):
-            c, y, z = operands(x)
-            return or_(and_(c, eq(y, known)), and_(not_(c), eq(z, known)))
     e = sympy.expand(a - b)
     if isinstance(e, sympy.Integer):
         return TRUE if e == 0 else FALSE
+    rest, chosen = e.as_coeff_Add()
+    if op_of(chosen) == "where" and any(x.is_Integer for x in operands(chosen)[1:]):
+        c, x, y = operands(chosen)
+        return or_(and_(c, eq(x, -rest)), and_(not_(c), eq(y, -rest)))
     return BoolCall("eq", -e if e.could_extract_minus_sign() else e)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from .atoms import ATOM_RULES
-from .contraction import without_sum
+from .contraction import letters, without_sum
 from .ids import CASTS, selected_from
 from .movement import MOVEMENT, SPLITS
 from .pointwise import POINTWISE
@@ -50,7 +50,20 @@ def _has_weight(r: RowReader, n: fx.Node) -> bool:
     val = n.meta.get("val")
     if not (isinstance(val, torch.Tensor) and val.dtype.is_floating_point and val.dim() > 1):
         return False
-    return any(_is_weight(r, x, gathered=True) for x in n.all_input_nodes)
+    return any(_brings_columns(r, n, x) and _is_weight(r, x, gathered=True) for x in n.all_input_nodes)
+
+
+def _brings_columns(r: RowReader, n: fx.Node, x: fx.Node) -> bool:
+    """Has the product dims that are x's alone? What rows are weighed by has none: einsum("tkh,tk->th", y, w)."""
+    a = r.arguments(n)
+    if r.name(n) == "einsum":
+        names, _ = letters(a["equation"], [len(r.shape(t)) for t in a["tensors"]])
+        own = [dict(zip(term, r.shape(t))) for term, t in zip(names, a["tensors"]) if t is x]
+        others = {c for term, t in zip(names, a["tensors"]) if t is not x for c in term}
+        return any(size != 1 for sizes in own for c, size in sizes.items() if c not in others)
+    if r.name(n) in ("matmul", "bmm", "mm"):
+        return r.shape(x)[-1 if x is n.args[1] else -2] != 1
+    return True
 
 
 def _is_weight(r: RowReader, x: fx.Node, gathered: bool = False) -> bool:
@@ -115,10 +128,16 @@ def _reached(r: RowReader, last: fx.Node, owner: dict, lasts: set[fx.Node]) -> s
         )
         users = [u for u in n.users if u.op == "call_function"]
         summed_on = list(map(r.name, users)) == ["add"]  # as in a loop that begins with a base
-        projected = r.name(n) == "add" and any(r.name(u) in PRODUCTS and _has_weight(r, u) for u in users)
+        projected = r.name(n) == "add" and any(_projects(r, u, n) for u in users)
         if not projected and (not ends_here or summed_on):
             queue += n.users
     return found
+
+
+def _projects(r: RowReader, product: fx.Node, x: fx.Node) -> bool:
+    """Is the next layer's product one of x with a weight, over the features of x?"""
+    first = {"linear": 0, "matmul": 0, "mm": 0, "addmm": 1}.get(r.name(product))
+    return first is not None and product.args[first] is x and _has_weight(r, product)
 
 
 def _wide(r: RowReader, x: fx.Node, n: fx.Node) -> bool:

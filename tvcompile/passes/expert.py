@@ -67,7 +67,10 @@ def read_expert(r: RowReader, node: fx.Node, idx: Index, term: Term, t: Expr, d:
     fix = fixing(r, term)
 
     last = projection(r, node, idx)
-    down = fixed(last.weight, fix, last.length, r.shape(node)[[i for i, x in enumerate(idx) if x == d][-1] - len(idx)])
+    columns = [i for i, x in enumerate(idx) if x == d and d != 0]
+    if not columns:
+        raise Refuse("the features of a result are not the columns of a last projection", node)
+    down = fixed(last.weight, fix, last.length, r.shape(node)[columns[-1] - len(idx)])
     hidden, at = last.x
     inside: tuple[Expr, ...] = ()
     while (split := weighed_by(r, *leaf_of(r, hidden, at, r.position[node])[:2], last.over, fix)) is not None:

@@ -95,11 +95,11 @@ def lift_cone(r: RowReader, facts: Facts, cone: list[fx.Node], ends: set[fx.Node
 
 def lift_at(r: RowReader, facts: Facts, sums: Sums, anchor: fx.Node) -> MoEMatch:
     """The mixture whose result is the value of `anchor`."""
-    *lead, width = r.shape(anchor)
+    *lead, width = shape = _without_ones(r.shape(anchor))
     size = sympy.expand(sympy.Mul(*lead))
     token = Token(r.fresh(size, "t"), size)
     d, at = r.fresh(width, "d"), r.position[anchor]
-    idx = (*unravel(token.t, lead, r.bounds), d)
+    idx = (*unravel(token.t, lead, r.bounds), d, *[sympy.Integer(0)] * (len(r.shape(anchor)) - len(shape)))
     sums.d = d
     terms = sums.of(anchor, idx, at + 1)
     terms = [t for t in terms if possible(r, t)]
@@ -109,6 +109,13 @@ def lift_at(r: RowReader, facts: Facts, sums: Sums, anchor: fx.Node) -> MoEMatch
     columns = in_columns(parts)
     check_whole(r, columns, base, anchor)
     return build(r, facts, anchor, token, columns, base)
+
+
+def _without_ones(shape: tuple[Expr, ...]) -> tuple[Expr, ...]:
+    """Without dims of 1 behind the features, as y.mT @ w[:, :, None] has one."""
+    while len(shape) > 1 and shape[-1] == 1:
+        shape = shape[:-1]
+    return shape
 
 
 class Shared(Refuse):
