@@ -128,8 +128,8 @@ class _Choice:
         if op == "where":
             return self._where(*map(self.write, E.operands(e)))
         args = [self.write(a) for a in E.operands(e)]
-        if op in E.CASTS:
-            return self.w.cast(args[0], getattr(torch, op))
+        if op in E.CASTS or op == "int":
+            return self.w.cast(args[0], torch.int64 if op == "int" else getattr(torch, op))
         if op is not None:
             return self.w.call(CALLS[op] if op in CALLS else getattr(aten, op).default, *args)
         result = args[0]
@@ -180,7 +180,7 @@ class _Choice:
 CALLS: dict[str, Callable] = {
     "add": operator.add, "sub": operator.sub, "mul": operator.mul, "div": operator.truediv, "neg": operator.neg,
     "//": operator.floordiv, "%": operator.mod, "fle": operator.le, "flt": operator.lt, "feq": operator.eq,
-    "max": aten.maximum.default, "min": aten.minimum.default,
+    "max": aten.maximum.default, "min": aten.minimum.default, "pow": operator.pow,
 }  # fmt: skip
 JOINS: dict[Any, Callable] = {
     sympy.Add: operator.add, sympy.Mul: operator.mul, sympy.And: operator.and_, sympy.Or: operator.or_,

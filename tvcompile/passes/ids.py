@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import sympy
+import torch
 from torch import fx
 
 from .. import expr as E
@@ -30,12 +31,14 @@ def in_range(r: RowReader, ids: Expr, experts: Expr) -> bool:
     return places(r, node) == experts
 
 
+# Dtypes that do not hold the numbers of all experts.
+NARROW = (torch.bool, torch.uint8, torch.int8, torch.float16, torch.bfloat16)
 KEPT = {"to", "clone", "contiguous", "detach", "alias", "view", "reshape", "unsqueeze", "squeeze", "t", "transpose"}
 
 
 def places(r: Reader, node: fx.Node) -> Expr | None:
     """The size of the dim in which topk, max or argmax found places, alike in all parts of what was joined."""
-    while node.op == "call_function" and r.name(node) in KEPT:
+    while node.op == "call_function" and r.name(node) in KEPT and node.meta["val"].dtype not in NARROW:
         node = node.args[0]
     if node.op != "call_function":
         return None
@@ -98,8 +101,10 @@ def distinct(r: RowReader, ids: fx.Node) -> bool:
     """Do the ids of one token differ from each other, as those of a topk do?"""
     while ids.op == "call_function":
         if r.name(ids) == "getitem":
-            return r.name(ids.args[0]) in ("topk", "sort") and ids.args[1] == 1
-        if r.name(ids) in ("clone", "contiguous", "detach", "alias", "to"):
+            a, rank = r.arguments(ids.args[0]), len(r.shape(ids))
+            chosen = r.name(ids.args[0]) in ("topk", "sort") and ids.args[1] == 1
+            return chosen and axis(a.get("dim", -1), rank) == rank - 1
+        if r.name(ids) in ("clone", "contiguous", "detach", "alias", "to") and ids.meta["val"].dtype not in NARROW:
             ids = ids.args[0]
             continue
         break

@@ -20,7 +20,7 @@ from ..expr import Expr, IntCall
 from ..spec import Refuse
 from .contraction import contraction
 from .counts import whole
-from .ids import chosen_sides, distinct, in_range
+from .ids import NARROW, chosen_sides, distinct, in_range
 from .movement import Index, axis, unravel
 from .read import Reader
 from .rows import GROUPED, RowReader, over, settle
@@ -273,9 +273,6 @@ def _set_ids(r: RowReader, matrix: fx.Node) -> Ids | None:
     rows = axis(a["dim"], len(zero)) == len(zero) - 1 and r.shape(ids)[:-1] == r.shape(matrix)[:-1]
     plain = a.get("reduce") is None and ends == [0, 1]
     return ids_of(r, ids, here) if rows and plain and distinct(r, ids) else None
-
-
-NARROW = (torch.bool, torch.uint8, torch.int8, torch.float16, torch.bfloat16)
 
 
 def _unwrapped(r: RowReader, node: fx.Node) -> fx.Node:
