@@ -5,6 +5,7 @@ from tests.moe_impostors import (  # noqa: F401  (registers them)
     capacity,
     choices,
     experts,
+    ids,
     maps,
     one_hot,
     positions,

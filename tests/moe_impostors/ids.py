@@ -1,0 +1,78 @@
+"""Ids of one token that may be alike: of two routers, of a topk along the tokens, in dtypes that do not hold them."""
+
+import torch
+import torch.nn.functional as F
+
+from tests.moe_impostors.base import ANY, impostor
+from tests.moe_spellings.base import Block
+
+
+@impostor(ANY)
+class IdsThatMayBeAlike(Block):
+    """Two routers may choose one expert twice: it counts once."""
+
+    def experts(self, x, ids, w):
+        probabilities, out = self.gate(x).softmax(-1), torch.zeros_like(x)
+        ids = self.choices(x)
+        for e in range(self.count):
+            mask = (ids == e).any(-1)
+            out[mask] += probabilities[mask, e].unsqueeze(-1) * self.expert(x[mask], e)
+        return out
+
+    def choices(self, x):
+        return torch.stack([self.gate(x).argmax(-1), self.gate(x.flip(0)).argmax(-1)], dim=1)
+
+
+@impostor(ANY)
+class ChosenAlongTheTokens(IdsThatMayBeAlike):
+    """A topk over the other dim: ids of one token may be alike."""
+
+    count = 24
+
+    def choices(self, x):
+        return self.gate(x).T[:, :2].topk(x.shape[0], dim=0).indices
+
+
+class WrappedIds(Block):
+    """Of 299 experts, numbered by a dtype that does not hold their numbers: ids of a token may be alike."""
+
+    count, kind, held = 299, "relu", torch.uint8
+
+    def route(self, x):
+        w, ids = super().route(x)
+        return w, ids.to(self.held).long()
+
+    def experts(self, x, ids, w):
+        h = torch.einsum("ti,tkio->tko", x, self.w_up[ids]).relu()
+        return (torch.einsum("tki,tkio->tko", h, self.w_down[ids]) * w.unsqueeze(-1)).sum(1)
+
+
+@impostor(None)
+class WrappedIdsGathered(WrappedIds):
+    pass
+
+
+@impostor(None)
+class RoundedIdsGathered(WrappedIds):
+    held = torch.bfloat16
+
+
+@impostor(None)
+class WrappedIdsInAMatrix(WrappedIds):
+    """The last of two that are alike counts."""
+
+    def experts(self, x, ids, w):
+        matrix, out = x.new_zeros(x.shape[0], self.count).scatter(1, ids, w), torch.zeros_like(x)
+        for e in range(0, self.count, 50):
+            out = out + matrix[:, e, None] * self.expert(x, e)
+        return out
+
+
+@impostor(None)
+class RoundedIdsInAOneHot(WrappedIds):
+    held = torch.bfloat16
+
+    def experts(self, x, ids, w):
+        hot = F.one_hot(ids, self.count).to(x.dtype)
+        h = torch.einsum("tke,ti,eio->tko", hot, x, self.w_up).relu()
+        return (torch.einsum("tke,tki,eio->tko", hot, h, self.w_down) * w.unsqueeze(-1)).sum(1)
