@@ -49,6 +49,16 @@ def test_a_part_that_is_not_there_has_no_slope():
     assert derivative(syntax.parse("s + bias[h, q, kv]"), E.S) == E.number(1.0)
 
 
+@pytest.mark.parametrize("text", ["pow(relu(s), 0.7)", "sqrt(relu(s))", "sqrt(clamp_min(s, 0.0))"])
+def test_what_is_not_let_through_is_zero_even_times_infinity(text):
+    e = syntax.parse(text)
+    s = torch.tensor([-1.0, -2.0, 3.0], dtype=torch.float64).view(1, 1, 3, 1).requires_grad_()
+    scope = Problem.of(*[torch.zeros(1, 1, 3, 1, dtype=torch.float64)] * 3, [], [], "scale=1", None).scope
+    (want,) = torch.autograd.grad(mods.tensor(e, scope.at(captures={}, s=s, kv=(0, 1))).sum(), s)
+    got = mods.tensor(derivative(e, E.S), scope.at(captures={}, s=s.detach(), kv=(0, 1)))
+    torch.testing.assert_close(got, want, equal_nan=True)
+
+
 def test_all_that_is_read_of_floats_has_a_rule():
     assert set(READ) <= set(RULES)
     binary = {op for op, rule in POINTWISE.items() if rule.__qualname__.startswith("_binary")}

@@ -66,11 +66,25 @@ def sub(a: Expr, b: Expr) -> Expr:
 def mul(a: Expr, b: Expr) -> Expr:
     if ZERO in (a, b):
         return ZERO
-    return b if a == ONE else a if b == ONE else E.apply("mul", a, b)
+    if a == ONE or b == ONE:
+        return b if a == ONE else a
+    if (found := _where_not_zero(a, lambda x: mul(x, b))) is not None:
+        return found
+    found = _where_not_zero(b, lambda x: mul(a, x))
+    return E.apply("mul", a, b) if found is None else found
 
 
 def div(a: Expr, b: Expr) -> Expr:
-    return ZERO if a == ZERO else E.apply("div", a, b)
+    found = _where_not_zero(a, lambda x: div(x, b))
+    return ZERO if a == ZERO else E.apply("div", a, b) if found is None else found
+
+
+def _where_not_zero(e: Expr, of: Callable[[Expr], Expr]) -> Expr | None:
+    """of(x) where e is x and no constant 0: a gradient that was not let through is 0, whatever it is multiplied by."""
+    if E.op_of(e) != "where" or ZERO not in E.operands(e)[1:]:
+        return None
+    c, a, b = E.operands(e)
+    return E.where(c, ZERO if a == ZERO else of(a), ZERO if b == ZERO else of(b))
 
 
 def _extreme(first_wins: Callable[[Expr, Expr], Expr]) -> Callable:

@@ -364,3 +364,67 @@ class TokensAddedTwice(MaskedTokens):
 
     def matrix(self, ids, w):
         return (F.one_hot(ids, self.count) * w.unsqueeze(-1)).sum(1)
+
+
+class TwoMatrices(Block):
+    """Rows and weights of two routings, scattered into matrices of their own."""
+
+    router, kind = "sigmoid_topk", "relu"
+
+    def experts(self, x, ids, w):
+        other = torch.topk(self.gate(x.flip(0)), self.top, dim=-1).indices
+        g, f = (x.new_zeros(x.shape[0], self.count).scatter(1, i, w) for i in (ids, other))
+        probabilities, out = self.gate(x).softmax(-1), torch.zeros_like(x)
+        chosen = self.chosen(g, f)
+        for e in range(self.count):
+            (token,) = torch.where(chosen[:, e])
+            out = out.index_add(0, token, self.expert(x[token], e) * probabilities[token, e, None])
+        return out
+
+
+@impostor(ANY)
+class ChosenByEither(TwoMatrices):
+    def chosen(self, g, f):
+        return g + f > 0
+
+
+@impostor(ANY)
+class ChosenByTheGreater(TwoMatrices):
+    def chosen(self, g, f):
+        return g > -f
+
+
+@impostor(ANY)
+class ScatteredIntoFewerRows(Block):
+    """The last tokens have no ids."""
+
+    def experts(self, x, ids, w):
+        g, out = x.new_zeros(x.shape[0], self.count).scatter(1, ids[:9], w[:9]), torch.zeros_like(x)
+        for e in range(self.count):
+            out = out + g[:, e, None] * self.expert(x, e)
+        return out
+
+
+@impostor(ANY)
+class AddedToMinusInfinity(Block):
+    """Weights that are nowhere."""
+
+    def experts(self, x, ids, w):
+        g = x.new_full((x.shape[0], self.count), -torch.inf).scatter_add(1, ids, w).sigmoid()
+        return sum(g[:, e, None] * self.expert(x, e) for e in range(self.count))
+
+
+@impostor(ANY)
+class OneNumberAsBias(Block):
+    kind = "relu"
+
+    def __init__(self):
+        super().__init__()
+        self.numbers = nn.Parameter(torch.randn(self.count))
+
+    def experts(self, x, ids, w):
+        out = torch.zeros_like(x)
+        for e in range(self.count):
+            y = (x @ self.w_up[e] + self.numbers[e]).relu() @ self.w_down[e]
+            out = out + (w * (ids == e)).sum(-1, keepdim=True) * y
+        return out

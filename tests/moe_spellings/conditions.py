@@ -118,3 +118,38 @@ class DroppedAsMinusOne(Block):
             token, k = torch.where(ids == e)
             out = out.index_add(0, token, self.expert(x[token], e) * w[token, k, None])
         return out
+
+
+class NotZero(FromAMatrix):
+    def counts(self, matrix):
+        return matrix != 0
+
+
+@moe(modes=("train",))
+class ZeroWeightsDoNotLearn(NotZero):
+    """A weight that is exactly 0 gets no gradient from an expert that was not asked."""
+
+    def route(self, x):
+        w, ids = torch.topk(self.gate(x), self.top, dim=-1)
+        return w * (torch.arange(x.shape[0]) % 2)[:, None], ids
+
+
+@moe(kind="relu", modes=("train",))
+class SharesOfNothing(NotZero):
+    """Weights are divided by their sum, which may be 0: there is none then."""
+
+    def route(self, x):
+        return torch.topk((self.gate(x) - 0.5).relu(), self.top, dim=-1)
+
+    def coefficients(self, x):
+        c = super().coefficients(x)
+        return torch.where(c > 0, c / c.sum(-1, keepdim=True), 0.0)
+
+    def experts(self, x, ids, w):
+        matrix, out = self.matrix(x, ids, w), torch.zeros_like(x)
+        total = matrix.sum(-1)
+        for e in range(self.count):
+            (token,) = torch.where(matrix[:, e] > 0)
+            y = self.expert(x[token], e) * (matrix[token, e] / total[token])[:, None]
+            out = out.index_add(0, token, y)
+        return out

@@ -130,4 +130,6 @@ def _any_of(r: RowReader, guard: Expr) -> tuple[Expr | None, list[Expr]]:
         return None, []
     node = r.nodes[E.operands(call)[0].name]
     source, at, positions = over(r, node, E.operands(call)[1:])
-    return r.truth(E.as_bool(r.read(source, at, r.position[node]))), positions
+    value = r.read(source, at, r.position[node])
+    body = r.truth(E.as_bool(value))
+    return (body, positions) if value in (body, E.as_int(body)) else (None, [])

@@ -182,7 +182,7 @@ def biases_of(r: RowReader, units: list[Unit], layout: str, f: Expr, F: Expr, ab
         number = number_of(r, node, tuple(idx))
         step = sympy.cancel(number.coeff(f) / unit.column.coeff(f))
         rest = sympy.expand(number - step * unit.column)
-        if rest.has(f) or not step.is_Integer:
+        if rest.has(f) or not step.is_Integer or step == 0:
             raise Refuse("a bias is read at other columns than its projection", about)
         found.append(Weight(node, rest, 0, int(step), 1, int(unit.columns(r))))
     if layout in ("chunk", "interleave"):
@@ -315,6 +315,8 @@ def stacked(r: RowReader, ws: Sequence[Weight], formula: Expr | None, count: int
     if formula is not None:
         step = int(w.rest.coeff(formula))
         start = sympy.expand(w.rest - step * formula)
+        if step == 0:
+            raise Refuse("a weight is the same for all experts", w.node)
     elif all(x.node is w.node for x in ws) and len(ws) > 1:
         step, start = int(ws[1].rest - w.rest), w.rest
         if step <= 0 or any(x.rest != start + k * step for k, x in enumerate(ws)):

@@ -33,6 +33,7 @@ def in_range(r: RowReader, ids: Expr, experts: Expr) -> bool:
 
 # Dtypes that do not hold the numbers of all experts.
 NARROW = (torch.bool, torch.uint8, torch.int8, torch.float16, torch.bfloat16)
+ARGS = ("argmax", "argmin", "argsort")
 KEPT = {"to", "clone", "contiguous", "detach", "alias", "view", "reshape", "unsqueeze", "squeeze", "t", "transpose"}
 
 
@@ -45,12 +46,13 @@ def places(r: Reader, node: fx.Node) -> Expr | None:
     if r.name(node) in ("cat", "concat", "concatenate", "stack"):
         found = {places(r, part) for part in r.arguments(node)["tensors"]}
         return found.pop() if len(found) == 1 else None
-    source = node.args[0] if r.name(node) == "getitem" and node.args[1] == 1 else node
-    if not isinstance(source, fx.Node) or r.name(source) not in ("topk", "max", "sort", "argmax", "argsort", "min"):
+    part = r.name(node) == "getitem" and node.args[1] == 1
+    source = node.args[0] if part else node
+    if not isinstance(source, fx.Node) or r.name(source) not in (("topk", "max", "sort", "min") if part else ARGS):
         return None
     a = r.arguments(source)
     shape = r.shape(a["self"])
-    dim = a.get("dim", -1)
+    dim = a.get("dim", None if r.name(source) in ("max", "min", "argmax", "argmin") else -1)
     return None if dim is None else shape[axis(dim, len(shape))]
 
 

@@ -168,6 +168,8 @@ def _by_mask(r: RowReader, offsets: fx.Node, row: Expr, experts: Expr) -> Expr |
     added = _unwrapped(r, offsets)
     if mask is None or len(r.shape(mask)) != 2 or r.shape(mask)[0] != experts or r.name(added) != "cumsum":
         return None
+    if added.meta["val"].dtype in NARROW:
+        return None
     counts = _unwrapped(r, r.arguments(added)["self"])
     if r.name(counts) != "sum" or counts.meta["val"].dtype in NARROW:
         return None
@@ -199,6 +201,8 @@ def ids_of(r: RowReader, node: fx.Node, at: int) -> Ids:
 def counted_ids(r: RowReader, offsets: fx.Node, experts: Expr, node: fx.Node) -> Ids:
     """The ids of which offsets[e] counts those up to e."""
     source = _unwrapped(r, offsets)
+    if source.meta["val"].dtype in NARROW:
+        raise Refuse(f"the offsets of a grouped product are counted in {source.meta['val'].dtype}", node)
     a, here, name = r.arguments(source), r.position[source], r.name(source)
     probe = r.fresh(experts, "e")
     if name == "cumsum" and axis(a["dim"], 1) == 0:

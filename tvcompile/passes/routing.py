@@ -22,7 +22,7 @@ from .ids import compared, distinct, places, scattered
 from .movement import axis
 from .places import digits, exclude, solved
 from .rows import RowReader
-from .signs import compared_with_zero, nonnegative
+from .signs import compared_with_zero, positive
 from .terms_of import Term
 
 
@@ -183,7 +183,7 @@ def unscattered(r: RowReader, term: Term) -> Term:
             if E.op_of(load.args[-1]) == "load":
                 continue
             source = _source_of_scatter(r, load)
-            if source is None or not vanishes(r, E.where(e, E.number(1.0), E.number(0.0)) if is_guard else e):
+            if source is None or not vanishes(r, E.where(e, E.number(1.0), E.number(0.0)) if is_guard else e, load):
                 continue
             ids, values, k, set_at = source
             expert = load.args[-1]
@@ -200,26 +200,13 @@ def unscattered(r: RowReader, term: Term) -> Term:
             factors = tuple(new if f is e and not is_guard else f for f in term.factors)
             guards = tuple(g for g in term.guards if not (is_guard and g is e))
             left = r.truth(E.as_bool(new)) if is_guard else E.TRUE
-            if left is not E.TRUE and not _of_a_factor(r, left, factors):
+            if left is not E.TRUE and not positive(r, compared_with_zero(left)):
                 guards = (*guards, left)
             bound = term.bound if k == 0 or k in term.bound else (*term.bound, k)
             guards = guards if held else (*guards, E.eq(chosen, expert))
             term = dataclasses.replace(term, factors=factors, guards=guards, bound=bound)
             return unscattered(r, term)
     return term
-
-
-def _of_a_factor(r: RowReader, guard: Expr, factors: tuple[Expr, ...]) -> bool:
-    """Does a guard say that a factor is not zero, so that nothing is lost without it?"""
-    x = compared_with_zero(guard)
-    signed = E.op_of(guard) == "flt" and x is not None and not nonnegative(r, x)
-    return x is not None and not signed and _bare(x) in map(_bare, factors)
-
-
-def _bare(e: Expr) -> Expr:
-    while E.op_of(e) in E.CASTS:
-        (e,) = E.operands(e)
-    return e
 
 
 def _source_of_scatter(r: RowReader, x: Expr):
@@ -236,6 +223,11 @@ def _source_of_scatter(r: RowReader, x: Expr):
     rank = len(r.shape(node))
     if axis(a["dim"], rank) != rank - 1 or not distinct(r, a["index"]):
         return None
+    if r.shape(a["index"])[:-1] != r.shape(node)[:-1]:
+        return None  # rows beyond the ids' have none
+    zero = tuple(r.fresh(n, "z") for n in r.shape(node))
+    if r.name(node) == "scatter_add" and E.constant(r.read(a["self"], zero, r.position[node])) != 0:
+        return None
     *lead, _ = E.operands(x)[1:]
     k = r.fresh(r.shape(a["index"])[-1], "k")
     here = r.position[node]
@@ -246,50 +238,51 @@ def _source_of_scatter(r: RowReader, x: Expr):
     return a["index"], values, k, tuple(lead)
 
 
-def vanishes(r: RowReader, e: Expr) -> bool:
-    """Is the formula zero wherever the scatter of its loads set nothing?"""
-    base = base_of(r, e)
+def vanishes(r: RowReader, e: Expr, load: Expr) -> bool:
+    """Is the formula zero wherever the scatter of this load set nothing, whatever others set?"""
+    base = base_of(r, e, load)
     if base is not None:
         return base == 0
     op, args = E.op_of(e), E.operands(e)
     if op == "mul":
-        return any(vanishes(r, a) for a in args)
+        return any(vanishes(r, a, load) for a in args)
     if op in ("div", "neg", *E.CASTS):
-        return vanishes(r, args[0])
+        return vanishes(r, args[0], load)
     if op == "where":
         c, a, b = args
-        known = _decided(r, c)
+        known = _decided(r, c, load)
         if known is not None:
-            return vanishes(r, a if known else b)
-        return vanishes(r, a) and vanishes(r, b)
+            return vanishes(r, a if known else b, load)
+        return vanishes(r, a, load) and vanishes(r, b, load)
     if op in ("sigmoid", "exp"):
-        return base_of(r, args[0]) == float("-inf")
-    if op == "softmax":
-        node = r.nodes[args[0].name]
-        return base_of(r, r.read(r.arguments(node)["self"], args[1:], r.position[node])) == float("-inf")
+        return base_of(r, args[0], load) == float("-inf")
+    if op == "softmax" and e == load:
+        inner = r.read(r.arguments(r.nodes[args[0].name])["self"], args[1:], r.position[r.nodes[args[0].name]])
+        (source,) = (x for x in E.walk(inner) if E.op_of(x) == "load" and scattered(r, x))
+        return base_of(r, inner, source) == float("-inf")
     return E.constant(e) == 0
 
 
-def base_of(r: RowReader, e: Expr) -> float | None:
-    """What a load of a scattered tensor gives where nothing was set."""
+def base_of(r: RowReader, e: Expr, load: Expr) -> float | None:
+    """What a formula of one load of a scattered tensor gives where nothing was set."""
     while E.op_of(e) in E.CASTS:
         (e,) = E.operands(e)
-    if E.op_of(e) == "load" and (held := scattered(r, e)):
+    if e == load and (held := scattered(r, e)):
         node, a = held
         at = tuple(r.fresh(n, "z") for n in r.shape(a["self"]))
         return E.constant(r.read(a["self"], at, r.position[node]))
     if E.op_of(e) == "where":
         c, a, b = E.operands(e)
-        known = _decided(r, c)
+        known = _decided(r, c, load)
         return None if known is None else E.constant(a if known else b)
     return None
 
 
-def _decided(r: RowReader, c: Expr) -> bool | None:
-    """A condition where nothing was set, if that decides it."""
+def _decided(r: RowReader, c: Expr, load: Expr) -> bool | None:
+    """A condition where a scatter set nothing, if that decides it."""
     table = {}
     for x in E.loads(c):
-        base = base_of(r, x)
+        base = base_of(r, x, load)
         if base is not None:
             table[x] = E.TRUE if E.kind(x) == "bool" and base else E.FALSE if E.kind(x) == "bool" else E.number(base)
             if E.kind(x) == "int":

@@ -75,6 +75,39 @@ def _loaded(r: RowReader, node: fx.Node) -> bool:
     return (E.op_of(opened) != "load" or E.operands(opened)[0].name[1:] != node.name) and nonnegative(r, opened)
 
 
+def positive(r: RowReader, e: Expr | None) -> bool:
+    """Is a formula always greater than 0, but for what underflows?"""
+    if e is None:
+        return False
+    value, op, args = E.constant(e), E.op_of(e), E.operands(e)
+    if value is not None:
+        return value > 0
+    if op in ("softmax", "sigmoid", "exp"):
+        return True
+    if op in ("mul", "div", "sqrt", "min", "clamp_max", "float32", "float64", "bfloat16"):
+        return all(positive(r, x) for x in args)
+    if op in ("add", "max", "clamp_min"):
+        return any(positive(r, x) for x in args) and (op != "add" or all(nonnegative(r, x) for x in args))
+    if op == "reduce":
+        node = r.nodes[args[0].name]
+        return r.name(node) == "sum" and _positive_everywhere(r, node.all_input_nodes[0], r.position[node])
+    if op == "load":
+        node = r.nodes[args[0].name[1:]]
+        if node.op == "call_function" and r.name(node) == "getitem":
+            whole, k = node.args
+            ordered = k == 0 and r.name(whole) in ORDERS
+            return ordered and _positive_everywhere(r, whole.args[0], r.position[whole])
+        return node.op == "call_function" and _positive_everywhere(r, node, r.used_at.get(node, r.position[node]))
+    return False
+
+
+def _positive_everywhere(r: RowReader, node: fx.Node, at: int) -> bool:
+    opened = r.read(node, tuple(r.fresh(n, "z") for n in r.shape(node)), at)
+    itself = E.op_of(opened) == "load" and E.operands(opened)[0].name[1:] == node.name
+    chosen = node.op == "call_function" and r.name(node) == "getitem"
+    return (not itself or chosen) and not r.changed(node, at) and positive(r, opened)
+
+
 def compared_with_zero(g: Expr) -> Expr | None:
     """x where a condition says that x != 0, or 0 < x."""
     if isinstance(g, sympy.Not) and E.op_of(g.args[0]) == "feq":
