@@ -1,6 +1,7 @@
 """Every spelling of a mixture of experts is fused into one site and right; impostors are refused or right.
 
-Spellings train in float32 (those that ask for it in bfloat16) and infer in bfloat16: outputs, losses, all gradients.
+Spellings train in float32 (those that ask for it in bfloat16) and infer in bfloat16, half of them at each turn: outputs,
+losses, all gradients.
 """
 
 import re
@@ -24,7 +25,12 @@ RUNNING = {
     "rounded": lambda mask: mask.cumsum(0).bfloat16(),
     "rounded and back": lambda mask: mask.cumsum(0).bfloat16().float(),
 }
-CASES = [pytest.param(s, mode, id=f"{name}-{mode}") for name, s in CORPUS.items() for mode in s.modes]
+CASES = [
+    pytest.param(s, mode, id=f"{name}-{mode}")
+    for i, (name, s) in enumerate(CORPUS.items())
+    for mode in s.modes
+    if mode == "train" or (i + harness.TURN) % 2 == 0 or "train" not in s.modes
+]
 
 
 def moe_sites(report):
