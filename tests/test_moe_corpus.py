@@ -1,6 +1,6 @@
 """Every spelling of a mixture of experts is fused into one site and right; impostors are refused or right.
 
-Spellings train in float32 (those that ask for it in bfloat16) and infer in bfloat16, half of them at each turn: outputs,
+Spellings train in float32 (those that ask for it in bfloat16) and infer in bfloat16, half at each turn: outputs,
 losses, all gradients.
 """
 
