@@ -9,6 +9,7 @@ from tvcompile import expr as E, syntax
 from tvcompile.derive import RULES, derivative
 from tvcompile.kernels import mods
 from tvcompile.kernels.problem import Problem
+from tvcompile.passes.activations import power
 from tvcompile.passes.pointwise import POINTWISE, UNARY
 
 FORMULAS = [
@@ -57,6 +58,11 @@ def test_what_is_not_let_through_is_zero_even_times_infinity(text):
     (want,) = torch.autograd.grad(mods.tensor(e, scope.at(captures={}, s=s, kv=(0, 1))).sum(), s)
     got = mods.tensor(derivative(e, E.S), scope.at(captures={}, s=s.detach(), kv=(0, 1)))
     torch.testing.assert_close(got, want, equal_nan=True)
+
+
+@pytest.mark.parametrize("n", [float("inf"), float("-inf"), float("nan"), 1e300, 5.0, 0.0, 2.5])
+def test_powers_that_are_no_products_stay_powers(n):
+    assert E.op_of(power(E.S, E.number(n))) == "pow"
 
 
 def test_all_that_is_read_of_floats_has_a_rule():

@@ -66,30 +66,32 @@ def sub(a: Expr, b: Expr) -> Expr:
 def mul(a: Expr, b: Expr) -> Expr:
     if ZERO in (a, b):
         return ZERO
-    if a == ONE or b == ONE:
-        return b if a == ONE else a
-    if (found := _where_not_zero(a, lambda x: mul(x, b))) is not None:
-        return found
-    found = _where_not_zero(b, lambda x: mul(a, x))
-    return E.apply("mul", a, b) if found is None else found
+    return b if a == ONE else a if b == ONE else E.apply("mul", a, b)
 
 
-def div(a: Expr, b: Expr) -> Expr:
-    found = _where_not_zero(a, lambda x: div(x, b))
-    return ZERO if a == ZERO else E.apply("div", a, b) if found is None else found
+def chain(factor: Expr, d: Expr) -> Expr:
+    """factor times a derivative. What a choice did not let through stays 0, whatever it is multiplied by."""
+    found = _let_through(d, lambda x: chain(factor, x))
+    return mul(factor, d) if found is None else found
 
 
-def _where_not_zero(e: Expr, of: Callable[[Expr], Expr]) -> Expr | None:
-    """of(x) where e is x and no constant 0: a gradient that was not let through is 0, whatever it is multiplied by."""
-    if E.op_of(e) != "where" or ZERO not in E.operands(e)[1:]:
+def div(d: Expr, b: Expr) -> Expr:
+    """A derivative divided by a value."""
+    found = _let_through(d, lambda x: div(x, b))
+    return found if found is not None else ZERO if d == ZERO else E.apply("div", d, b)
+
+
+def _let_through(d: Expr, of: Callable[[Expr], Expr]) -> Expr | None:
+    """of(d) where d is a choice between a derivative and 0, as those of relu and clamp are."""
+    if E.op_of(d) != "where" or ZERO not in E.operands(d)[1:]:
         return None
-    c, a, b = E.operands(e)
+    c, a, b = E.operands(d)
     return E.where(c, ZERO if a == ZERO else of(a), ZERO if b == ZERO else of(b))
 
 
 def _extreme(first_wins: Callable[[Expr, Expr], Expr]) -> Callable:
     def rule(e: Expr, a: Expr, b: Expr, da: Expr, db: Expr) -> Expr:
-        half = mul(E.number(0.5), add(da, db))
+        half = chain(E.number(0.5), add(da, db))
         return E.where(E.compare_float("eq", a, b), half, E.where(first_wins(a, b), da, db))
 
     return rule
@@ -97,7 +99,7 @@ def _extreme(first_wins: Callable[[Expr, Expr], Expr]) -> Callable:
 
 def _scaled(factor: Callable[[Expr, Expr], Expr]) -> Callable:
     """The rule of a function of one operand: factor(value, operand) times the operand's derivative."""
-    return lambda e, a, da: mul(factor(e, a), da)
+    return lambda e, a, da: chain(factor(e, a), da)
 
 
 def _less(a: Expr, b: Expr) -> Expr:
@@ -111,18 +113,18 @@ def _at_most(a: Expr, b: Expr) -> Expr:
 def _power(e: Expr, a: Expr, b: Expr, da: Expr, db: Expr) -> Expr:
     """0 ** b does not move with b >= 0."""
     still = E.and_(E.compare_float("eq", a, ZERO), _at_most(ZERO, b))
-    by_b = ZERO if db == ZERO else E.where(still, ZERO, mul(mul(e, E.apply("log", a)), db))
-    by_a = mul(mul(b, E.apply("pow", a, E.apply("sub", b, ONE))), da)
+    by_b = ZERO if db == ZERO else E.where(still, ZERO, chain(mul(e, E.apply("log", a)), db))
+    by_a = chain(mul(b, E.apply("pow", a, E.apply("sub", b, ONE))), da)
     return add(by_a if b != ZERO else ZERO, by_b)
 
 
 def _logaddexp(e: Expr, a: Expr, b: Expr, da: Expr, db: Expr) -> Expr:
     share = E.apply("sigmoid", E.apply("sub", a, b))
-    return add(mul(share, da), mul(sub(ONE, share), db))
+    return add(chain(share, da), chain(sub(ONE, share), db))
 
 
 def _remainder(e: Expr, a: Expr, b: Expr, da: Expr, db: Expr) -> Expr:
-    return sub(da, mul(E.apply("floor", E.apply("div", a, b)), db))
+    return sub(da, chain(E.apply("floor", E.apply("div", a, b)), db))
 
 
 def _number(x: float) -> Expr:
@@ -132,8 +134,8 @@ def _number(x: float) -> Expr:
 RULES: dict[str, Callable] = {
     "add": lambda e, a, b, da, db: add(da, db),
     "sub": lambda e, a, b, da, db: sub(da, db),
-    "mul": lambda e, a, b, da, db: add(mul(da, b), mul(a, db)),
-    "div": lambda e, a, b, da, db: div(sub(da, mul(e, db)), b),
+    "mul": lambda e, a, b, da, db: add(chain(b, da), chain(a, db)),
+    "div": lambda e, a, b, da, db: div(sub(da, chain(e, db)), b),
     "neg": lambda e, a, da: E.apply("neg", da),
     "abs": _scaled(lambda e, a: E.where(_less(a, ZERO), _number(-1.0), E.where(_less(ZERO, a), ONE, ZERO))),
     "min": _extreme(_less),
@@ -146,7 +148,7 @@ RULES: dict[str, Callable] = {
     "log": lambda e, a, da: div(da, a),
     "log2": lambda e, a, da: div(da, mul(_number(math.log(2)), a)),
     "log1p": lambda e, a, da: div(da, add(a, ONE)),
-    "sqrt": lambda e, a, da: div(mul(_number(0.5), da), e),
+    "sqrt": lambda e, a, da: div(chain(_number(0.5), da), e),
     "rsqrt": _scaled(lambda e, a: div(mul(_number(-0.5), e), a)),
     "reciprocal": _scaled(lambda e, a: E.apply("neg", mul(e, e))),
     "relu": _scaled(lambda e, a: E.where(_less(ZERO, a), ONE, ZERO)),

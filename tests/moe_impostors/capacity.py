@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 from tests.moe_impostors.base import ANY, impostor
 from tests.moe_spellings.base import H
-from tests.moe_spellings.capacity import Capacity, SwitchInFloats
+from tests.moe_spellings.capacity import Capacity, GShardByPositiveWeights, SwitchInFloats
 
 
 class Switch(Capacity):
@@ -134,3 +134,24 @@ class PlacesOfOtherTokensInFloats(SwitchInFloats):
 
     def running(self, mask):
         return torch.cumsum(mask.roll(1, 0), dim=0).clamp(min=1)
+
+
+class SentByWeight(GShardByPositiveWeights):
+    """Every other token weighs 0: it is not sent, and its weight learns from what the place of another gives."""
+
+    kind, bias, capacity = "gelu", True, 4
+
+    def route(self, x):
+        w, ids = torch.topk(self.gate(x), self.top, dim=-1)
+        return w.abs() * (torch.arange(x.shape[0]) % 2)[:, None], ids
+
+
+@impostor(ANY)
+class SentWhereThePositiveWeightIs(SentByWeight):
+    pass
+
+
+@impostor(ANY)
+class SentWhereTheWeightIsNotZero(SentByWeight):
+    def sent(self, combine):
+        return combine.bool()

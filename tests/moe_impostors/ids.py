@@ -76,3 +76,40 @@ class RoundedIdsInAOneHot(WrappedIds):
         hot = F.one_hot(ids, self.count).to(x.dtype)
         h = torch.einsum("tke,ti,eio->tko", hot, x, self.w_up).relu()
         return (torch.einsum("tke,tki,eio->tko", hot, h, self.w_down) * w.unsqueeze(-1)).sum(1)
+
+
+class OneHotOf(Block):
+    """Ids that are no places of a router's scores, as one-hots."""
+
+    top, kind = 1, "relu"
+
+    def experts(self, x, ids, w):
+        hot = F.one_hot(self.numbers(self.gate(x)), self.count).to(x.dtype)
+        h = torch.einsum("te,ti,eio->to", hot, x, self.w_up).relu()
+        return torch.einsum("te,ti,eio->to", hot, h, self.w_down)
+
+
+@impostor(None)
+class GreaterOfTwo(OneHotOf):
+    def numbers(self, logits):
+        return torch.max(logits.argmax(-1), logits.flip(0).argmax(-1))
+
+
+@impostor(None)
+class PlaceAmongAll(OneHotOf):
+    """argmax without a dim counts through all scores."""
+
+    def numbers(self, logits):
+        return (logits.argmax() % self.count).expand(logits.shape[0])
+
+
+@impostor(None)
+class HitsOfBothSigns(IdsThatMayBeAlike):
+    """A sum of hits that is no count."""
+
+    def experts(self, x, ids, w):
+        probabilities, out, signs = self.gate(x).softmax(-1), torch.zeros_like(x), torch.tensor([1, -1])
+        for e in range(self.count):
+            (token,) = torch.where(((ids == e) * signs).sum(-1) > 0)
+            out = out.index_add(0, token, self.expert(x[token], e) * probabilities[token, e, None])
+        return out

@@ -1,7 +1,10 @@
-"""Rows that a map of experts and tokens chose: other rows, other counts, other weights than the map's."""
+"""Rows that a map of experts and tokens chose: other rows, counts, weights than the map's; offsets that are rounded."""
+
+import torch
+import torch.nn.functional as F
 
 from tests.moe_impostors.base import ANY, impostor
-from tests.moe_spellings.grouped import PermutedByAMap
+from tests.moe_spellings.grouped import Grouped, PermutedByAMap
 
 
 @impostor(ANY)
@@ -44,12 +47,29 @@ class NextTokensRead(PermutedByAMap):
         return (token - 1).clamp(min=0)
 
 
-@impostor(ANY)
-class CountedInBfloat16(PermutedByAMap):
-    """Offsets of more than 256 rows are rounded."""
+class ManyRows(PermutedByAMap):
+    """More rows than narrow dtypes count."""
 
     def experts(self, x, ids, w):
         return super().experts(x.repeat(40, 1), ids.repeat(40, 1), w.repeat(40, 1))[: x.shape[0]]
 
+
+@impostor(ANY)
+class CountedInBfloat16(ManyRows):
     def counts(self, sent):
         return sent.sum(0).bfloat16()
+
+
+@impostor(ANY)
+class SummedInBfloat16(ManyRows):
+    def offsets(self, sent):
+        return self.counts(sent).cumsum(0, dtype=torch.bfloat16)
+
+
+@impostor(ANY)
+class SortedAndSummedInBfloat16(Grouped):
+    def experts(self, x, ids, w):
+        ids_g, perm = torch.sort(ids.repeat(40, 1).flatten())
+        offsets = F.one_hot(ids_g, self.count).sum(0).cumsum(0, dtype=torch.bfloat16).to(torch.int32)
+        rows = self.rows(x.repeat(40, 1)[perm // self.top], ids_g, offsets) * w.repeat(40, 1).flatten()[perm, None]
+        return torch.zeros_like(x.repeat(40, 1)).index_add(0, perm // self.top, rows)[: x.shape[0]]

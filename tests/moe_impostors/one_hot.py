@@ -96,3 +96,38 @@ class StraightThrough(OneHot):
     def hot(self, x, ids):
         soft = self.gate(x).softmax(-1)
         return super().hot(x, ids) + soft - soft.detach()
+
+
+class InTwoSteps(OneHot):
+    """Tokens among zeros, then the product with all weights."""
+
+    def experts(self, x, ids, w):
+        hot = self.hot(x, ids[:, 0])
+        h = torch.einsum("tei,eio->to", self.among_zeros(hot, x), self.w_up).relu()
+        return torch.einsum("te,ti,eio->to", hot, h, self.w_down) * w
+
+
+@impostor(ANY)
+class StepWithoutGradient(InTwoSteps):
+    def among_zeros(self, hot, x):
+        with torch.no_grad():
+            return torch.einsum("te,ti->tei", hot, x)
+
+
+@impostor(ANY)
+class StepWrittenTo(InTwoSteps):
+    def among_zeros(self, hot, x):
+        rows = torch.einsum("te,ti->tei", hot, x)
+        rows[:, 0].mul_(2)
+        return rows
+
+
+@impostor(ANY)
+class OneUpForAll(Block):
+    """The first projection is every expert's."""
+
+    kind = "relu"
+
+    def experts(self, x, ids, w):
+        h = (x @ self.w_up[0]).relu()
+        return torch.einsum("tki,tk->ti", torch.einsum("ti,tkio->tko", h, self.w_down[ids]), w)

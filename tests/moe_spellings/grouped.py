@@ -214,7 +214,7 @@ class PermutedByAMap(Grouped):
         expert = torch.arange(self.count)[:, None].expand_as(mask).masked_select(mask)
         probabilities = x.new_zeros(sent.shape).scatter(1, ids, w.to(x.dtype)).T.contiguous()
         probabilities = probabilities.masked_select(self.weighed(mask))
-        y = self.rows(x.index_select(0, self.read(token)), expert, self.counts(sent).cumsum(0).to(torch.int32))
+        y = self.rows(x.index_select(0, self.read(token)), expert, self.offsets(sent).to(torch.int32))
         y = y * probabilities[:, None]
         return torch.zeros_like(x).scatter_add(0, token.unsqueeze(1).expand_as(y), y)
 
@@ -229,3 +229,6 @@ class PermutedByAMap(Grouped):
 
     def counts(self, sent):
         return sent.sum(0)
+
+    def offsets(self, sent):
+        return self.counts(sent).cumsum(0)

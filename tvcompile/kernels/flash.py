@@ -27,7 +27,7 @@ from .data import arguments
 from .flash_bwd import attention_dkdv, attention_dq
 from .flash_fwd import attention_fwd, attention_merge
 from .launch import launch, precision
-from .mint import mint, unprintable
+from .mint import mint, unprintable, unprintable_slopes
 from .problem import Given, Gradients, Kernel, Need, Problem, heads_last
 from .selfcheck import working
 
@@ -41,7 +41,8 @@ def supports(need: Need) -> str | None:
     if max(need.features) > WIDEST:
         return f"heads of {max(need.features)} features, {WIDEST} at most"
     reason = next(filter(None, map(unprintable, need.spec.formulas())), None)
-    return reason or _underivable(need.spec.score) or _unconfigured(need)
+    captured = (load for load in E.loads(need.spec.score) if E.kind(load) == "float")
+    return reason or unprintable_slopes(need.spec.score, E.S, *captured) or _unconfigured(need)
 
 
 def _unconfigured(need: Need) -> str | None:
@@ -52,16 +53,6 @@ def _unconfigured(need: Need) -> str | None:
             return f"no configs for {need.device.arch}"
         if max(need.features) and not working(found, pass_, need.dtype, need.features):
             return f"no config of {pass_} passed its check on this GPU"
-    return None
-
-
-def _underivable(score: E.Expr) -> str | None:
-    try:
-        for x in (E.S, *(load for load in E.loads(score) if E.kind(load) == "float")):
-            if (reason := unprintable(derivative(score, x))) is not None:
-                return reason
-    except ValueError as error:
-        return str(error)
     return None
 
 

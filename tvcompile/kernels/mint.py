@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from .. import expr as E
-from ..derive import derivative
+from ..derive import derivative, underivable
 from ..expr import Expr
 from .launch import define
 
@@ -123,6 +123,12 @@ def unprintable(e: Expr) -> str | None:
         if op is not None and op not in FUNCTIONS and op not in ("load", "le", "eq", "pow"):
             return f"{op} has no Triton form"
     return None
+
+
+def unprintable_slopes(e: Expr, *parts: Expr) -> str | None:
+    """What in the derivatives of the formula by these parts has no Triton form, or no derivative."""
+    reasons = (unprintable(derivative(e, x)) for x in parts)
+    return underivable(e, *parts) or next((reason for reason in reasons if reason is not None), None)
 
 
 HELPERS = {f.__name__: f for f in (floordiv, mod, tanh, softplus, integer, inside)}

@@ -28,7 +28,7 @@ from .experts import ExpertGradients, ExpertKernel, ExpertNeed, Experts, Routing
 from .grouped import experts_combine, experts_rows, experts_up
 from .grouped_bwd import experts_dact, experts_dweights, experts_outer, experts_sum
 from .launch import launch, precision
-from .mint import mint_unit, unprintable
+from .mint import mint_unit, unprintable, unprintable_slopes
 from .problem import hint
 from .routing import Schedule, on_device
 
@@ -47,17 +47,10 @@ def supports(need: ExpertNeed) -> str | None:
         return f"{need.experts} experts that are tensors of their own, {MOST_LISTED} at most"
     if need.spec.out == "float64":
         return "no float64"
-    reason = unprintable(need.spec.act) or (_underivable(need.spec.act) if need.backward else None)
+    reason = unprintable(need.spec.act) or (unprintable_slopes(need.spec.act, E.UP, E.GATE) if need.backward else None)
     if reason is None and working(need) is None:
         return "its check failed on this GPU"
     return reason
-
-
-def _underivable(act: E.Expr) -> str | None:
-    try:
-        return unprintable(derivative(act, E.UP)) or unprintable(derivative(act, E.GATE))
-    except ValueError as error:
-        return str(error)
 
 
 def asks(need: ExpertNeed) -> list:

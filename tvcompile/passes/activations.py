@@ -18,7 +18,7 @@ def power(x: Expr, y: Expr) -> Expr:
         return E.apply("pow", x, y)
     if abs(n) == 0.5:
         return E.apply("sqrt" if n > 0 else "rsqrt", x)
-    if n != int(n) or not 1 <= abs(n) <= 4:
+    if not 1 <= abs(n) <= 4 or n != int(n):
         return E.apply("pow", x, y)
     found = E.as_float(x)
     for _ in range(int(abs(n)) - 1):

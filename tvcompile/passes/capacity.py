@@ -26,11 +26,11 @@ from .buffers import Way
 from .counts import whole
 from .facts import between
 from .ids import compared
-from .places import digits, dim_of, exclude, opened, solved
+from .places import digits, dim_of, exclude, only_factors, opened, solved
 from .projections import is_row
 from .routing import unscattered, without_rows_of
 from .rows import RowReader, over as positions_of
-from .signs import compared_with_zero, nonnegative
+from .signs import compared_with_zero, nonnegative, positive
 from .terms_of import Term, terms_of
 
 NOT_ALONE = "a place of an expert is not proven to hold one token at most"
@@ -86,10 +86,20 @@ def _opened_ways(r: RowReader, ways: Sequence[Way], outer: Term) -> list[Way]:
             guards = digits(r, alternative.term.guards, outer.bound)
             guards = tuple(g for g in map(r.truth, guards) if g is not E.TRUE)
             if not exclude(*guards):
-                found.append(
-                    _unscattered(r, Way(dataclasses.replace(alternative.term, guards=guards), alternative.needs))
-                )
+                sent = _unscattered(r, Way(dataclasses.replace(alternative.term, guards=guards), alternative.needs))
+                if r.trains and _may_weigh_nothing(r, sent, outer):
+                    # What a token that weighs 0 would have got is its weight's gradient.
+                    raise Refuse("tokens are sent where a weight is not 0, which it may be", None)
+                found.append(sent)
     return found
+
+
+def _may_weigh_nothing(r: RowReader, sent: Way, outer: Term) -> bool:
+    """Is what rows need not proven to be greater than 0 wherever they are sent?"""
+    guards = sent.term.guards
+    experts = {e: ids for g in guards for e in outer.bound if (ids := compared(g, e)) is not None}
+    known = {E.substitute(g, experts) for g in guards}
+    return not all(positive(r, only_factors(r, E.substitute(x, experts), known)) for x in sent.needs.factors)
 
 
 def _unscattered(r: RowReader, way: Way) -> Way:

@@ -13,8 +13,8 @@ from torch import fx
 
 from .atoms import ATOM_RULES
 from .contraction import letters, without_sum
-from .ids import CASTS, selected_from
-from .movement import MOVEMENT, SPLITS
+from .ids import selected_from
+from .movement import CASTS, MOVEMENT, SPLITS
 from .pointwise import POINTWISE
 from .rows import GROUPED, RowReader, is_zeros
 from .sums import THROUGH

@@ -18,8 +18,8 @@ from ..spec import Refuse, Weights
 from .buffers import Way, rows_put
 from .capacity import placed_row
 from .contraction import CONTRACTIONS, added, operands_of
-from .ids import CASTS, distinct
-from .movement import Index, unravel
+from .ids import distinct
+from .movement import CASTS, Index, unravel
 from .projections import Weight, is_row, leaf_of, number_of, path_of, projection
 from .rows import RowReader, over as positions_of, settle
 from .terms_of import Term, lazily, terms_of

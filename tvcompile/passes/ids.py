@@ -16,7 +16,7 @@ from .. import expr as E
 from ..expr import Expr
 from ..spec import Refuse
 from .contraction import operands_of, without_sum
-from .movement import MOVEMENT, Index, axis
+from .movement import CASTS, MOVEMENT, Index, axis
 from .read import Reader
 
 if TYPE_CHECKING:
@@ -113,7 +113,6 @@ def distinct(r: RowReader, ids: fx.Node) -> bool:
     return r.shape(ids)[-1] == 1
 
 
-CASTS = ("to", "_to_copy", "type_as", "float", "half")
 Side = tuple[fx.Node, Index]
 SUMS = ("einsum", "matmul", "mm", "bmm")
 
@@ -158,7 +157,7 @@ def _set_to_one(r: RowReader, e: Expr) -> Expr | None:
 def chosen_sides(r: RowReader, node: fx.Node, idx: Index) -> tuple[list[Side], list[Expr]]:
     """([(operand, its index)], the summed positions) of a contraction, without its one-hots."""
     sides, bound = operands_of(r, node, idx)
-    sides = [factor for side in sides for factor in _factors(r, *side)]
+    sides = [factor for side in sides for factor in _factors(r, *side, r.position[node])]
     for side in list(sides):
         for position in [b for b in bound if b in side[1]]:
             if (ids := hot(r, *side, position, r.position[node])) is not None:
@@ -168,10 +167,12 @@ def chosen_sides(r: RowReader, node: fx.Node, idx: Index) -> tuple[list[Side], l
     return sides, bound
 
 
-def _factors(r: RowReader, node: fx.Node, idx: Index) -> list[Side]:
-    if node.op != "call_function" or not without_sum(r, node):
+def _factors(r: RowReader, node: fx.Node, idx: Index, at: int) -> list[Side]:
+    """What an operand is a product of, where it is one and nothing is written to it before it is used."""
+    if node.op != "call_function" or not without_sum(r, node) or r.cut(node) or r.changed(node, at):
         return [(node, idx)]
-    return [factor for side in operands_of(r, node, idx)[0] for factor in _factors(r, *side)]
+    here = r.position[node]
+    return [factor for side in operands_of(r, node, idx)[0] for factor in _factors(r, *side, here)]
 
 
 def selected(r: RowReader, node: fx.Node, idx: Index) -> Side | None:

@@ -25,15 +25,14 @@ from .cones import MOVES, computed, cones, followers, looks_routed, routed
 from .contraction import further
 from .expert import stacked
 from .facts import Facts, between
-from .ids import CASTS, in_range
-from .movement import unravel
-from .parts import Base, Column, Part, add_biases, base_of_sum, check_whole, in_columns, part_of
+from .ids import in_range
+from .movement import CASTS, unravel
+from .parts import Base, Column, Shared, add_biases, base_of_sum, check_whole, chosen_parts, in_columns
 from .projections import Weight
 from .read import Unreadable
-from .routing import possible, without_rows
+from .routing import possible
 from .rows import RowReader
 from .sums import Sums
-from .terms_of import Term
 
 
 def lift_moe(graph: fx.Graph) -> tuple[list[MoEMatch], dict[fx.Node, Refusal]]:
@@ -57,14 +56,36 @@ def lift_moe(graph: fx.Graph) -> tuple[list[MoEMatch], dict[fx.Node, Refusal]]:
 
 
 def lift_cone(r: RowReader, facts: Facts, cone: list[fx.Node], ends: set[fx.Node]):
-    """([matches], {}), the last one first, or ([], {the last node that could be one: the reason}).
+    """(matches, {}), or (matches, {the last node that could be one more: the reason}).
+
+    What a match leaves of the cone is looked at again, and without the shared experts that stand in the way.
+    """
+    matches: list[MoEMatch] = []
+    while not matches or routed(r, set(cone), ends):
+        found, shared, refused = last_match(r, facts, cone, ends)
+        if found is not None:
+            matches.append(found)
+            cone, ends = reached_from([n for n in cone if n not in found.region], ends.difference(found.region))
+        elif shared:
+            cone, ends = reached_from(cone, ends - shared)
+        elif refused is None or matches and isinstance(refused[0], Unchosen):
+            break  # what is left is a shared expert
+        else:
+            why, anchor = refused
+            place = getattr(why, "node", None) or anchor
+            return matches, {anchor: Refusal(str(anchor.target), f"no mixture of experts: {why}", where_of(place))}
+    return matches, {}
+
+
+def last_match(r: RowReader, facts: Facts, cone: list[fx.Node], ends: set[fx.Node]):
+    """(the last match of a cone or None, its shared experts, the last (reason, node) that could be one).
 
     A sum that holds something else too, as the residual, is taken only if no earlier node holds the experts alone.
     """
     found: MoEMatch | None = None
     sums = Sums(r, set(cone), ends)
     shared: set[fx.Node] = set()
-    reason: tuple[Refuse | Unreadable, fx.Node] | None = None
+    refused: tuple[Refuse | Unreadable, fx.Node] | None = None
     for anchor in reversed(cone):
         selects = r.name(anchor) in ("index", "gather")  # of the results of all experts those that a token chose
         alone = anchor not in ends or len(cone) == 1 or further(r, anchor)
@@ -74,23 +95,13 @@ def lift_cone(r: RowReader, facts: Facts, cone: list[fx.Node], ends: set[fx.Node
             continue
         try:
             match = lift_at(r, facts, sums, anchor)
-            found = match if found is None or match.base is None else found
             if match.base is None:
-                break
+                return match, set(), None
+            found = found or match
         except (Refuse, Unreadable) as error:
             shared |= error.nodes if isinstance(error, Shared) else set()
-            reason = (error, anchor) if reason is None or r.name(reason[1]) in MOVES else reason
-    if found is not None:
-        cone, ends = reached_from([n for n in cone if n not in found.region], ends.difference(found.region))
-        more, refused = lift_cone(r, facts, cone, ends) if routed(r, set(cone), ends) else ([], {})
-        return [found, *more], refused if more else {}
-    if shared:
-        return lift_cone(r, facts, *reached_from(cone, ends - shared))
-    if reason is None:
-        return [], {}
-    why, anchor = reason
-    place = getattr(why, "node", None) or anchor
-    return [], {anchor: Refusal(str(anchor.target), f"no mixture of experts: {why}", where_of(place))}
+            refused = (error, anchor) if refused is None or r.name(refused[1]) in MOVES else refused
+    return found, shared, refused
 
 
 def lift_at(r: RowReader, facts: Facts, sums: Sums, anchor: fx.Node) -> MoEMatch:
@@ -116,29 +127,6 @@ def _without_ones(shape: tuple[Expr, ...]) -> tuple[Expr, ...]:
     while len(shape) > 1 and shape[-1] == 1:
         shape = shape[:-1]
     return shape
-
-
-class Shared(Refuse):
-    """The results of these nodes are of all tokens, others of those that chose them."""
-
-    def __init__(self, nodes: set[fx.Node], node: fx.Node):
-        super().__init__("a shared expert's result is added in between", node)
-        self.nodes = nodes
-
-
-def chosen_parts(r: RowReader, terms: list[Term], token: Token, d: Expr, anchor: fx.Node) -> list[Part]:
-    parts, unchosen = [], {}
-    for t in terms:
-        try:
-            parts.append(part_of(r, without_rows(r, t, token, r.position[anchor]), token, d))
-        except Unchosen as error:
-            assert t.product is not None
-            unchosen[t.product[0]] = error
-    if not parts:
-        raise next(iter(unchosen.values()), Refuse("no expert's result reaches it", anchor))
-    if unchosen:
-        raise Shared(set(unchosen), anchor)
-    return parts
 
 
 def reached_from(cone: list[fx.Node], ends: set[fx.Node]) -> tuple[list[fx.Node], set[fx.Node]]:

@@ -276,6 +276,9 @@ def _embedding(reader, a, node, idx) -> Source | None:
 # Their parts are read through `getitem`.
 SPLITS = ("split", "chunk", "unbind", "split_with_sizes", "tensor_split")
 
+# They keep the numbers, but for what the dtype rounds.
+CASTS = ("to", "_to_copy", "type_as", "float", "half")
+
 MOVEMENT = {
     **dict.fromkeys(("view", "reshape", "_unsafe_view", "unflatten", "flatten", "view_as", "reshape_as"), _view),
     **dict.fromkeys(

@@ -44,6 +44,30 @@ class Column:
         return self.parts[0].number is None
 
 
+class Shared(Refuse):
+    """The results of these nodes are of all tokens, others of those that chose them."""
+
+    def __init__(self, nodes: set[fx.Node], node: fx.Node):
+        super().__init__("a shared expert's result is added in between", node)
+        self.nodes = nodes
+
+
+def chosen_parts(r: RowReader, terms: list[Term], token: Token, d: Expr, anchor: fx.Node) -> list[Part]:
+    """The parts of terms with a projection, all of which tokens chose."""
+    parts, unchosen = [], {}
+    for t in terms:
+        try:
+            parts.append(part_of(r, without_rows(r, t, token, r.position[anchor]), token, d))
+        except Unchosen as error:
+            assert t.product is not None
+            unchosen[t.product[0]] = error
+    if not parts:
+        raise next(iter(unchosen.values()), Refuse("no expert's result reaches it", anchor))
+    if unchosen:
+        raise Shared(set(unchosen), anchor)
+    return parts
+
+
 def part_of(r: RowReader, term: Term, token: Token, d: Expr) -> Part:
     assert term.product is not None
     node, idx = term.product

@@ -8,6 +8,7 @@ experts under their one-hot are opened: sum_e (ids = e) f(e) is f(ids), where id
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Iterable, Iterator
 
 import sympy
@@ -97,6 +98,24 @@ def _only_term(r: RowReader, count: Expr, known: Collection[Expr]) -> Expr | Non
             return None
         total = total + sympy.Mul(*[E.substitute(f, {gone[0]: own}) for f in term.factors])
     return sympy.expand(total)
+
+
+def only_factors(r: RowReader, e: Expr, known: Collection[Expr]) -> Expr:
+    """The same of floats: a sum of products over experts is its only one, where the rest of its conditions is known."""
+    table = {}
+    for x in e.atoms(E.FloatCall):
+        terms = terms_of(r, x) if E.op_of(x) in ("dot", "reduce") else []
+        if len(terms) != 1 or len(terms[0].bound) != 1 or terms[0].links:
+            continue
+        (term,), (expert,) = terms, terms[0].bound
+        own = next((i for g in term.guards if (i := compared(g, expert)) is not None), None)
+        if own is None or not in_range(r, own, r.ranges[expert]):
+            continue
+        rest = {E.substitute(g, {expert: own}) for g in term.guards if compared(g, expert) != own}
+        if rest <= set(known):
+            factors = (E.substitute(f, {expert: own}) for f in term.factors)
+            table[x] = functools.reduce(lambda a, b: E.apply("mul", a, b), factors, E.number(1.0))
+    return E.substitute(e, table) if table else e
 
 
 def _clamped(r: RowReader, e: Expr, known: Collection[Expr]) -> Expr:

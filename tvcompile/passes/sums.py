@@ -17,8 +17,8 @@ from ..expr import Expr
 from ..spec import Refuse
 from .contraction import added, further
 from .counts import counts
-from .ids import CASTS, once
-from .movement import SPLITS, Index, axis
+from .ids import once
+from .movement import CASTS, SPLITS, Index, axis
 from .places import cases, least, opened
 from .rows import EMPTY, RowReader, mask_of, over
 from .terms_of import Term, contracted, lazily, product, terms_of
