@@ -103,13 +103,13 @@ class PlaceAmongAll(OneHotOf):
         return (logits.argmax() % self.count).expand(logits.shape[0])
 
 
-@impostor(None)
-class HitsOfBothSigns(IdsThatMayBeAlike):
-    """A sum of hits that is no count."""
+@impostor(ANY)
+class NegativeHits(Block):
+    """A sum that is never greater than 0, of hits that count -1."""
 
     def experts(self, x, ids, w):
-        probabilities, out, signs = self.gate(x).softmax(-1), torch.zeros_like(x), torch.tensor([1, -1])
+        probabilities, out = self.gate(x).softmax(-1), torch.zeros_like(x)
         for e in range(self.count):
-            (token,) = torch.where(((ids == e) * signs).sum(-1) > 0)
+            (token,) = torch.where(torch.where(ids == e, -1, 0).sum(-1) > 0)
             out = out.index_add(0, token, self.expert(x[token], e) * probabilities[token, e, None])
         return out

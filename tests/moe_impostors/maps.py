@@ -51,13 +51,15 @@ class ManyRows(PermutedByAMap):
     """More rows than narrow dtypes count."""
 
     def experts(self, x, ids, w):
-        return super().experts(x.repeat(40, 1), ids.repeat(40, 1), w.repeat(40, 1))[: x.shape[0]]
+        many = x.repeat(40, 1)
+        w, ids = self.route(many)
+        return super().experts(many, ids, w)[: x.shape[0]]
 
 
 @impostor(ANY)
 class CountedInBfloat16(ManyRows):
-    def counts(self, sent):
-        return sent.sum(0).bfloat16()
+    def offsets(self, sent):
+        return sent.sum(0, dtype=torch.bfloat16).cumsum(0, dtype=torch.int64)
 
 
 @impostor(ANY)
@@ -69,7 +71,9 @@ class SummedInBfloat16(ManyRows):
 @impostor(ANY)
 class SortedAndSummedInBfloat16(Grouped):
     def experts(self, x, ids, w):
-        ids_g, perm = torch.sort(ids.repeat(40, 1).flatten())
+        many = x.repeat(40, 1)
+        w, ids = self.route(many)
+        ids_g, perm = torch.sort(ids.flatten())
         offsets = F.one_hot(ids_g, self.count).sum(0).cumsum(0, dtype=torch.bfloat16).to(torch.int32)
-        rows = self.rows(x.repeat(40, 1)[perm // self.top], ids_g, offsets) * w.repeat(40, 1).flatten()[perm, None]
-        return torch.zeros_like(x.repeat(40, 1)).index_add(0, perm // self.top, rows)[: x.shape[0]]
+        rows = self.rows(many[perm // self.top], ids_g, offsets) * w.flatten()[perm, None]
+        return torch.zeros_like(many).index_add(0, perm // self.top, rows)[: x.shape[0]]
