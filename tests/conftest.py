@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import tempfile
@@ -22,6 +23,10 @@ import torch
 if not torch.cuda.is_available():
     # Triton kernels run on CPU tensors, in the interpreter; what is to be compiled is compiled in another process.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    if importlib.util.find_spec("triton"):
+        from tests import interpreter
+
+        interpreter.faster()
 
 
 def pytest_configure(config: pytest.Config) -> None:
