@@ -19,7 +19,6 @@ import pytest
 import torch
 
 from tests import fuzz, fuzz_parts as parts
-from tests.harness import TURN
 from tvcompile.kernels import attention
 from tvcompile.kernels.problem import Given, Kernel, Need, Problem
 
@@ -142,8 +141,7 @@ def run(seeds: range, enough: int, progress: bool = False) -> Tally:
     return tally
 
 
-# Half of the slices at a turn.
-@pytest.mark.parametrize("number", range(TURN % 2, SLICES, 2))
+@pytest.mark.parametrize("number", range(SLICES))
 def test_programs_served_by_triton_are_right(number, record_property):
     tally = run(range(number * SEEDS, (number + 1) * SEEDS), SERVED)
     record_property("fuzz of Triton", str(tally))
