@@ -33,6 +33,7 @@ def in_range(r: RowReader, ids: Expr, experts: Expr) -> bool:
 
 # Dtypes that do not hold the numbers of all experts.
 NARROW = (torch.bool, torch.uint8, torch.int8, torch.float16, torch.bfloat16)
+SCATTERS = ("scatter", "scatter_add")
 ARGS = ("argmax", "argmin", "argsort")
 KEPT = {"to", "clone", "contiguous", "detach", "alias", "view", "reshape", "unsqueeze", "squeeze", "t", "transpose"}
 
@@ -71,7 +72,7 @@ def compared(guard: Expr, expert: Expr) -> Expr | None:
 def scattered(r: RowReader, e: Expr) -> tuple[fx.Node, dict] | None:
     """(node, arguments) where a load is one of a tensor in which few places per row were set."""
     node = r.nodes.get(E.operands(e)[0].name[1:])
-    if node is None or node.op != "call_function" or r.name(node) not in ("scatter", "scatter_add"):
+    if node is None or node.op != "call_function" or r.name(node) not in SCATTERS:
         return None
     a = r.arguments(node)
     return None if a.get("reduce") is not None else (node, a)

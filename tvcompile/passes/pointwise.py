@@ -112,6 +112,11 @@ def _clamp(r, a, n, idx):
     return x
 
 
+def _as_many(r, one, other) -> bool:
+    """Have two tensors as many elements, whatever numbers their sizes have?"""
+    return sympy.expand(sympy.Mul(*r.shape(one)) - sympy.Mul(*r.shape(other))) == 0
+
+
 def _to(r, a, n, idx):
     """A cast. One that rounds is part of the formula; the lifting strips it where that is sound."""
     source, dtype = a["self"], n.meta["val"].dtype
@@ -119,9 +124,9 @@ def _to(r, a, n, idx):
     name = str(dtype).removeprefix("torch.")
     was = source.meta["val"].dtype
     if E.op_of(x) == "load" and dtype != was and not _widening(was, dtype):
-        held = r.nodes[E.operands(x)[0].name[1:]].meta["val"]
+        loaded = r.nodes[E.operands(x)[0].name[1:]]
         # The cast of a whole captured tensor is captured itself.
-        if isinstance(held, torch.Tensor) and held.numel() == n.meta["val"].numel():
+        if isinstance(loaded.meta["val"], torch.Tensor) and _as_many(r, loaded, n) and not r.is_opened(loaded):
             return r.leaf(n, idx)
         return E.FloatCall(name, x) if was.is_floating_point and dtype.is_floating_point else x
     if all(E.constant(c) is not None for c in E.leaves(x)):
@@ -175,7 +180,7 @@ def _index_put(r, a, n, idx):
     """x[mask] = value."""
     indices, values = a["indices"], a["values"]
     mask, here = indices[-1], r.position[n]
-    if any(i is not None for i in indices[:-1]) or a.get("accumulate") or values.meta["val"].numel() != 1:
+    if any(i is not None for i in indices[:-1]) or a.get("accumulate") or any(n != 1 for n in r.shape(values)):
         return None
     lead = len(indices) - 1
     if mask.meta["val"].dtype != torch.bool or lead + mask.meta["val"].dim() != len(idx):

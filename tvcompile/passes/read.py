@@ -240,6 +240,10 @@ class Reader:
             return E.choose(lambda x: rounded(x, dtype), e) if constant else e
         return E.as_int(e)
 
+    def is_opened(self, node: fx.Node) -> bool:
+        """Whether more is read of loads of this tensor later, so that a cast of it must show it."""
+        return False
+
     def leaf(self, node: fx.Node, idx: Index, at: int | None = None) -> Expr:
         """A load of a captured tensor."""
         val = node.meta.get("val")

@@ -23,7 +23,7 @@ from .. import expr as E
 from ..expr import BoolCall, Expr, IntCall
 from .contraction import letters
 from .counts import as_counted, sums_whole
-from .ids import selected
+from .ids import SCATTERS, selected
 from .movement import Index, axis, unravel
 from .pointwise import POINTWISE
 from .read import Reader
@@ -111,6 +111,9 @@ class RowReader(Reader):
             shape = self.shape(self.arguments(node)["self"]) if op != "nth" else self.shape(node)
             return sympy.Integer(0), shape[int(E.operands(e)[1]) if op == "nth" else 0] - 1
         return super()._interval(e)
+
+    def is_opened(self, node: fx.Node) -> bool:
+        return node.op == "call_function" and self.name(node) in SCATTERS
 
     def cut(self, node: fx.Node) -> bool:
         """Does no gradient flow through a node, though the graph trains?"""

@@ -13,6 +13,7 @@ from torch import fx
 
 from .. import expr as E
 from ..expr import Expr
+from .ids import SCATTERS
 from .rows import RowReader
 
 ALWAYS = ("softmax", "sigmoid", "exp", "abs", "relu")
@@ -66,7 +67,7 @@ def _loaded(r: RowReader, node: fx.Node) -> bool:
     if name == "getitem":
         whole, k = node.args
         return k == 0 and r.name(whole) in ORDERS and _all_of(r, whole.args[0], r.position[whole])
-    if name in ("scatter", "scatter_add"):
+    if name in SCATTERS:
         a = r.arguments(node)
         values = a["src"] if isinstance(a.get("src"), fx.Node) else None
         set_ = _all_of(r, values, here) if values is not None else nonnegative(r, r.scalar(a["value"]))

@@ -109,10 +109,18 @@ def _div(s: Sums, a, n, idx):
 
 
 def _cast(s: Sums, a, n, idx):
+    return s.operand(_uncast(s, n), idx, s.r.position[n])
+
+
+def _uncast(s: Sums, n: fx.Node) -> fx.Node:
+    """What is cast, at least as precisely as the experts give their results."""
     coarsest = max(torch.finfo(end.meta["val"].dtype).eps for end in s.ends)
-    if torch.finfo(n.meta["val"].dtype).eps > coarsest:
-        raise Refuse(f"what the experts gave is rounded to {str(n.meta['val'].dtype).removeprefix('torch.')}", n)
-    return s.operand(a["self"], idx, s.r.position[n])
+    while n.op == "call_function" and s.r.name(n) in CASTS:
+        dtype = n.meta["val"].dtype
+        if not dtype.is_floating_point or torch.finfo(dtype).eps > coarsest:
+            raise Refuse(f"what the experts gave is rounded to {str(dtype).removeprefix('torch.')}", n)
+        n = n.args[0]
+    return n
 
 
 def _dropout(s: Sums, a, n, idx):
@@ -186,7 +194,7 @@ def _index_put(s: Sums, a, n, idx):
     row = r.fresh(r.shape(values)[0], "r")
     at = _places(r, n, indices, row)
     replaced = not adds
-    if replaced and (new := _added_in_place(r, base, indices, values)) is not None:
+    if replaced and (new := _added_in_place(s, base, indices, values)) is not None:
         if mask_of(n) is None and not once(r, at):
             raise Refuse("out[i] += y adds only one of the rows that meet at one token", n)
         values, replaced = new, False
@@ -249,14 +257,16 @@ def _places(r: RowReader, n: fx.Node, indices: list, row: Expr) -> Index:
     return tuple(E.as_int(r.read(i, (row,), r.position[n])) for i in indices)
 
 
-def _added_in_place(r: RowReader, base: fx.Node, indices: list, values: fx.Node) -> fx.Node | None:
+def _added_in_place(s: Sums, base: fx.Node, indices: list, values: fx.Node) -> fx.Node | None:
     """y of `out[i] = out[i] + y`"""
-    if r.name(values) != "add" or len(values.args) != 2 or values.kwargs:
+    total = _uncast(s, values)
+    if s.r.name(total) != "add" or len(total.args) != 2 or total.kwargs:
         return None
-    old = [x for x in values.args if isinstance(x, fx.Node) and r.name(x) == "index" and x.args[0] is base]
-    if len(old) != 1 or not _same_places(r, old[0].args[1], indices):
+    parts = {x: _uncast(s, x) for x in total.args if isinstance(x, fx.Node)}
+    old = [x for x, y in parts.items() if s.r.name(y) == "index" and y.args[0] is base]
+    if len(old) != 1 or not _same_places(s.r, parts[old[0]].args[1], indices):
         return None
-    return next(x for x in values.args if x is not old[0])
+    return next(x for x in total.args if x is not old[0])
 
 
 def _same_places(r: RowReader, a: list, b: list) -> bool:

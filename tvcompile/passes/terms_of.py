@@ -139,8 +139,11 @@ def terms_of(r: RowReader, e: Expr) -> list[Term]:
             return [t.under(guards=[c]) for t in terms_of(r, a)]
         if E.constant(a) == 0:
             return [t.under(guards=[E.not_(c)]) for t in terms_of(r, b)]
-    if op in E.CASTS and (E.kind(E.operands(e)[0]) == "int" or E.op_of(E.operands(e)[0]) in OPENED):
-        return terms_of(r, E.operands(e)[0])
+    if op in E.CASTS:
+        (inner,) = E.operands(e)
+        split = E.op_of(inner) == "add" and chooses(r, inner)
+        if split or E.kind(inner) == "int" or E.op_of(inner) in OPENED:
+            return terms_of(r, inner)
     if op == "reduce" and chooses(r, e):
         return _summed(r, r.nodes[E.operands(e)[0].name], E.operands(e)[1:]) or [Term(factors=(e,))]
     if op == "dot" and chooses(r, e):
