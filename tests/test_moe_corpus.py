@@ -87,6 +87,46 @@ def test_places_that_are_rounded_are_no_counts(running, dtype):
     torch.testing.assert_close(got, block(x.view(1, 600, 24)), atol=2e-2, rtol=2e-2)
 
 
+PRECISE = (
+    "dense.EinsumOverExperts", "dense.MaskedSum", "loops.WhereIndexPlus", "loops.BooleanPlus", "loops.ChoiceByChoice.relu2.own",
+    "loops.ThreeDims.three", "loops.AddedToTheTokens", "loops.WeighedInside", "capacity.GShard.argmax_twice.relu",
+    "capacity.GShardByPositiveWeights.renormalised.4.gelu.bias", "grouped.SortHistcInverse", "buffers.Buffer",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PRECISE)
+def test_weights_may_be_more_precise_than_tokens(name, monkeypatch):
+    """A router in float32 beside experts in bfloat16: products and sums of both are in float32, and cast where kept."""
+
+    def route(self, x, route=Block.route):
+        w, ids = route(self, x)
+        return w.float() if x.dtype == torch.bfloat16 else w, ids
+
+    monkeypatch.setattr(Block, "route", route)
+    spelling = CORPUS[name]
+    report = harness.run(spelling.build(torch.bfloat16), spelling.make_inputs(torch.bfloat16), False)
+    assert len(moe_sites(report)) == 1, [str(r) for r in report.refusals]
+
+
+@pytest.mark.parametrize("name", ["buffers.Buffer", "capacity.GShard.argmax_twice.relu", "loops.BooleanPlus"])
+def test_training_under_autocast(name):
+    """Against all in float32; eager under autocast is the yardstick."""
+    block, (x,) = CORPUS[name].build(torch.float32), CORPUS[name].make_inputs(torch.float32)
+
+    def train(call, enabled):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            return harness.observe(call, block, [harness.fresh(x, None, True)], True).tensors
+
+    exact, eager = train(block, False), train(block, True)
+    with tvcompile.collect() as report:
+        got = train(torch.compile(block, backend="tv", options=harness.STRICT, fullgraph=True), True)
+    assert len(moe_sites(report)) == 1, [str(r) for r in report.refusals]
+    assert [t.dtype for t in got.values()] == [t.dtype for t in eager.values()]
+    for tensor, t in got.items():
+        wrong = harness.tolerated(t.float(), eager[tensor].float(), exact[tensor].float())
+        assert not wrong, f"{tensor}: {wrong}"
+
+
 @pytest.mark.parametrize("train", [True, False])
 def test_dropout_in_experts_is_refused(train):
     block = DropoutInExperts()

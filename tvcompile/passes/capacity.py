@@ -69,12 +69,21 @@ def placed_row(r: RowReader, ways: Sequence[Way], outer: Term, about: fx.Node, h
 
 
 def _check_unrounded(r: RowReader, x: fx.Node, about: fx.Node) -> None:
-    """No tensor between the tokens and the experts' rows is coarser than both: formulas do not hold such casts."""
+    """No tensor between the tokens and the experts' rows is coarser than both: formulas do not hold such casts.
+
+    What a router made integers of on the way tells where tokens go, and is no part of them.
+    """
     allowed = max(torch.finfo(n.meta["val"].dtype).eps for n in (x, about))
-    for node in between(r, [x], about):
-        val = node.meta.get("val")
-        if isinstance(val, torch.Tensor) and val.dtype.is_floating_point and torch.finfo(val.dtype).eps > allowed:
-            raise Refuse(f"tokens are rounded to {val.dtype} as they are sent", node)
+    from_x, held, queue = set(between(r, [x], about)), {about}, [about]
+    while queue:
+        for node in queue.pop().all_input_nodes:
+            val = node.meta.get("val")
+            if node not in from_x or node in held or not isinstance(val, torch.Tensor) or not val.is_floating_point():
+                continue
+            if torch.finfo(val.dtype).eps > allowed:
+                raise Refuse(f"tokens are rounded to {val.dtype} as they are sent", node)
+            held.add(node)
+            queue.append(node)
 
 
 def _opened_ways(r: RowReader, ways: Sequence[Way], outer: Term) -> list[Way]:

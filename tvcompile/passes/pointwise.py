@@ -124,11 +124,12 @@ def _to(r, a, n, idx):
     name = str(dtype).removeprefix("torch.")
     was = source.meta["val"].dtype
     if E.op_of(x) == "load" and dtype != was and not _widening(was, dtype):
-        loaded = r.nodes[E.operands(x)[0].name[1:]]
+        loaded, rounds = r.nodes[E.operands(x)[0].name[1:]], was.is_floating_point and dtype.is_floating_point
         # The cast of a whole captured tensor is captured itself.
-        if isinstance(loaded.meta["val"], torch.Tensor) and _as_many(r, loaded, n) and not r.is_opened(loaded):
+        whole = isinstance(loaded.meta["val"], torch.Tensor) and _as_many(r, loaded, n)
+        if whole and not (rounds and r.is_opened(loaded)):
             return r.leaf(n, idx)
-        return E.FloatCall(name, x) if was.is_floating_point and dtype.is_floating_point else x
+        return E.FloatCall(name, x) if rounds else x
     if all(E.constant(c) is not None for c in E.leaves(x)):
         return x
     if dtype.is_floating_point and E.kind(x) == "float" and dtype != was:
