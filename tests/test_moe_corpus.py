@@ -88,9 +88,10 @@ def test_places_that_are_rounded_are_no_counts(running, dtype):
 
 
 PRECISE = (
-    "dense.EinsumOverExperts", "dense.MaskedSum", "loops.WhereIndexPlus", "loops.BooleanPlus", "loops.ChoiceByChoice.relu2.own",
-    "loops.ThreeDims.three", "loops.AddedToTheTokens", "loops.WeighedInside", "capacity.GShard.argmax_twice.relu",
-    "capacity.GShardByPositiveWeights.renormalised.4.gelu.bias", "grouped.SortHistcInverse", "buffers.Buffer",
+    "dense.EinsumOverExperts", "dense.MaskedSum", "loops.WhereIndexPlus", "loops.BooleanPlus",
+    "loops.ChoiceByChoice.relu2.own", "loops.ThreeDims.three", "loops.AddedToTheTokens", "loops.WeighedInside",
+    "capacity.GShard.argmax_twice.relu", "capacity.GShardByPositiveWeights.renormalised.4.gelu.bias",
+    "grouped.SortHistcInverse", "buffers.Buffer",
 )  # fmt: skip
 
 
