@@ -87,7 +87,7 @@ def once(r: RowReader, at: Index) -> bool:
         return False
     mask = r.nodes[next(iter(masks)).name]
     held = {int(E.operands(x)[1]) for x in at}
-    missing = set(range(mask.meta["val"].dim())) - held
+    missing = {d for d, n in enumerate(r.shape(mask)) if n != 1} - held
     if not missing:
         return True
     probe = tuple(r.fresh(n, "p") for n in r.shape(mask))
@@ -101,7 +101,9 @@ def once(r: RowReader, at: Index) -> bool:
 
 
 def distinct(r: RowReader, ids: fx.Node) -> bool:
-    """Do the ids of one token differ from each other, as those of a topk do?"""
+    """Do the ids of one token differ from each other, as those of a topk do, or is there one alone?"""
+    if r.shape(ids)[-1] == 1:
+        return True
     while ids.op == "call_function":
         if r.name(ids) == "getitem":
             a, rank = r.arguments(ids.args[0]), len(r.shape(ids))
@@ -111,7 +113,7 @@ def distinct(r: RowReader, ids: fx.Node) -> bool:
             ids = ids.args[0]
             continue
         break
-    return r.shape(ids)[-1] == 1
+    return False
 
 
 Side = tuple[fx.Node, Index]

@@ -203,7 +203,8 @@ def unscattered(r: RowReader, term: Term) -> Term:
             if left is not E.TRUE and not positive(r, compared_with_zero(left)):
                 guards = (*guards, left)
             bound = term.bound if k == 0 or k in term.bound else (*term.bound, k)
-            guards = guards if held else (*guards, E.eq(chosen, expert))
+            known = held or E.eq(chosen, expert) in guards
+            guards = guards if known else (*guards, E.eq(chosen, expert))
             term = dataclasses.replace(term, factors=factors, guards=guards, bound=bound)
             return unscattered(r, term)
     return term
