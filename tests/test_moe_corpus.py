@@ -16,6 +16,7 @@ from tests.moe_impostors.experts import DropoutInExperts
 from tests.moe_spellings import CORPUS, Block
 from tests.moe_spellings.capacity import SwitchInFloats
 from tvcompile.moe_spec import MoESpec
+from tvcompile.passes import terms_of
 
 # Running sums of a mask of ones and zeros.
 RUNNING = {
@@ -126,6 +127,34 @@ def test_training_under_autocast(name):
     for tensor, t in got.items():
         wrong = harness.tolerated(t.float(), eager[tensor].float(), exact[tensor].float())
         assert not wrong, f"{tensor}: {wrong}"
+
+
+class Deep(torch.nn.Module):
+    """A gated mixture behind many gated and normed projections, each of which reads the one before it thrice."""
+
+    def __init__(self, layers):
+        super().__init__()
+        self.block, self.layers = CORPUS["dense.MaskedSum"].build(torch.float32), layers
+        self.weight = torch.nn.Parameter(torch.randn(24, 24) / 5)
+
+    def forward(self, x):
+        for _ in range(self.layers):
+            x = (x * torch.rsqrt((x * x).mean(-1, keepdim=True) + 1e-6)) @ self.weight
+            x = x * (x @ self.weight).mean(-1, keepdim=True).sigmoid()
+        return x + self.block(x) * (x @ self.weight[:, :1]).sigmoid()
+
+
+def test_what_comes_before_a_mixture_is_looked_through_once(monkeypatch):
+    asked, chooses = [], terms_of.chooses
+
+    def counted(r, e):
+        asked.append(e)
+        assert len(asked) < 2000, "the same tensors are looked through again and again"
+        return chooses(r, e)
+
+    monkeypatch.setattr(terms_of, "chooses", counted)
+    report = harness.run(Deep(8), CORPUS["dense.MaskedSum"].make_inputs(torch.float32), False)
+    assert len(moe_sites(report)) == 1 and asked
 
 
 @pytest.mark.parametrize("train", [True, False])

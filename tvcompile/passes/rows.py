@@ -38,6 +38,7 @@ class RowReader(Reader):
         self.grad = grad
         self.trains = any(grad.values())
         self.masks: dict[tuple, fx.Node] = {}
+        self.choosing: dict[fx.Node, bool] = {}  # what terms_of.chooses found inside tensors
 
     def _read(self, node: fx.Node, idx: Index) -> Expr:
         if node.op == "call_function" and isinstance(node.meta.get("val"), torch.Tensor):

@@ -107,8 +107,11 @@ def _chooses_inside(r: RowReader, node: fx.Node) -> bool:
     val = node.meta.get("val")
     if not isinstance(val, torch.Tensor) or val.dtype in (torch.int64, torch.int32) or node.op != "call_function":
         return isinstance(val, torch.Tensor) and node.op == "call_function" and r.name(node) in ("one_hot", "eq")
-    probe = tuple(r.fresh(n, "z") for n in r.shape(node))
-    return chooses(r, r.read(node, probe, r.position[node] + 1))
+    if node not in r.choosing:
+        # Everything that is computed before it may be inside: each tensor is asked once.
+        probe = tuple(r.fresh(n, "z") for n in r.shape(node))
+        r.choosing[node] = chooses(r, r.read(node, probe, r.position[node] + 1))
+    return r.choosing[node]
 
 
 def terms_of(r: RowReader, e: Expr) -> list[Term]:
