@@ -129,6 +129,34 @@ def test_training_under_autocast(name):
         assert not wrong, f"{tensor}: {wrong}"
 
 
+class Normed(torch.nn.Module):
+    """Tokens are computed, by formulas that a reader can open, also from another mixture."""
+
+    def __init__(self, *blocks):
+        super().__init__()
+        self.blocks = torch.nn.ModuleList(blocks)
+
+    def forward(self, x):
+        for block in self.blocks:
+            out = block(x * torch.rsqrt((x * x).mean(-1, keepdim=True) + 1e-6))
+            x = x + (out[0] if isinstance(out, tuple) else out)
+        return x
+
+
+COMPUTED = (
+    "buffers.Buffer", "buffers.ChoiceAfterChoice", "buffers.IndexAddSelect.relu.bias",
+    "capacity.SwitchEinsum.top1.relu", "capacity.GShard.argmax_twice.relu", "capacity.PairsSummed.relu",
+    "capacity.MaskedResidual.oi.bias", "loops.WhereIndexAdd", "grouped.SortHistcInverse", "dense.MaskedSum",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COMPUTED)
+def test_tokens_may_be_computed(name):
+    program = Normed(*(CORPUS[name].build(torch.float32) for _ in range(2)))
+    report = harness.run(program, CORPUS[name].make_inputs(torch.float32), True)
+    assert len(moe_sites(report)) == 2, [str(r) for r in report.refusals]
+
+
 class Deep(torch.nn.Module):
     """A gated mixture behind many gated and normed projections, each of which reads the one before it thrice."""
 

@@ -73,8 +73,10 @@ class LightPairsAreNotSent(Slots):
         return rows * (kept & (weights > 0.4)).unsqueeze(-1)
 
 
-@impostor(ANY)
+@impostor(None)
 class LightPairsAreZeros(Slots):
+    """What is sent is a tensor [T K,H] with rows of zeros, which go through their experts as others do."""
+
     adds = False
 
     def slot(self, flat, place, kept):
@@ -101,8 +103,10 @@ class RowsAreScaledAsTheyArePut(Slots):
         return rows * (kept * 2.0).unsqueeze(-1)
 
 
-@impostor(ANY)
+@impostor(None)
 class RowsAreRoundedAsTheyAreSent(Slots):
+    """What is sent is the rounded tensor [T K,H], as it is."""
+
     def sent(self, rows, kept, weights):
         return super().sent(rows.bfloat16().to(rows.dtype), kept, weights)
 

@@ -9,6 +9,7 @@ where they are zero. So a Way says apart under which conditions a row is put at 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 from torch import fx
@@ -20,7 +21,7 @@ from .movement import Index, axis
 from .places import cases, exclude, least, opened
 from .projections import leaf_of
 from .rows import EMPTY, RowReader, is_zeros
-from .terms_of import Term, terms_of
+from .terms_of import Closed, Term, terms_of
 
 ADDED = ("index_add", "scatter_add")
 PUT = ("index_copy", "scatter", "index_put")
@@ -34,8 +35,10 @@ class Way:
     needs: Term = Term()
 
 
-def rows_put(r: RowReader, node: fx.Node, idx: Index, at: int, fix: Callable[[Expr], Expr]) -> list[Way] | None:
-    """The rows that a buffer holds at idx; None where it is no buffer."""
+def rows_put(
+    r: RowReader, node: fx.Node, idx: Index, at: int, fix: Callable[[Expr], Expr], closed: Closed | None
+) -> list[Way] | None:
+    """The rows that a buffer holds at idx; None where it is no buffer. closed: how the rows are read."""
     node, idx, at = leaf_of(r, node, idx, at)
     if node.op != "call_function" or r.name(node) not in (*ADDED, *PUT) or r.cut(node):
         return None
@@ -43,8 +46,8 @@ def rows_put(r: RowReader, node: fx.Node, idx: Index, at: int, fix: Callable[[Ex
     adds = r.name(node) in ADDED or bool(a.get("accumulate"))
     if a.get("alpha", 1) != 1 or a.get("reduce") is not None:
         raise Refuse("rows are scaled as they are added to the experts' places", node)
-    found = _before(r, a["self"], idx, here, adds, fix)
-    rows, coordinates, value = _put_at(r, node, a, idx)
+    found = _before(r, a["self"], idx, here, adds, fix, closed)
+    rows, coordinates, value = _put_at(r, node, a, idx, r.read if closed is None else functools.partial(closed.read, r))
     terms = terms_of(r, fix(value))
     if not adds and not terms:
         raise Refuse("places of experts are overwritten", node)
@@ -57,20 +60,22 @@ def rows_put(r: RowReader, node: fx.Node, idx: Index, at: int, fix: Callable[[Ex
     return found
 
 
-def _before(r: RowReader, base: fx.Node, idx: Index, at: int, adds: bool, fix) -> list[Way]:
+def _before(r: RowReader, base: fx.Node, idx: Index, at: int, adds: bool, fix, closed) -> list[Way]:
     """What a buffer holds before rows are put there."""
     held = leaf_of(r, base, idx, at)[0]
     if is_zeros(r, held) or E.constant(r.read(base, idx, at)) == 0:
         return []
     if not adds and held.op == "call_function" and r.name(held) in EMPTY:
         return []
-    ways = rows_put(r, base, idx, at, fix)
+    ways = rows_put(r, base, idx, at, fix, closed)
     if ways is None:
         raise Refuse("the experts' places hold something before tokens are sent", base)
     return ways
 
 
-def _put_at(r: RowReader, node: fx.Node, a: dict, idx: Index) -> tuple[list[Expr], list[tuple[Expr, Expr]], Expr]:
+def _put_at(
+    r: RowReader, node: fx.Node, a: dict, idx: Index, read: Callable
+) -> tuple[list[Expr], list[tuple[Expr, Expr]], Expr]:
     """(the rows, [(a position of the buffer, where the row is put)], the row's element)"""
     here = r.position[node]
     if r.name(node) == "index_put":
@@ -83,7 +88,7 @@ def _put_at(r: RowReader, node: fx.Node, a: dict, idx: Index) -> tuple[list[Expr
         ]
         rows = [r.fresh(n, "r") for n in sizes]
         at = [E.as_int(r.operand(i, tuple(rows), here)) for i in indices]
-        value = r.operand(a["values"], (*rows, *idx[len(at) :]), here)
+        value = read(a["values"], r.broadcast(a["values"], (*rows, *idx[len(at) :])), here)
         return rows, list(zip(idx, at)), value
     d = axis(a["dim"], len(idx))
     rows_of, index = a["source" if "source" in a else "src"] if "value" not in a else None, a["index"]
@@ -99,7 +104,7 @@ def _put_at(r: RowReader, node: fx.Node, a: dict, idx: Index) -> tuple[list[Expr
     row = r.fresh(shape[d], "r")
     where = (*idx[:d], row, *idx[d + 1 :])
     at = r.operand(index, where if len(r.shape(index)) > 1 else (row,), here)
-    return [row], [(idx[d], E.as_int(at))], r.read(rows_of, where, here)
+    return [row], [(idx[d], E.as_int(at))], read(rows_of, where, here)
 
 
 def _large(n: Expr) -> tuple[bool, str]:

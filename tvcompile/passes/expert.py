@@ -22,7 +22,7 @@ from .ids import distinct
 from .movement import CASTS, Index, unravel
 from .projections import Weight, is_row, leaf_of, number_of, path_of, projection
 from .rows import RowReader, over as positions_of, settle
-from .terms_of import Term, lazily, terms_of
+from .terms_of import Closed, Term, lazily, terms_of
 
 Fix = Callable[[Expr], Expr]
 
@@ -209,13 +209,16 @@ def token_row(
         (rows, at_rows), factors = split
         x, rest = token_row(r, rows, at_rows, here, over, length, t, fix, outer)
         return x, (*factors, *rest)
-    if name in CONTRACTIONS:
-        terms = terms_of(r, fix(r.read(leaf, where, used)))
-        if terms:
-            return placed_row(r, [Way(x) for x in terms], outer, leaf, over, length, t), ()
-    if (ways := rows_put(r, leaf, where, used, fix)) is not None:
-        return placed_row(r, ways, outer, leaf, over, length, t), ()
-    raise Refuse("the rows of an expert are not its tokens", leaf)
+    refused = Refuse("the rows of an expert are not its tokens", leaf)
+    for closed in (Closed(over, masked=False), Closed(over, masked=True), None):
+        try:
+            if name in CONTRACTIONS and (terms := terms_of(r, fix(r.read(leaf, where, used)), closed)):
+                return placed_row(r, [Way(x) for x in terms], outer, leaf, over, length, t), ()
+            if (ways := rows_put(r, leaf, where, used, fix, closed)) is not None:
+                return placed_row(r, ways, outer, leaf, over, length, t), ()
+        except Refuse as why:
+            refused = why
+    raise refused
 
 
 def weighed_by(r: RowReader, leaf: fx.Node, where: Index, over: Expr, fix: Fix):

@@ -88,6 +88,36 @@ def lazily(r: RowReader, node: fx.Node, idx: Index, at: int, d: Expr | None = No
     return r.leaf(node, idx, at) if isinstance(node.meta["val"], torch.Tensor) else opened
 
 
+@dataclasses.dataclass(frozen=True)
+class Closed:
+    """How rows on their way to the experts are read: as tensors of the program, whose formulas stay closed.
+
+    feature   the position of their features
+    masked    whether a row times a number of its own shows both, as where the number says that the row counts
+    """
+
+    feature: Expr
+    masked: bool
+
+    def read(self, r: RowReader, node: fx.Node, idx: Index, at: int) -> Expr:
+        while not r.changed(node, at) and (moved := r.step(node, idx)) is not None:
+            at = r.position[node]
+            node, idx = moved
+        if is_zeros(r, node):
+            return r.read(node, idx, at)
+        if not self.masked or r.changed(node, at) or node.op != "call_function" or r.name(node) != "mul":
+            return r.leaf(node, idx, at)
+        whole, here = dataclasses.replace(self, masked=False), r.position[node]
+        own = [isinstance(x, fx.Node) and r.shape(x)[-1:] not in ((), (1,)) for x in node.args]
+        if all(own):
+            return r.leaf(node, idx, at)
+        read = (
+            whole.read(r, x, r.broadcast(x, idx), here) if o else r.operand(x, idx, here)
+            for x, o in zip(node.args, own)
+        )
+        return E.apply("mul", *read)
+
+
 def chooses(r: RowReader, e: Expr) -> bool:
     """Does the formula say which expert is meant: by a comparison, or what it sums or scatters does?"""
     for x in E.walk(e):
@@ -114,8 +144,8 @@ def _chooses_inside(r: RowReader, node: fx.Node) -> bool:
     return r.choosing[node]
 
 
-def terms_of(r: RowReader, e: Expr) -> list[Term]:
-    """A formula as a sum of guarded products."""
+def terms_of(r: RowReader, e: Expr, closed: Closed | None = None) -> list[Term]:
+    """A formula as a sum of guarded products; closed: how operands of sums of products are read that have features."""
     value, op = E.constant(e), E.op_of(e)
     if value is not None and not isinstance(value, bool) and value == 0:
         return []
@@ -125,34 +155,34 @@ def terms_of(r: RowReader, e: Expr) -> list[Term]:
         return [Term(guards=e.args if isinstance(e, sympy.And) else (e,))]
     if op == "mul":
         a, b = E.operands(e)
-        return product(terms_of(r, a), terms_of(r, b))
+        return product(terms_of(r, a, closed), terms_of(r, b, closed))
     if op == "add":
-        return [t for x in E.operands(e) for t in terms_of(r, x)]
+        return [t for x in E.operands(e) for t in terms_of(r, x, closed)]
     if isinstance(e, (sympy.Mul, sympy.Pow)) and e.atoms(E.IntCall):
         parts = e.args if isinstance(e, sympy.Mul) else [e.args[0]] * int(e.args[1])
         found = [Term()]
         for x in parts:
-            found = product(found, terms_of(r, x))
+            found = product(found, terms_of(r, x, closed))
         return found
     if isinstance(e, sympy.Add) and e.atoms(E.IntCall) and chooses(r, e):
-        return [t for x in e.args for t in terms_of(r, x)]
+        return [t for x in e.args for t in terms_of(r, x, closed)]
     if op == "where":
         c, a, b = E.operands(e)
         if E.constant(b) == 0:
-            return [t.under(guards=[c]) for t in terms_of(r, a)]
+            return [t.under(guards=[c]) for t in terms_of(r, a, closed)]
         if E.constant(a) == 0:
-            return [t.under(guards=[E.not_(c)]) for t in terms_of(r, b)]
+            return [t.under(guards=[E.not_(c)]) for t in terms_of(r, b, closed)]
     if op in E.CASTS:
         (inner,) = E.operands(e)
         split = E.op_of(inner) == "add" and chooses(r, inner)
         if split or E.kind(inner) == "int" or E.op_of(inner) in OPENED:
-            return terms_of(r, inner)
+            return terms_of(r, inner, closed)
     if op == "reduce" and chooses(r, e):
         return _summed(r, r.nodes[E.operands(e)[0].name], E.operands(e)[1:]) or [Term(factors=(e,))]
     if op == "dot" and chooses(r, e):
         node, idx = r.nodes[E.operands(e)[0].name], tuple(E.operands(e)[1:])
         more = added(r, node, idx)
-        return contracted(r, node, idx, terms_of) + ([] if more is None else terms_of(r, more))
+        return contracted(r, node, idx, terms_of, closed) + ([] if more is None else terms_of(r, more, closed))
     return [Term(factors=(e,))]
 
 
@@ -177,12 +207,14 @@ def _summed(r: RowReader, node: fx.Node, idx: Index) -> list[Term] | None:
     return [t.under(bound) for t in terms_of(r, r.read(source, at, r.position[node]))]
 
 
-def contracted(r: RowReader, node: fx.Node, idx: Index, terms: Callable) -> list[Term]:
+def contracted(r: RowReader, node: fx.Node, idx: Index, terms: Callable, closed: Closed | None = None) -> list[Term]:
     """The terms of a sum of products of which no operand is a projection."""
     sides, bound = operands_of(r, node, idx)
     found = [Term()]
     for source, at in sides:
-        if terms is terms_of:
+        if closed is not None and E.mentions(sympy.Tuple(*at), closed.feature):
+            found = product(found, terms_of(r, closed.read(r, source, at, r.position[node])))
+        elif terms is terms_of:
             found = product(found, coefficient(r, r.read(source, at, r.position[node])))
         else:
             found = product(found, terms(source, at, r.position[node]))
