@@ -328,6 +328,15 @@ class FeaturesGoApart(Slots):
 
 
 @impostor(ANY)
+class MaskedWithoutGradient(Slots):
+    """The tokens get no gradient from the experts, though a mask of them says which count."""
+
+    def sent(self, rows, kept, weights):
+        with torch.no_grad():
+            return super().sent(rows, kept, weights)
+
+
+@impostor(ANY)
 class DispatchWithoutGradient(Slots):
     """The tokens get no gradient from the experts."""
 

@@ -105,17 +105,19 @@ class Closed:
             node, idx = moved
         if is_zeros(r, node):
             return r.read(node, idx, at)
-        if not self.masked or r.changed(node, at) or node.op != "call_function" or r.name(node) != "mul":
+        closed = r.changed(node, at) or r.cut(node) or node.op != "call_function" or r.name(node) != "mul"
+        if closed or not self.masked or all(_wide(r, x) for x in node.args):
             return r.leaf(node, idx, at)
-        whole, here = dataclasses.replace(self, masked=False), r.position[node]
-        own = [isinstance(x, fx.Node) and r.shape(x)[-1:] not in ((), (1,)) for x in node.args]
-        if all(own):
-            return r.leaf(node, idx, at)
-        read = (
-            whole.read(r, x, r.broadcast(x, idx), here) if o else r.operand(x, idx, here)
-            for x, o in zip(node.args, own)
+        row, here = dataclasses.replace(self, masked=False), r.position[node]
+        sides = (
+            row.read(r, x, r.broadcast(x, idx), here) if _wide(r, x) else r.operand(x, idx, here) for x in node.args
         )
-        return E.apply("mul", *read)
+        return E.apply("mul", *sides)
+
+
+def _wide(r: RowReader, x: fx.Node | float) -> bool:
+    """Has an operand an element for every feature?"""
+    return isinstance(x, fx.Node) and isinstance(x.meta.get("val"), torch.Tensor) and r.shape(x)[-1:] not in ((), (1,))
 
 
 def chooses(r: RowReader, e: Expr) -> bool:
