@@ -26,6 +26,14 @@ RENORMALISE = [
     "w = F.normalize(w, p=1)",
 ]
 
+# Before the tokens come to the experts.
+COMPUTED = [
+    "x = x * torch.rsqrt((x * x).mean(-1, keepdim=True) + 1e-6)",
+    "x = (x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)",
+    "x = F.layer_norm(x, x.shape[-1:])",
+    "x = x + torch.tanh(x)",
+]
+
 GATED = {
     "silu": "F.silu({g}) * {u}",
     "gelu": "{u} * F.gelu({g})",
@@ -93,6 +101,8 @@ def start(w: Writer) -> None:
         w(w.pick(f"x = x.view(-1, {w.sizes['H']})", "x = x.flatten(0, 1)", f"x = x.reshape(T, {w.sizes['H']})"))
     else:
         w.arguments += [("x", "", (B * S, w.sizes["H"])), ("logits", "separated", (B * S, E))]
+    if line := w.pick(*[None] * 3, *COMPUTED):
+        w(line)
 
 
 def weights(w: Writer) -> None:
@@ -339,6 +349,7 @@ def leave(w: Writer) -> None:
         w.pick(
             *["return out"] * 4,
             "return (x + 0.5 * out)",
+            "return x + out * x[:, :1].sigmoid()",
             "return out.to(x.dtype) * 2",
             "return out, logits.logsumexp(-1)",
         )

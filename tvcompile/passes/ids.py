@@ -100,6 +100,10 @@ def once(r: RowReader, at: Index) -> bool:
     return idx[-1] == free and distinct(r, r.nodes[name.name[1:]]) and not any(E.mentions(i, free) for i in idx[:-1])
 
 
+# What leaves different ids different; a part of them is.
+DISTINCT = ("clone", "contiguous", "detach", "alias", "to", "slice", "narrow")
+
+
 def distinct(r: RowReader, ids: fx.Node) -> bool:
     """Do the ids of one token differ from each other, as those of a topk do, or is there one alone?"""
     if r.shape(ids)[-1] == 1:
@@ -109,10 +113,9 @@ def distinct(r: RowReader, ids: fx.Node) -> bool:
             a, rank = r.arguments(ids.args[0]), len(r.shape(ids))
             chosen = r.name(ids.args[0]) in ("topk", "sort") and ids.args[1] == 1
             return chosen and axis(a.get("dim", -1), rank) == rank - 1
-        if r.name(ids) in ("clone", "contiguous", "detach", "alias", "to") and ids.meta["val"].dtype not in NARROW:
-            ids = ids.args[0]
-            continue
-        break
+        if r.name(ids) not in DISTINCT or ids.meta["val"].dtype in NARROW:
+            break
+        ids = ids.args[0]
     return False
 
 
