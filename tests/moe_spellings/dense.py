@@ -25,6 +25,8 @@ class MaskedSum(Block):
 @moe()
 @moe(own=True, kind="relu")
 @moe(order="oi", kind="reglu", router="in_float")
+@moe(router="sorted_softmax")
+@moe(top=1, router="top1", bias=True)
 class ScatteredRouting(Block):
     """A dense [T,E] routing matrix."""
 

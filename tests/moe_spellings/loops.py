@@ -38,6 +38,7 @@ class Addmm(WhereIndexAdd):
 @moe()
 @moe(own=True, kind="geglu")
 @moe(kind="relu", order="oi", bias=True)
+@moe(top=1, router="top1")
 class WhereIndexPlus(Block):
     """mistral-inference: results[token] += w * expert(x[token])."""
 
