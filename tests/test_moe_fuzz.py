@@ -26,5 +26,10 @@ def test_a_seed_gives_one_program():
 
 
 def test_every_near_miss_applies():
-    made = {moe_fuzz.generate(seed).near_miss for seed in range(3000)}
-    assert made - {""} == set(moe_fuzz.misses.NEAR_MISSES)
+    """Some of them apply to one program in thousands."""
+    missing = set(moe_fuzz.misses.NEAR_MISSES)
+    for seed in range(10000):
+        missing.discard(moe_fuzz.generate(seed).near_miss)
+        if not missing:
+            return
+    assert not missing
