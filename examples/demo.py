@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 import tvcompile
 
-LENGTH, LAYERS = size(2048, 64), size(4, 1)
+LENGTH, LAYERS = size(2048, 64), size(4, 2)
 
 
 def main() -> None:

@@ -26,7 +26,7 @@ from tvcompile.tuning.attention import Ask
 ROOT = Path(__file__).resolve().parent.parent
 ARCHS = ("sm80", "sm86", "sm90", "sm100", "sm120")
 ALWAYS = ("llama", "gpt_oss", "t5")
-SLICES = 2
+SLICES = 4
 TURNS = 20  # in which all models come by, in inference and in training
 
 
