@@ -10,6 +10,7 @@ from tests.moe_impostors import (  # noqa: F401  (registers them)
     one_hot,
     positions,
     residual,
+    rounding,
     routing,
     rows,
     state,

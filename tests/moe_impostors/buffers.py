@@ -327,6 +327,18 @@ class FeaturesGoApart(Slots):
         return buffer.scatter_add(0, slot[:, None] + odd, rows)
 
 
+@impostor("rounded to torch.bfloat16")
+class PlacesAreRounded(Slots):
+    def by_expert(self, buffer):
+        return super().by_expert(buffer.bfloat16().to(buffer.dtype))
+
+
+@impostor(ANY)
+class BufferOfCoarserNumbers(Slots):
+    def filled(self, buffer, slot, rows):
+        return super().filled(buffer.bfloat16(), slot, rows.bfloat16()).to(rows.dtype)
+
+
 @impostor(ANY)
 class MaskedWithoutGradient(Slots):
     """The tokens get no gradient from the experts, though a mask of them says which count."""

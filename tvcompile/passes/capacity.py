@@ -26,8 +26,9 @@ from .buffers import Way
 from .counts import whole
 from .facts import between
 from .ids import compared
+from .movement import rounding
 from .places import digits, dim_of, exclude, only_factors, opened, solved
-from .projections import is_row
+from .projections import Row, is_row
 from .routing import unscattered, without_rows_of
 from .rows import RowReader, over as positions_of
 from .signs import compared_with_zero, nonnegative, positive
@@ -49,9 +50,9 @@ class Place:
     added: Expr
 
 
-def placed_row(r: RowReader, ways: Sequence[Way], outer: Term, about: fx.Node, h: Expr, length: Expr, t: Expr):
-    """x where the row that `outer` reads back is x[t]."""
-    outer = dataclasses.replace(outer, guards=digits(r, outer.guards, outer.bound))
+def placed_row(r: RowReader, ways: Sequence[Way], about: fx.Node, row: Row) -> fx.Node:
+    """x where the row that the result reads back is x[t]."""
+    outer = dataclasses.replace(row.outer, guards=digits(r, row.outer.guards, row.outer.bound))
     places = [_place(r, way, outer, about) for way in _opened_ways(r, ways, outer)]
     _check_apart(r, places, about)
     own = [(p, pair) for p in places for pair in _own_pairs(r, p, outer)]
@@ -62,28 +63,30 @@ def placed_row(r: RowReader, ways: Sequence[Way], outer: Term, about: fx.Node, h
         if len(factors) == 1 and E.op_of(factors[0]) == "load":
             name, *idx = (E.substitute(x, pair, r.bounds) for x in E.operands(factors[0]))
             node = r.nodes[name.name[1:]]
-            if is_row(r, node, tuple(idx), t, h, length):
-                _check_unrounded(r, node, about)
+            if is_row(r, node, tuple(idx), row.t, row.over, row.length):
+                _check_unrounded(r, node, about, row.dtype)
                 return node
     raise Refuse(NOT_DISPATCHED, about)
 
 
-def _check_unrounded(r: RowReader, x: fx.Node, about: fx.Node) -> None:
-    """No tensor between the tokens and the experts' rows is coarser than both: formulas do not hold such casts.
+def _check_unrounded(r: RowReader, x: fx.Node, about: fx.Node, dtype: torch.dtype) -> None:
+    """No tensor from the tokens to the experts' rows, which are of `dtype`, is coarser: formulas hold no such casts.
 
     What a router made integers of on the way tells where tokens go, and is no part of them.
     """
-    allowed = max(torch.finfo(n.meta["val"].dtype).eps for n in (x, about))
-    from_x, held, queue = set(between(r, [x], about)), {about}, [about]
+    allowed = max(rounding(x.meta["val"].dtype), rounding(dtype))
+    from_x, seen, queue = set(between(r, [x], about)), {about}, [about]
     while queue:
-        for node in queue.pop().all_input_nodes:
-            val = node.meta.get("val")
-            if node not in from_x or node in held or not isinstance(val, torch.Tensor) or not val.is_floating_point():
-                continue
-            if torch.finfo(val.dtype).eps > allowed:
-                raise Refuse(f"tokens are rounded to {val.dtype} as they are sent", node)
-            held.add(node)
-            queue.append(node)
+        node = queue.pop()
+        if rounding(node.meta["val"].dtype) > allowed:
+            raise Refuse(f"tokens are rounded to {node.meta['val'].dtype} as they are sent", node)
+        inputs = [n for n in node.all_input_nodes if n in from_x and n not in seen and _is_float(n)]
+        seen.update(inputs)
+        queue += inputs
+
+
+def _is_float(node: fx.Node) -> bool:
+    return isinstance(val := node.meta.get("val"), torch.Tensor) and val.is_floating_point()
 
 
 def _opened_ways(r: RowReader, ways: Sequence[Way], outer: Term) -> list[Way]:

@@ -6,10 +6,9 @@ y[row, d] = sum_f act(pre[row, ...]) * W2[e, f, d]        pre[row, c] = sum_h x[
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import sympy
-import torch
 from torch import fx
 
 from .. import expr as E
@@ -19,12 +18,10 @@ from .buffers import Way, rows_put
 from .capacity import placed_row
 from .contraction import CONTRACTIONS, added, operands_of
 from .ids import distinct
-from .movement import CASTS, Index, unravel
-from .projections import Weight, is_row, leaf_of, number_of, path_of, projection
+from .movement import CASTS, Index, rounding, unravel
+from .projections import Fix, Row, Weight, is_row, leaf_of, number_of, path_of, projection
 from .rows import RowReader, over as positions_of, settle
 from .terms_of import Closed, Term, lazily, terms_of
-
-Fix = Callable[[Expr], Expr]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +83,8 @@ def read_expert(r: RowReader, node: fx.Node, idx: Index, term: Term, t: Expr, d:
         p = projection(r, unit.node, tuple(column if x is None else x for x in unit.row))
         ups.append(fixed(p.weight, fix, p.length, columns))
         x, at = p.x
-        sources.add(token_row(r, x, tuple(map(fix, at)), r.position[unit.node], p.over, p.length, t, fix, term))
+        row = Row(p.over, p.length, t, fix, term, x.meta["val"].dtype)
+        sources.add(token_row(r, x, tuple(map(fix, at)), r.position[unit.node], row))
     if len(sources) != 1:
         raise Refuse("the projections of an expert read different rows", node)
     (x, weighed) = sources.pop()
@@ -147,10 +145,10 @@ def activation(r: RowReader, e: Expr, f: Expr, about: fx.Node) -> tuple[Expr, li
 
 def without_casts(e: Expr, about: fx.Node) -> Expr:
     """Roundings to the experts' own dtype leave; coarser ones are the program's meaning."""
-    allowed = torch.finfo(about.meta["val"].dtype).eps
+    allowed = rounding(about.meta["val"].dtype)
     casts = [x for x in E.walk(e) if E.op_of(x) in E.CASTS and e.free_symbols]
     for x in casts:
-        if torch.finfo(getattr(torch, E.op_of(x))).eps > allowed:
+        if rounding(E.op_of(x)) > allowed:
             raise Refuse(f"an activation is rounded to {E.op_of(x)}", about)
     return E.substitute(e, {x: without_casts(E.operands(x)[0], about) for x in casts})
 
@@ -192,30 +190,31 @@ def biases_of(r: RowReader, units: list[Unit], layout: str, f: Expr, F: Expr, ab
     return tuple(found)
 
 
-def token_row(
-    r: RowReader, node: fx.Node, idx: Index, at: int, over: Expr, length: Expr, t: Expr, fix: Fix, outer: Term
-):
+def token_row(r: RowReader, node: fx.Node, idx: Index, at: int, row: Row):
     """(x, factors) where the row is x[t] times the factors, each a formula of the token and its expert."""
+    over, fix = row.over, row.fix
     path = [(x, tuple(map(fix, where)), used) for x, where, used in path_of(r, node, idx, at)]
     for x, where, used in reversed(path):
-        if is_row(r, x, where, t, over, length):
+        if is_row(r, x, where, row.t, over, row.length):
             r._note_use(x, used)
             return x, ()
     leaf, where, used = path[-1]
     name, a, here = (r.name(leaf), r.arguments(leaf), r.position[leaf]) if leaf.op == "call_function" else ("", {}, 0)
-    if name in CASTS and leaf.meta["val"].dtype == node.meta["val"].dtype:
-        return token_row(r, a["self"], where, here, over, length, t, fix, outer)
+    if name in CASTS:
+        if rounding(leaf.meta["val"].dtype) > rounding(row.dtype):
+            raise Refuse(f"the rows of an expert are rounded to {leaf.meta['val'].dtype}", leaf)
+        return token_row(r, a["self"], where, here, row)
     if (split := weighed_by(r, leaf, where, over, fix)) is not None:
         (rows, at_rows), factors = split
-        x, rest = token_row(r, rows, at_rows, here, over, length, t, fix, outer)
+        x, rest = token_row(r, rows, at_rows, here, row)
         return x, (*factors, *rest)
     refused = Refuse("the rows of an expert are not its tokens", leaf)
     for closed in (Closed(over, masked=False), Closed(over, masked=True), None):
         try:
             if name in CONTRACTIONS and (terms := terms_of(r, fix(r.read(leaf, where, used)), closed)):
-                return placed_row(r, [Way(x) for x in terms], outer, leaf, over, length, t), ()
+                return placed_row(r, [Way(x) for x in terms], leaf, row), ()
             if (ways := rows_put(r, leaf, where, used, fix, closed)) is not None:
-                return placed_row(r, ways, outer, leaf, over, length, t), ()
+                return placed_row(r, ways, leaf, row), ()
         except Refuse as why:
             refused = why
     raise refused
@@ -287,7 +286,8 @@ def with_weighed_input(r: RowReader, expert: Expert, t: Expr, fix: Fix, outer: T
     if split is None:
         return expert
     (rows, at_rows), factors = split
-    x, rest = token_row(r, rows, at_rows, here, over, shape[-1], t, fix, outer)
+    row = Row(over, shape[-1], t, fix, outer, expert.x.meta["val"].dtype)
+    x, rest = token_row(r, rows, at_rows, here, row)
     return dataclasses.replace(expert, x=x, weighed=(*factors, *rest))
 
 

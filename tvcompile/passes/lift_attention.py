@@ -23,7 +23,7 @@ from .bind import Sketch, bind
 from .contraction import added, contraction
 from .facts import Facts, between
 from .masking import Masks, split_scale
-from .movement import MOVEMENT, SPLITS
+from .movement import MOVEMENT, SPLITS, rounding
 from .pointwise import POINTWISE
 from .read import Reader, Unreadable
 from .weights import NotASoftmax, read_weights
@@ -161,10 +161,10 @@ def lift_product(r: Reader, facts: Facts, anchor: fx.Node, start: fx.Node) -> Ma
 
 def strip_casts(e: Expr, anchor: fx.Node) -> Expr:
     """Casts of the score leave where the result is no finer than they are; else they are the program's rounding."""
-    allowed = torch.finfo(anchor.meta["val"].dtype).eps
+    allowed = rounding(anchor.meta["val"].dtype)
     casts = [x for x in E.walk(e) if E.op_of(x) in E.CASTS and E.mentions(x, E.S)]
     for x in casts:
-        if torch.finfo(getattr(torch, E.op_of(x))).eps > allowed:
+        if rounding(E.op_of(x)) > allowed:
             raise Refuse(f"the scores are rounded to {E.op_of(x)} on the way", anchor)
     return E.substitute(e, {x: strip_casts(E.operands(x)[0], anchor) for x in casts})
 
@@ -192,7 +192,7 @@ def check_edit(e: Expr, node: fx.Node) -> None:
 
 
 def widest(*nodes: fx.Node) -> torch.dtype:
-    return max((n.meta["val"].dtype for n in nodes), key=lambda d: torch.finfo(d).eps ** -1)
+    return max((n.meta["val"].dtype for n in nodes), key=lambda d: -rounding(d))
 
 
 def lift_sdpa(r: Reader, facts: Facts, anchor: fx.Node) -> Match:

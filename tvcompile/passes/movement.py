@@ -279,6 +279,13 @@ SPLITS = ("split", "chunk", "unbind", "split_with_sizes", "tensor_split")
 # They keep the numbers, but for what the dtype rounds.
 CASTS = ("to", "_to_copy", "type_as", "float", "half")
 
+
+def rounding(dtype: torch.dtype | str) -> float:
+    """How coarsely a dtype, or a cast in a formula, holds numbers; a dtype of no fractions infinitely so."""
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    return torch.finfo(dtype).eps if dtype.is_floating_point else float("inf")
+
+
 MOVEMENT = {
     **dict.fromkeys(("view", "reshape", "_unsafe_view", "unflatten", "flatten", "view_as", "reshape_as"), _view),
     **dict.fromkeys(

@@ -24,6 +24,7 @@ from .ids import NARROW, chosen_sides, distinct, in_range
 from .movement import Index, axis, unravel
 from .read import Reader
 from .rows import GROUPED, RowReader, over, settle
+from .terms_of import Term
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +59,21 @@ def number_of(r: Reader, node: fx.Node, idx: Index) -> Expr:
     for size, i in zip(r.shape(node), idx):
         total = sympy.expand(total * size + i)
     return joined(total)
+
+
+Fix = Callable[[Expr], Expr]
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What the row of a projection has to be: element `over` of `length` of token t, nowhere coarser than `dtype`."""
+
+    over: Expr
+    length: Expr
+    t: Expr
+    fix: Fix
+    outer: Term
+    dtype: torch.dtype
 
 
 def is_row(r: Reader, x: fx.Node, idx: Index, t: Expr, over: Expr, length: Expr) -> bool:

@@ -39,6 +39,7 @@ class RowReader(Reader):
         self.trains = any(grad.values())
         self.masks: dict[tuple, fx.Node] = {}
         self.choosing: dict[fx.Node, bool] = {}  # what terms_of.chooses found inside tensors
+        self.coarsest = 0.0  # the epsilon of the results that are looked at: what is rounded more keeps its cast
 
     def _read(self, node: fx.Node, idx: Index) -> Expr:
         if node.op == "call_function" and isinstance(node.meta.get("val"), torch.Tensor):

@@ -18,7 +18,7 @@ from ..spec import Refuse
 from .contraction import added, further
 from .counts import counts
 from .ids import once
-from .movement import CASTS, SPLITS, Index, axis
+from .movement import CASTS, SPLITS, Index, axis, rounding
 from .places import cases, least, opened
 from .rows import EMPTY, RowReader, mask_of, over
 from .terms_of import Term, contracted, lazily, product, terms_of
@@ -30,6 +30,7 @@ class Sums:
     def __init__(self, r: RowReader, cone: set[fx.Node], ends: set[fx.Node]):
         self.r, self.cone, self.ends = r, cone, ends
         self.d: Expr | None = None  # the feature of the result that is read
+        r.coarsest = max(rounding(end.meta["val"].dtype) for end in ends)
 
     def of(self, node: fx.Node, idx: Index, at: int) -> list[Term]:
         """The terms of node[idx] as the operation at position `at` sees it."""
@@ -114,10 +115,9 @@ def _cast(s: Sums, a, n, idx):
 
 def _uncast(s: Sums, n: fx.Node) -> fx.Node:
     """What is cast, at least as precisely as the experts give their results."""
-    coarsest = max(torch.finfo(end.meta["val"].dtype).eps for end in s.ends)
     while n.op == "call_function" and s.r.name(n) in CASTS:
         dtype = n.meta["val"].dtype
-        if not dtype.is_floating_point or torch.finfo(dtype).eps > coarsest:
+        if rounding(dtype) > s.r.coarsest:
             raise Refuse(f"what the experts gave is rounded to {str(dtype).removeprefix('torch.')}", n)
         n = n.args[0]
     return n

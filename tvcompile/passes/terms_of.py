@@ -17,7 +17,7 @@ from ..expr import Expr
 from ..spec import Refuse
 from .contraction import added, operands_of
 from .ids import scattered
-from .movement import Index
+from .movement import Index, rounding
 from .rows import RowReader, is_zeros, over, settle
 
 
@@ -174,7 +174,7 @@ def terms_of(r: RowReader, e: Expr, closed: Closed | None = None) -> list[Term]:
             return [t.under(guards=[c]) for t in terms_of(r, a, closed)]
         if E.constant(a) == 0:
             return [t.under(guards=[E.not_(c)]) for t in terms_of(r, b, closed)]
-    if op in E.CASTS:
+    if op in E.CASTS and rounding(op) <= r.coarsest:
         (inner,) = E.operands(e)
         split = E.op_of(inner) == "add" and chooses(r, inner)
         if split or E.kind(inner) == "int" or E.op_of(inner) in OPENED:

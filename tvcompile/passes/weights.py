@@ -9,14 +9,13 @@ from __future__ import annotations
 import dataclasses
 
 import sympy
-import torch
 from torch import fx
 
 from .. import expr as E
 from ..expr import Expr
 from ..spec import Refuse
 from .contraction import Product
-from .movement import MOVEMENT, Index, axis
+from .movement import MOVEMENT, Index, axis, rounding
 from .read import Reader
 
 
@@ -95,7 +94,7 @@ def _softmax(r: Reader, e: Expr, product: Product, anchor: fx.Node) -> Weights |
             if dropout or p is None or not 0 <= p < 1:
                 return None
             dropout = p
-        if op in E.CASTS and torch.finfo(getattr(torch, op)).eps > torch.finfo(anchor.meta["val"].dtype).eps:
+        if op in E.CASTS and rounding(op) > rounding(anchor.meta["val"].dtype):
             raise Refuse(f"the weights are rounded to {op} on the way", anchor)
         zeroed = zeroed or op == "nan_to_zero"
         e = args[-1]
