@@ -19,7 +19,7 @@ class Switch(Capacity):
         mask = mask * (place < self.capacity).unsqueeze(-1)
         where = F.one_hot(place.clamp(min=0, max=self.capacity - 1), self.capacity)
         combine = (mask.unsqueeze(-1) * where.unsqueeze(1)).to(x.dtype)
-        rows = torch.einsum("tec,th->ech", self.sent(combine, x, w), x)
+        rows = self.rows(self.sent(combine, x, w), x)
         return torch.einsum("tec,ech->th", self.returned(combine) * w.unsqueeze(-1), self.places(rows))
 
     def counted(self, mask):
@@ -30,6 +30,9 @@ class Switch(Capacity):
 
     def returned(self, combine):
         return combine
+
+    def rows(self, sent, x):
+        return torch.einsum("tec,th->ech", sent, x)
 
 
 @impostor(ANY)
@@ -168,3 +171,12 @@ class SentByASumThatMayBeEmpty(SentByWeight):
         hits = (F.one_hot(ids[:, k], self.count) * some for k in range(self.top))
         w = torch.stack([(probabilities * hit).sum(-1) for hit in hits], dim=1)
         return w / w.sum(-1, keepdim=True).clamp(min=1e-9), ids
+
+
+@impostor("rounded to torch.bfloat16")
+class RowsAreRoundedByAutocast(Switch):
+    """Only the product that sends them is made in bfloat16."""
+
+    def rows(self, sent, x):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=x.dtype == torch.float32):
+            return super().rows(sent, x).to(x.dtype)

@@ -28,9 +28,26 @@ class FromAMatrix(Block):
 
 @moe()
 @moe(own=True, kind="gelu", bias=True)
+@moe(top=1, router="top1")
 class AboveAThreshold(FromAMatrix):
     def counts(self, matrix):
         return matrix > 0.3
+
+
+@moe(top=1, router="top1")
+class OneChoiceAboveAThreshold(Block):
+    """Added in place: no token is there twice, as each has one choice."""
+
+    def coefficients(self, x):
+        w, ids = self.route(x)
+        return torch.zeros(x.shape[0], self.count, dtype=w.dtype).scatter(1, ids, torch.where(w > 0.3, w, 0.0))
+
+    def experts(self, x, ids, w):
+        out = torch.zeros_like(x)
+        for e in range(self.count):
+            token, k = torch.where((ids == e) & (w > 0.3))
+            out[token] += self.expert(x[token], e) * w[token, k, None]
+        return out
 
 
 @moe()
