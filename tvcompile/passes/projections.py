@@ -94,14 +94,11 @@ def joined(e: Expr) -> Expr:
 
 
 def path_of(r: RowReader, node: fx.Node, idx: Index, at: int) -> list[tuple[fx.Node, Index, int]]:
-    """Through the operations that only move data: (tensor, index, the position of what reads it), the source last."""
-    path = [(node, idx, at)]
-    while not r.changed(node, at) and (moved := r.step(node, idx)) is not None:
-        at = r.position[node]
-        node, idx = moved[0], tuple(settle(E.as_int(i), r.bounds) for i in moved[1])
-        path.append((node, idx, at))
-    if r.changed(node, at):
-        raise Refuse("a tensor is written to after the experts read it", node)
+    """Reader.path, all of which is as the experts read it."""
+    path = r.path(node, idx, at)
+    source, _, used = path[-1]
+    if r.changed(source, used):
+        raise Refuse("a tensor is written to after the experts read it", source)
     return path
 
 

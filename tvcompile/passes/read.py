@@ -193,6 +193,18 @@ class Reader:
         except Unreadable:
             return None
 
+    def path(self, node: fx.Node, idx: Index, at: int) -> list[tuple[fx.Node, Index, int]]:
+        """Back through operations that only move data: (tensor, index, the position of what reads it), the source last.
+
+        It ends at a tensor that is written to before it is read.
+        """
+        found = [(node, idx, at)]
+        while not self.changed(node, at) and (moved := self.step(node, idx)) is not None:
+            at = self.position[node]
+            node, idx = moved
+            found.append((node, idx, at))
+        return found
+
     def read(self, node: fx.Node, idx: Index, at: int) -> Expr:
         """The formula of node[idx] as the operation at position `at` sees it."""
         if self.changed(node, at):

@@ -123,9 +123,11 @@ class RowReader(Reader):
         floating = isinstance(val, torch.Tensor) and val.dtype.is_floating_point
         return floating and self.trains and not self.grad[node]
 
-    def step(self, node: fx.Node, idx: Index):
-        if self.cut(node):
-            return None
+    def step(self, node: fx.Node, idx: Index) -> tuple[fx.Node, Index] | None:
+        moved = None if self.cut(node) else self._step(node, idx)
+        return moved and (moved[0], tuple(settle(E.as_int(i), self.bounds) for i in moved[1]))
+
+    def _step(self, node: fx.Node, idx: Index) -> tuple[fx.Node, Index] | None:
         if node.op == "call_function" and self.name(node) == "index" and (mask := mask_of(node)) is not None:
             return self.arguments(node)["self"], masked_index(self, node, mask, idx)
         if node.op == "call_function" and self.name(node) == "masked_select":

@@ -77,9 +77,7 @@ def product(left: list[Term], right: list[Term]) -> list[Term]:
 
 def lazily(r: RowReader, node: fx.Node, idx: Index, at: int, d: Expr | None = None) -> Expr:
     """The formula of node[idx]; what holds no choice of experts, or feature d, stays the program's own tensor."""
-    while not r.changed(node, at) and (moved := r.step(node, idx)) is not None:
-        at = r.position[node]
-        node, idx = moved
+    node, idx, at = r.path(node, idx, at)[-1]
     if d is not None and E.mentions(sympy.Tuple(*idx), d) and not is_zeros(r, node):
         return r.leaf(node, idx, at)
     opened = r.read(node, idx, at)
@@ -100,9 +98,7 @@ class Closed:
     masked: bool
 
     def read(self, r: RowReader, node: fx.Node, idx: Index, at: int) -> Expr:
-        while not r.changed(node, at) and (moved := r.step(node, idx)) is not None:
-            at = r.position[node]
-            node, idx = moved
+        node, idx, at = r.path(node, idx, at)[-1]
         if is_zeros(r, node):
             return r.read(node, idx, at)
         closed = r.changed(node, at) or r.cut(node) or node.op != "call_function" or r.name(node) != "mul"
