@@ -1,7 +1,7 @@
 """Audits the configs that are chosen, without a GPU: they compile, fit the shared memory and do not spill.
 
     python tools/tables.py [--arch sm90] [--op attention] [--dtype bfloat16] [--part 3/40] [--json FILE]
-    python tools/tables.py --write [--arch sm90] [--pass fwd]
+    python tools/tables.py --write [--arch sm90] [--pass fwd] [--width 128] [--dtype float16]
 
 For every architecture, dtype, width, class of work and pass of attention, and for every pass of the experts of ten
 public models: the first choice and the formula's. What is chosen must not spill; where a row of the table stands before
@@ -9,7 +9,8 @@ it, the formula's spills are counted and shown. --part i/n takes every n-th case
 them.
 
 --write compiles the rows of tables/attention.json with every class of work and writes into them which they serve and
-how much shared memory they take, and adds rows for what none of them serves without a spill. Run without
+how much shared memory they take, and adds rows for what none of them serves without a spill. Rows of 16 bits serve
+bfloat16 and float16: --dtype float16 keeps of what they serve what does not spill there either. Run without
 TRITON_INTERPRET.
 """
 
@@ -22,7 +23,7 @@ import json
 import os
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ EDITS = ("sink", "mean", "score", "dropout", "bias")
 WORKS = (*MASKS, *(f"causal+{x}" for x in EDITS))
 SIZES = {"bfloat16": 2, "float16": 2, "float32": 4}  # bytes
 DTYPES = tuple(SIZES)
+OF_SIZE = {2: ("bfloat16", "float16"), 4: ("float32",)}
 TABLE = ROOT / "tvcompile/tuning/tables/attention.json"
 # E, K, H, F of public mixtures.
 MODELS = {
@@ -193,10 +195,10 @@ def ladder(pass_: str, size: int) -> tuple[tuple[int, int, int], ...]:
 
 
 class Works:
-    """Which classes of work a config of a cell serves, compiled when asked."""
+    """Which classes of work a config of a cell serves in these dtypes, compiled when asked."""
 
-    def __init__(self, cell: Cell, config: dict[str, Any]):
-        self.cell, self.config = cell, config
+    def __init__(self, cell: Cell, config: dict[str, Any], dtypes: tuple[str, ...]):
+        self.cell, self.config, self.dtypes = cell, config, dtypes
         self.results: dict[str, dict[str, Any]] = {}
 
     def good(self, work: str) -> bool:
@@ -205,12 +207,12 @@ class Works:
         return not self.results[work]["wrong"]
 
     def _compiled(self, work: str) -> dict[str, Any]:
-        """Of a decode for the fewest and the most rows, the worse."""
+        """Of all dtypes, and of a decode for the fewest and the most rows, the worst."""
         from tvcompile.tuning.attention import Config, few_rows
 
         arch, pass_, size, width = self.cell
-        dtype, found = {2: "bfloat16", 4: "float32"}[size], []
-        for rows in (4, few_rows(width, size)) if pass_ == "decode" else (4096,):
+        every_rows, found = (4, few_rows(width, size)) if pass_ == "decode" else (4096,), []
+        for dtype, rows in itertools.product(self.dtypes, every_rows):
             case = Case("attention", arch, dtype, pass_, width, work, rows)
             found.append(compiled(case, case.ask.fitted(Config(**self.config))))
         return max(found, key=lambda r: (bool(r["wrong"]), r["shared"]))
@@ -219,10 +221,10 @@ class Works:
     def shared(self) -> int:
         return max((r["shared"] for r in self.results.values() if not r["wrong"]), default=0)
 
-    def masks(self) -> list[str]:
-        return [m for m in MASKS if self.good(m)]
+    def masks(self, asked: Sequence[str] = MASKS) -> list[str]:
+        return [m for m in asked if self.good(m)]
 
-    def edits(self, asked: tuple[str, ...], masks: list[str]) -> list[str]:
+    def edits(self, asked: Sequence[str], masks: list[str]) -> list[str]:
         """Those served with a causal mask and with the heaviest that is, each alone and all together.
 
         What spills is no matter of weight alone: some spill with the lighter mask only.
@@ -237,20 +239,23 @@ class Works:
         return found
 
 
-def covered(cell: Cell, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A cell's rows with the masks and edits that each serves, and a row for each of those that none serves."""
+def covered(cell: Cell, rows: list[dict[str, Any]], dtype: str) -> list[dict[str, Any]]:
+    """A cell's rows with the masks and edits that each serves, and a row for each of those that none serves.
+
+    In the second of two dtypes what they serve is asked of what they served in the first.
+    """
     arch, pass_, size, width = cell
     given = {"arch": arch, "pass_": pass_, "size": size, "width": width}
     kept, left_masks, left_edits = [], list(MASKS), list(EDITS)
     for row in rows:
-        works = Works(cell, row["config"])
-        if not (masks := works.masks()):
+        works, first = Works(cell, row["config"], (dtype,)), dtype == OF_SIZE[size][0]
+        if not (masks := works.masks(MASKS if first else row["when"].get("mask", MASKS))):
             continue
-        edits = works.edits(EDITS, masks)
+        edits = works.edits(EDITS if first else row["when"].get("edits", EDITS), masks)
         when = {k: v for k, v in row["when"].items() if k not in ("mask", "edits")}
         limits = {"mask": masks} if len(masks) < len(MASKS) else {}
         limits |= {"edits": edits} if len(edits) < len(EDITS) else {}
-        kept.append({**row, "when": when | limits, "shared": works.shared})
+        kept.append({**row, "when": when | limits, "shared": max(works.shared, 0 if first else row["shared"])})
         left_masks = [m for m in left_masks if m not in masks]
         left_edits = [e for e in left_edits if e not in edits]
     described = rows[0]["config"].get("descriptors", False) if rows and pass_ != "decode" else False
@@ -262,7 +267,7 @@ def covered(cell: Cell, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         config["num_stages"] = 2 if size == 2 and not waves else 1
         config |= {"descriptors": True} if described else {}
         config |= {"hoist": False} if pass_ == "dkdv" else {}
-        works = Works(cell, config)
+        works = Works(cell, config, OF_SIZE[size])
         # Masks alone are served before, once none is left.
         masks = works.masks() if left_masks else list(MASKS)
         edits = works.edits(EDITS if left_masks else tuple(left_edits), masks)
@@ -289,14 +294,14 @@ def last(cell: Cell, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         config = {"BLOCK_M": M, "BLOCK_N": N, "num_warps": min(warps, 4) if arch.startswith("gfx") else warps}
         config |= {"num_stages": flight}
         config |= ({"descriptors": True} if described else {}) | ({"hoist": False} if pass_ == "dkdv" else {})
-        works = Works(cell, config)
+        works = Works(cell, config, OF_SIZE[size])
         if works.good(ALL) and works.good("data") and works.edits(EDITS, list(MASKS)) == list(EDITS):
             when = {"arch": arch, "pass_": pass_, "size": size, "width": width}
             return [{"when": when, "config": config, "shared": works.shared}]
     return []
 
 
-def write(archs: list[str], sizes: tuple[int, ...], passes: list[str]) -> int:
+def write(archs: list[str], dtypes: list[str], passes: list[str], widths: list[int]) -> int:
     from rich.progress import track
 
     from tvcompile.arch import SHARED
@@ -308,15 +313,18 @@ def write(archs: list[str], sizes: tuple[int, ...], passes: list[str]) -> int:
     }
     for row in table["rows"]:
         cells[tuple(row["when"][n] for n in ("arch", "pass_", "size", "width"))].append(row)
-    todo = [c for c in cells if c[0] in (archs or SHARED) and c[1] in (passes or PASSES) and c[2] in sizes]
     head = {k: v for k, v in table.items() if k != "rows"}
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
-        found = pool.map(covered, todo, [cells[cell] for cell in todo])
-        for cell, rows in zip(todo, track(found, "compiling", len(todo))):
-            cells[cell] = rows
-            lines = [json.dumps(row) for rows in cells.values() for row in rows]
-            text = json.dumps(head, indent=1)[:-2] + ',\n "rows": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n"
-            TABLE.write_text(text, encoding="utf-8")
+    for dtype in (d for d in DTYPES if d in (dtypes or DTYPES)):
+        todo = [c for c in cells if c[0] in (archs or SHARED) and c[1] in (passes or PASSES) and c[2] == SIZES[dtype]]
+        todo = [c for c in todo if c[3] in (widths or WIDTHS)]
+        with ProcessPoolExecutor(os.cpu_count()) as pool:
+            found = pool.map(covered, todo, [cells[cell] for cell in todo], itertools.repeat(dtype))
+            for cell, rows in zip(todo, track(found, f"compiling {dtype}", len(todo))):
+                cells[cell] = rows
+                # Whole after each cell, so that what was found is kept.
+                lines = [json.dumps(row) for rows in cells.values() for row in rows]
+                text = json.dumps(head, indent=1)[:-2] + ',\n "rows": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n"
+                TABLE.write_text(text, encoding="utf-8")
     return 0
 
 
@@ -329,13 +337,13 @@ def main() -> int:
     parser.add_argument("--op", nargs="*", default=["attention", "moe"])
     parser.add_argument("--dtype", nargs="*", default=[])
     parser.add_argument("--pass", nargs="*", default=[])
+    parser.add_argument("--width", nargs="*", type=int, default=[])
     parser.add_argument("--part", default="0/1")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
     if options.write:
-        sizes = tuple({"float32": 4}.get(d, 2) for d in options.dtype) or (2, 4)
-        return write(options.arch, sizes, getattr(options, "pass"))
+        return write(options.arch, options.dtype, getattr(options, "pass"), options.width)
     first, step = map(int, options.part.split("/"))
     todo = list(cases(options.arch, options.op, options.dtype, getattr(options, "pass")))
     random.Random(0).shuffle(todo)

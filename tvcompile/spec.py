@@ -206,7 +206,6 @@ class Choices:
     """Columns of the op's ids and weights, as formulas of t and k (0 where there is one).
 
     counts  conditions under which a pair counts; factors: what is multiplied to its weight
-    wraps   E where ids may count from the end, else 0
     """
 
     ids: Expr
@@ -214,7 +213,6 @@ class Choices:
     size: Expr
     counts: tuple[Expr, ...]
     factors: tuple[Expr, ...]
-    wraps: int
 
 
 @dataclasses.dataclass(frozen=True)

@@ -166,3 +166,15 @@ def given_scores(s, v):
 @impostor(None, "BHND", "D", "BHND")
 def pooling_by_a_learned_vector(x, w, v):
     return (F.softmax(x @ w, -1).unsqueeze(-1) * v).sum(-2)
+
+
+@impostor(None, *SELF, "ids:M")
+def positions_that_count_from_the_end(q, k, v, ids):
+    at = torch.arange(37)[ids - 2]
+    return scores(q, k).masked_fill(at > torch.arange(37)[:, None], -1e9).softmax(-1) @ v
+
+
+@impostor(None, *SELF, "ids:M")
+def positions_along_a_dim_that_count_from_the_end(q, k, v, ids):
+    at = torch.take_along_dim(torch.arange(37), ids - 2, 0)
+    return scores(q, k).masked_fill(at > torch.arange(37)[:, None], -1e9).softmax(-1) @ v

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 from tests.moe_impostors.base import ANY, impostor
 from tests.moe_spellings.base import H
-from tests.moe_spellings.capacity import Capacity, GShardByPositiveWeights, SwitchInFloats
+from tests.moe_spellings.capacity import Capacity, GShardByPositiveWeights, SwitchInFloats, TopKGating
 
 
 class Switch(Capacity):
@@ -180,3 +180,38 @@ class RowsAreRoundedByAutocast(Switch):
     def rows(self, sent, x):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=x.dtype == torch.float32):
             return super().rows(sent, x).to(x.dtype)
+
+
+@impostor(ANY)
+class PlacesCountedInPart(TopKGating):
+    """Tokens that are not counted are sent too, and share a place with one before them."""
+
+    def counted(self, mask):
+        return mask & (torch.arange(mask.shape[0]) % 3 > 0)[:, None]
+
+
+@impostor(ANY)
+class PlacesCountedDown(TopKGating):
+    """Each token that is not sent takes a place back."""
+
+    policy = "position"
+
+    def counted(self, mask):
+        return 2 * mask.long() - 1
+
+
+@impostor(ANY)
+class EveryTokenIsSent(TopKGating):
+    """Those that an expert does not get are sent to its first place, and read nowhere."""
+
+    def sent(self, combine, where):
+        return where
+
+
+@impostor(ANY)
+class PlacesOfAnyIds(TopKGating):
+    """Ids that may be alike: a token then has one place where it was set twice."""
+
+    def route(self, x):
+        w, ids = super().route(x)
+        return w, ids // 2 * 2

@@ -2,9 +2,10 @@
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from tests.moe_impostors.base import ANY, impostor
-from tests.moe_spellings.base import Block
+from tests.moe_spellings.base import Block, T
 
 
 @impostor(ANY)
@@ -113,3 +114,60 @@ class NegativeHits(Block):
             (token,) = torch.where(torch.where(ids == e, -1, 0).sum(-1) > 0)
             out = out.index_add(0, token, self.expert(x[token], e) * probabilities[token, e, None])
         return out
+
+
+class IdsFromTheEnd(Block):
+    """Ids that were found elsewhere and may count from the end, as indices do: -1 is the last expert."""
+
+    kind, count = "gelu", 5
+
+    def __init__(self):
+        super().__init__()
+        ids = torch.stack([torch.randperm(self.count)[: self.top] for _ in range(16 * T)])
+        self.found = nn.Buffer(ids - self.count * (torch.rand(ids.shape) < 0.5))
+
+    def route(self, x):
+        w, _ = super().route(x)
+        return w, self.found[: x.shape[0]]
+
+    def every(self, x, dim):
+        return torch.stack([self.expert(x, e) for e in range(self.count)], dim)
+
+
+@impostor(None)
+class WeightsFromTheEnd(IdsFromTheEnd):
+    def experts(self, x, ids, w):
+        h = F.gelu(torch.einsum("ti,tkio->tko", x, self.w_up[ids]))
+        return (torch.einsum("tki,tkio->tko", h, self.w_down[ids]) * w.unsqueeze(-1)).sum(1)
+
+
+@impostor(None)
+class ResultsFromTheEnd(IdsFromTheEnd):
+    def experts(self, x, ids, w):
+        return (self.every(x, 0)[ids, torch.arange(x.shape[0])[:, None]] * w[..., None]).sum(1)
+
+
+@impostor(None)
+class ResultsOfTokensFromTheEnd(IdsFromTheEnd):
+    def experts(self, x, ids, w):
+        return torch.einsum("tkd,tk->td", self.every(x, 1)[torch.arange(x.shape[0]).unsqueeze(1), ids], w)
+
+
+@impostor(None)
+class FlatResultsFromTheEnd(IdsFromTheEnd):
+    def experts(self, x, ids, w):
+        flat = self.every(x, 0).flatten(0, 1)
+        return (flat[ids * x.shape[0] + torch.arange(x.shape[0])[:, None]] * w.unsqueeze(-1)).sum(1)
+
+
+@impostor(None)
+class OneHotFromTheEnd(IdsFromTheEnd):
+    def experts(self, x, ids, w):
+        hot = (torch.eye(self.count, dtype=x.dtype)[ids] * w.unsqueeze(-1)).sum(1)
+        return sum(hot[:, e, None] * self.expert(x, e) for e in range(self.count))
+
+
+@impostor(None)
+class ResultsAlongADimFromTheEnd(IdsFromTheEnd):
+    def experts(self, x, ids, w):
+        return (torch.take_along_dim(self.every(x, 1), ids[..., None], 1) * w[..., None]).sum(1)

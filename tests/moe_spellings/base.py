@@ -37,6 +37,12 @@ PLAIN: dict[str, Callable] = {
     "relu2": lambda g, u: F.relu(u).square(),
     "tanh": lambda g, u: torch.tanh(u),
     "power": lambda g, u: F.relu(u) ** 2,
+    "selu": lambda g, u: F.selu(u),
+    "celu": lambda g, u: F.celu(u, 1.7),
+    "hardswish": lambda g, u: F.hardswish(u),
+    "softshrink": lambda g, u: F.softshrink(u, 0.3),
+    "hardshrink": lambda g, u: F.hardshrink(u, 0.3),
+    "threshold": lambda g, u: F.threshold(u, 0.2, -0.7),
     "powers": lambda g, u: u.abs() ** 1.5 - (u * u + 1) ** -0.5 + torch.logaddexp(u, -u),
 }
 ACTIVATIONS = GATED | PLAIN

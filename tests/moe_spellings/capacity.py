@@ -135,6 +135,46 @@ class GShardAfterThoseKept(GShard):
         return torch.sum(mask1 * (places < self.capacity - self.fewer), dim=0, keepdim=True)
 
 
+@moe(kind="relu")
+@moe(order="oi", router="renormalised", policy="position", bias=True)
+@moe(top=2, capacity=T, policy="position")
+class TopKGating(Capacity):
+    """DeepSpeed's gating for any number of choices: places are counted in a matrix [T,E] of all of them."""
+
+    top, capacity, policy = 3, 6, "probs"
+
+    def gated(self, x, ids):
+        """(weights [T,E], which of them count, places)"""
+        gates = self.gate(x).softmax(-1)
+        mask = torch.zeros_like(gates).bool().scatter_(1, ids, 1)
+        if self.policy == "probs":
+            chosen = torch.zeros_like(gates).scatter(1, ids, gates.gather(1, ids))
+            best = torch.topk(chosen, k=self.capacity, dim=0, sorted=False).indices
+            mask = torch.logical_and(mask, torch.zeros_like(gates).scatter(0, best, 1))
+            locations = self.counted(mask).cumsum(0) - 1
+        else:
+            locations = self.counted(mask).cumsum(0) - 1
+            mask = mask * torch.lt(locations, self.capacity)
+        weights = gates * mask
+        return weights / weights.sum(-1, keepdim=True).clamp(min=1e-6), mask, locations
+
+    def counted(self, mask):
+        return mask
+
+    def coefficients(self, x):
+        return self.gated(x, self.route(x)[1])[0]
+
+    def experts(self, x, ids, w):
+        weights, mask, locations = self.gated(x, ids)
+        where = F.one_hot((locations * mask).clamp(min=0), self.capacity)
+        combine = torch.einsum("se,sec->sec", weights, where.to(x.dtype))
+        rows = torch.einsum("sec,sm->ecm", self.sent(combine, where).to(x.dtype), x)
+        return torch.einsum("sec,ecm->sm", combine, self.places(rows))
+
+    def sent(self, combine, where):
+        return combine.bool()
+
+
 class Residual(Capacity):
     """The experts' results take the tokens' places; who found none stays as it was."""
 

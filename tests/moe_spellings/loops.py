@@ -71,6 +71,12 @@ class BooleanPlus(Block):
 @moe(order="oi", layout="separate", bias=True)
 @moe(kind="power")
 @moe(kind="powers", bias=True)
+@moe(kind="selu")
+@moe(kind="celu")
+@moe(kind="hardswish", bias=True)
+@moe(kind="softshrink")
+@moe(kind="hardshrink")
+@moe(kind="threshold")
 class ChoiceByChoice(Block):
     """Two loops: over choices and experts."""
 

@@ -47,14 +47,35 @@ def _softplus(x, a):
     return E.apply("softplus", x) if a.get("beta", 1) == 1 and a.get("threshold", 20) == 20 else None
 
 
-def _negative_side(x, below):
-    return E.where(E.lt(E.number(0.0), x), x, below)
+def _negative_side(above, below, x):
+    return E.where(E.lt(E.number(0.0), x), above, below)
 
 
 def _elu(x, a):
-    if a.get("scale", 1) != 1 or a.get("input_scale", 1) != 1:
-        return None
-    return _negative_side(x, E.apply("mul", E.apply("expm1", x), E.number(float(a.get("alpha", 1)))))
+    scale, inner = float(a.get("scale", 1)), float(a.get("input_scale", 1))
+    below = E.apply("expm1", x if inner == 1 else E.apply("mul", x, E.number(inner)))
+    below = E.apply("mul", below, E.number(float(a.get("alpha", 1)) * scale))
+    return _negative_side(x if scale == 1 else E.apply("mul", x, E.number(scale)), below, x)
+
+
+def _hard_sigmoid(x):
+    return E.apply("div", _clamped(E.apply("add", x, E.number(3.0)), 0, 6), E.number(6.0))
+
+
+def _softshrink(x, a):
+    width = E.number(float(a.get("lambd", 0.5)))
+    inside = E.where(E.lt(x, E.apply("neg", width)), E.apply("add", x, width), E.apply("mul", x, E.number(0.0)))
+    return E.where(E.lt(width, x), E.apply("sub", x, width), inside)
+
+
+def _hardshrink(x, a):
+    width = float(a.get("lambd", 0.5))
+    inside = E.and_(E.le(E.number(-width), x), E.le(x, E.number(width)))
+    return E.where(inside, E.number(0.0), x)
+
+
+# The constants of https://arxiv.org/abs/1706.02515 as PyTorch has them.
+SELU = {"alpha": 1.6732632423543772848170429916717, "scale": 1.0507009873554804934193349852946}
 
 
 ACTIVATIONS = {
@@ -67,6 +88,13 @@ ACTIVATIONS = {
     "log_sigmoid": lambda x, a: E.apply("neg", E.apply("softplus", E.apply("neg", x))),
     "relu6": lambda x, a: _clamped(x, 0, 6),
     "hardtanh": lambda x, a: _clamped(x, a.get("min_val", -1), a.get("max_val", 1)),
-    "leaky_relu": lambda x, a: _negative_side(x, E.apply("mul", x, E.number(float(a.get("negative_slope", 0.01))))),
+    "leaky_relu": lambda x, a: _negative_side(x, E.apply("mul", x, E.number(float(a.get("negative_slope", 0.01)))), x),
     "elu": _elu,
+    "celu": lambda x, a: _elu(x, {"alpha": a.get("alpha", 1), "input_scale": 1 / float(a.get("alpha", 1))}),
+    "selu": lambda x, a: _elu(x, SELU),
+    "hardsigmoid": lambda x, a: _hard_sigmoid(x),
+    "hardswish": lambda x, a: E.apply("mul", x, _hard_sigmoid(x)),
+    "softshrink": _softshrink,
+    "hardshrink": _hardshrink,
+    "threshold": lambda x, a: E.where(E.le(x, E.number(float(a["threshold"]))), E.number(float(a["value"])), x),
 }

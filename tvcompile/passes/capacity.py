@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import sympy
 import torch
@@ -25,13 +25,13 @@ from ..spec import Refuse
 from .buffers import Way
 from .counts import whole
 from .facts import between
-from .ids import compared
-from .movement import rounding
+from .ids import compared, distinct
+from .movement import Index, rounding
 from .places import digits, dim_of, exclude, only_factors, opened, solved
 from .projections import Row, is_row
 from .routing import unscattered, without_rows_of
 from .rows import RowReader, over as positions_of
-from .signs import compared_with_zero, nonnegative, positive
+from .signs import compared_with_zero, needed, nonnegative, positive
 from .terms_of import Term, terms_of
 
 NOT_ALONE = "a place of an expert is not proven to hold one token at most"
@@ -95,8 +95,9 @@ def _opened_ways(r: RowReader, ways: Sequence[Way], outer: Term) -> list[Way]:
     for way in ways:
         term = without_rows_of(r, way.term)
         for alternative in _not_zero(r, Way(term, way.needs)):
-            guards = digits(r, alternative.term.guards, outer.bound)
-            guards = tuple(g for g in map(r.truth, guards) if g is not E.TRUE)
+            guards = (*alternative.term.guards, *(g for f in alternative.needs.factors for g in needed(f)))
+            guards = digits(r, guards, outer.bound)
+            guards = tuple(dict.fromkeys(g for g in map(r.truth, guards) if g is not E.TRUE))
             if not exclude(*guards):
                 sent = _unscattered(r, Way(dataclasses.replace(alternative.term, guards=guards), alternative.needs))
                 if r.trains and _may_weigh_nothing(r, sent, outer):
@@ -110,16 +111,15 @@ def _may_weigh_nothing(r: RowReader, sent: Way, outer: Term) -> bool:
     """Is what rows need not proven to be greater than 0 wherever they are sent?"""
     guards = sent.term.guards
     experts = {e: ids for g in guards for e in outer.bound if (ids := compared(g, e)) is not None}
-    known = {E.substitute(g, experts) for g in guards}
-    return not all(positive(r, only_factors(r, E.substitute(x, experts), known)) for x in sent.needs.factors)
+    known = {_at_ids(r, g, experts) for g in guards}
+    return not all(positive(r, only_factors(r, _at_ids(r, x, experts, known), known)) for x in sent.needs.factors)
 
 
 def _unscattered(r: RowReader, way: Way) -> Way:
     """What a row needs, read from what was scattered rather than from the matrix [T,E] that it was scattered into."""
     term = unscattered(r, dataclasses.replace(way.term, factors=way.needs.factors))
-    if (term.bound, term.guards) != (way.term.bound, way.term.guards):
-        return way
-    return Way(way.term, dataclasses.replace(way.needs, factors=term.factors))
+    sent = dataclasses.replace(way.term, bound=term.bound, guards=term.guards)
+    return Way(sent, dataclasses.replace(way.needs, factors=term.factors))
 
 
 def _not_zero(r: RowReader, way: Way) -> list[Way]:
@@ -139,13 +139,17 @@ def _not_zero(r: RowReader, way: Way) -> list[Way]:
 def _own_pairs(r: RowReader, place: Place, outer: Term) -> Iterator[dict[Expr, Expr]]:
     """The pairs p, as a value of what is bound, that were sent to the place that `outer` reads, or weigh zero."""
     for ids in {i for g in outer.guards if (i := compared(g, place.expert)) is not None}:
-        known = _known(r, outer.guards, place.expert, ids)
+        # What weighs zero may have been sent elsewhere.
+        conditions = (*outer.guards, *(g for f in outer.factors for g in needed(f)))
+        known = _known(r, conditions, place.expert, ids)
         sums = {x for g in known for x in g.atoms(IntCall) if E.op_of(x) == "cumsum"}
         for x in sorted(sums, key=sympy.default_sort_key):
             if E.operands(x)[0] != E.operands(place.running)[0]:
                 continue
             d = dim_of(r, x)
-            pair = _inverse(r, E.operands(place.running)[1:][d], E.operands(x)[1:][d], place.way.term.bound)
+            pair = _pair(
+                r, E.operands(place.running)[1:][d], E.operands(x)[1:][d], place.way.term.bound, place.ids, ids
+            )
             if pair is not None and _sent(r, place, pair, ids, known, outer):
                 yield pair
 
@@ -159,15 +163,21 @@ def _sent(r: RowReader, place: Place, pair: dict, ids: Expr, known: set[Expr], o
     wanted = [at(g) for g in (*place.way.term.guards, *place.way.needs.guards)]
     if not all(exclude(*known, E.not_(g)) for g in _known(r, wanted, place.expert, ids, known)):
         return False
-    have = {E.substitute(f, {place.expert: ids}) for f in outer.factors}
-    return {E.substitute(at(f), {place.expert: ids}) for f in place.way.needs.factors} <= have
+    own = {place.expert: ids}
+    have = {_at_ids(r, f, own, known) for f in outer.factors}
+    return {_at_ids(r, at(f), own, known) for f in place.way.needs.factors} <= have
 
 
 def _known(r: RowReader, guards: Sequence[Expr], expert: Expr, ids: Expr, more: Collection[Expr] = ()) -> set[Expr]:
     """Guards at expert == ids, with what they say of each other used."""
-    put = [_in_range_of_place(r, E.substitute(g, {expert: ids})) for g in guards]
+    put = [_in_range_of_place(r, _at_ids(r, g, {expert: ids})) for g in guards]
     first = {opened(r, g, more) for g in put} | set(more)
     return {g for g in (_in_range_of_place(r, opened(r, x, first)) for x in put) if g is not E.TRUE}
+
+
+def _at_ids(r: RowReader, e: Expr, experts: Mapping[Expr, Expr], known: Collection[Expr] = ()) -> Expr:
+    """A formula of an expert's number at the ids that are that number, where what is known holds."""
+    return opened(r, E.substitute(e, experts), known)
 
 
 def _in_range_of_place(r: RowReader, g: Expr) -> Expr:
@@ -181,6 +191,23 @@ def _in_range_of_place(r: RowReader, g: Expr) -> Expr:
             if E.at_most(r.ranges[c], E.operands(value)[1]):
                 return E.eq(c, E.operands(value)[0])
     return g
+
+
+def _pair(r: RowReader, number: Expr, value: Expr, bound: tuple[Expr, ...], own: Expr, ids: Expr) -> dict | None:
+    """What is bound, where number is value and the pair's own id is `ids`: an expert has one pair of each number."""
+    found = _inverse(r, number, value, bound)
+    choice = _choice(r, own, bound)
+    if found is None and choice is not None:
+        found = _inverse(r, number, value, tuple(s for s in bound if s != choice))
+        return found and found | {choice: E.operands(ids)[-1]}
+    return found
+
+
+def _choice(r: RowReader, ids: Expr, bound: tuple[Expr, ...]) -> Expr | None:
+    """k of ids[t,k] where that is bound and the ids of a token differ: which k it is says the expert."""
+    name, *lead, k = E.operands(ids)
+    free = k in bound and not any(E.mentions(i, k) for i in lead)
+    return k if free and distinct(r, r.nodes[name.name[1:]]) else None
 
 
 def _inverse(r: RowReader, number: Expr, value: Expr, bound: tuple[Expr, ...]) -> dict[Expr, Expr] | None:
@@ -210,27 +237,40 @@ def _place(r: RowReader, way: Way, outer: Term, about: fx.Node) -> Place:
             for x in place.atoms(IntCall) if place is not None else ():
                 added = sympy.expand(place - x + 1)
                 constant = not any(E.mentions(E.substitute(added, {ids: sympy.Integer(0)}), s) for s in bound)
-                if E.op_of(x) == "cumsum" and constant and _counts(r, x, ids, bound):
+                if E.op_of(x) == "cumsum" and constant and _counts(r, x, ids, bound, known):
                     return Place(way, e, c, ids, x, added)
     raise Refuse(NOT_ALONE, about)
 
 
-def _counts(r: RowReader, x: Expr, ids: Expr, bound: tuple[Expr, ...]) -> bool:
-    """Is a running sum one over all pairs, of the one-hot of their ids, at the pair's own?"""
+def _counts(r: RowReader, x: Expr, ids: Expr, bound: tuple[Expr, ...], known: Collection[Expr]) -> bool:
+    """Does a running sum over all pairs grow at each pair that is sent to an expert, at the column of its id?"""
     name, *at = E.operands(x)
     d = dim_of(r, x)
     others = [j for j in range(len(at)) if j != d]
     own = [j for j in others if at[j] == ids]
     if len(own) != 1 or any(E.mentions(at[j], s) for j in others if j != own[0] for s in bound):
         return False
-    if _inverse(r, at[d], at[d], bound) is None:
+    if _pair(r, at[d], at[d], bound, ids, ids) is None:
         return False
-    node = r.nodes[name.name]
-    source = r.arguments(node)["self"]
-    e = r.fresh(r.shape(source)[own[0]], "e")
-    at[own[0]] = e
-    hit = whole(r, source, tuple(at), r.position[node])
-    return hit == E.where(E.eq(ids, e), sympy.Integer(1), sympy.Integer(0))
+    probe = tuple(r.fresh(n, "p") for n in r.shape(r.nodes[name.name]))
+    parts = [E.constant(y) for y in E.leaves(_hit(r, x, probe))]
+    grows = all(y is not None and y >= 0 for y in parts)
+    return grows and opened(r, _hit(r, x, tuple(at)), known) == 1
+
+
+def _hit(r: RowReader, running: Expr, at: Index) -> Expr:
+    """What a running sum adds at one place."""
+    node = r.nodes[E.operands(running)[0].name]
+    return whole(r, r.arguments(node)["self"], at, r.position[node])
+
+
+def _alike(r: RowReader, x: Expr, y: Expr) -> bool:
+    """Are two running sums sums of the same?"""
+    d, at = dim_of(r, x), list(E.operands(x)[1:])
+    if tuple(at) != tuple(E.operands(y)[1:]) or d != dim_of(r, y):
+        return False
+    at[d] = r.fresh(r.shape(r.nodes[E.operands(x)[0].name])[d], "p")
+    return _hit(r, x, tuple(at)) == _hit(r, y, tuple(at))
 
 
 def _check_apart(r: RowReader, places: list[Place], about: fx.Node) -> None:
@@ -282,7 +322,8 @@ def _all_kept(r: RowReader, body: Expr, before: Place, ids: Expr, pair: Expr) ->
     # At the expert of the pair itself, with the running sum's own name for it.
     limit = E.substitute(E.substitute(kept[0], {hits[0]: E.TRUE}), {ids: own})
     limit = E.substitute(limit, {pair: bound[0]})
-    alike = [x for x in limit.atoms(IntCall) if E.op_of(x) == "cumsum" and _counts(r, x, before.ids, bound)]
+    sums = [x for x in limit.atoms(IntCall) if E.op_of(x) == "cumsum"]
+    alike = [x for x in sums if _alike(r, x, before.running)]
     limit = E.substitute(limit, dict.fromkeys(alike, before.running))
     if E.op_of(limit) != "le":
         return False

@@ -84,9 +84,6 @@ class _Choice:
 
     def ids(self) -> fx.Node:
         ids = self.write(self.c.ids)
-        if self.c.wraps:
-            below = self.w.call(operator.lt, ids, 0)
-            ids = self.w.call(aten.where.self, below, self.w.call(operator.add, ids, self.c.wraps), ids)
         for condition in self.c.counts:
             none = self.w.call(aten.full.default, [], -1, dtype=ids.meta["val"].dtype, device=self.device)
             ids = self.w.call(aten.where.self, self.write(condition), ids, none)
@@ -153,6 +150,8 @@ class _Choice:
     def _load(self, e: Expr) -> fx.Node:
         name, *idx = E.operands(e)
         node = self.nodes[name.name.removeprefix("%")]
+        if not isinstance(node.meta["val"], torch.Tensor):
+            return node
         shape = [size(n) for n in node.meta["val"].shape]
         number = sympy.Integer(0)
         for n, i in zip(shape, idx):

@@ -119,6 +119,49 @@ def distinct(r: RowReader, ids: fx.Node) -> bool:
     return False
 
 
+def source_of_scatter(r: RowReader, x: Expr):
+    """(ids, what is set at [t, k] as a formula, k, t's index) of a load of zeros.scatter(-1, ids, values)[t, e]."""
+    if E.op_of(x) == "softmax":
+        node = r.nodes[E.operands(x)[0].name]
+        inner = r.read(r.arguments(node)["self"], E.operands(x)[1:], r.position[node])
+        found = [y for y in E.walk(inner) if E.op_of(y) == "load" and scattered(r, y)]
+        return source_of_scatter(r, found[0]) if len(found) == 1 else None
+    held = scattered(r, x)
+    if held is None:
+        return None
+    node, a = held
+    rank = len(r.shape(node))
+    if axis(a["dim"], rank) != rank - 1 or not distinct(r, a["index"]):
+        return None
+    if r.shape(a["index"])[:-1] != r.shape(node)[:-1]:
+        return None  # rows beyond the ids' have none
+    zero = tuple(r.fresh(n, "z") for n in r.shape(node))
+    if r.name(node) == "scatter_add" and E.constant(r.read(a["self"], zero, r.position[node])) != 0:
+        return None
+    *lead, _ = E.operands(x)[1:]
+    k = r.fresh(r.shape(a["index"])[-1], "k")
+    here = r.position[node]
+    if isinstance(a.get("src"), fx.Node):
+        values = r.leaf(a["src"], (*lead, k), here)
+    else:
+        values = r.coerce(r.operand(a["value"], (), here), node.meta["val"].dtype)
+    return a["index"], values, k, tuple(lead)
+
+
+def at_own_ids(r: RowReader, e: Expr) -> Expr:
+    """A scattered matrix that is read at one of its own ids is what was set there."""
+    table = {}
+    for x in E.loads(e):
+        own = E.operands(x)[-1]
+        source = source_of_scatter(r, x) if E.op_of(own) == "load" else None
+        if source is not None:
+            ids, values, k, lead = source
+            mine = E.operands(own)[-1]
+            if r.read(ids, (*lead, mine), r.position[ids] + 1) == own:
+                table[x] = E.substitute(values, {k: mine})
+    return E.substitute(e, table) if table else e
+
+
 Side = tuple[fx.Node, Index]
 SUMS = ("einsum", "matmul", "mm", "bmm")
 

@@ -25,7 +25,6 @@ from .cones import MOVES, computed, cones, followers, looks_routed, routed
 from .contraction import further
 from .expert import stacked
 from .facts import Facts, between
-from .ids import in_range
 from .movement import CASTS, unravel
 from .parts import Base, Column, Shared, add_biases, base_of_sum, check_whole, chosen_parts, in_columns
 from .projections import Weight
@@ -148,9 +147,7 @@ def build(
     choices = []
     for c in columns:
         ids, k, counts, factors = c.choice.ids, c.choice.k, c.choice.counts, c.choice.factors
-        count = sympy.Integer(count_of(r, c))
-        wraps = int(count) if c.single and not in_range(r, ids, count) else 0
-        choices.append(Choices(ids, k, r.ranges.get(k, sympy.Integer(1)), counts, factors, wraps))
+        choices.append(Choices(ids, k, r.ranges.get(k, sympy.Integer(1)), counts, factors))
     dtype, out = first.x.meta["val"].dtype, anchor.meta["val"].dtype
     out_text = "" if out == dtype else str(out).removeprefix("torch.")
     spec = MoESpec(first.act, first.layout, "input" if first.weighed else "output", out_text)

@@ -249,22 +249,34 @@ def _index(reader, a, node, idx) -> Source | None:
 
 def _wrapped(reader, position: Expr, size: Expr) -> Expr:
     """A gathered position that may count from the end."""
-    position = E.as_int(position)
-    low, high = reader.bounds(position)
-    return position + size if high is not None and E.at_most(high, -1) else position
+
+    def wrapped(x: Expr) -> Expr:
+        low, high = reader.bounds(x)
+        if low is not None and E.at_most(0, low):
+            return x
+        from_end = sympy.expand(x + size)
+        return from_end if high is not None and E.at_most(high, -1) else E.where(E.lt(x, 0), from_end, x)
+
+    return E.choose(wrapped, E.as_int(position))
 
 
-def _gathered(index: str):
-    """index_select, gather: the position along one dim comes from a tensor."""
+def _gathered(reader, a, node, idx) -> Source | None:
+    """index_select, gather: the position along one dim comes from a tensor, and never counts from the end."""
+    if a.get("sparse_grad"):
+        return None
+    d, here = axis(a["dim"], len(idx)), reader.position[node]
+    at = reader.operand(a["index"], (idx[d],) if reader.name(node) == "index_select" else idx, here)
+    return a["self"], (*idx[:d], E.as_int(at), *idx[d + 1 :])
 
-    def rule(reader, a, node, idx) -> Source | None:
-        if a.get("sparse_grad"):
-            return None
-        d, here = axis(a["dim"], len(idx)), reader.position[node]
-        at = reader.operand(a[index], (idx[d],) if reader.name(node) == "index_select" else idx, here)
-        return a["self"], (*idx[:d], E.as_int(at), *idx[d + 1 :])
 
-    return rule
+def _take_along_dim(reader, a, node, idx) -> Source | None:
+    """gather of broadcast operands, where positions may count from the end."""
+    if a.get("dim") is None:
+        return None
+    source, d = a["self"], axis(a["dim"], len(idx))
+    at = reader.operand(a["indices"], reader.broadcast(a["indices"], idx), reader.position[node])
+    there = (*idx[:d], _wrapped(reader, at, reader.shape(source)[d]), *idx[d + 1 :])
+    return source, reader.broadcast(source, there)
 
 
 def _embedding(reader, a, node, idx) -> Source | None:
@@ -306,9 +318,9 @@ MOVEMENT = {
     "flip": _flip,
     "stack": _stack,
     "index": _index,
-    "index_select": _gathered("index"),
-    "gather": _gathered("index"),
-    "take_along_dim": _gathered("indices"),
+    "index_select": _gathered,
+    "gather": _gathered,
+    "take_along_dim": _take_along_dim,
     "embedding": _embedding,
     "getitem": _part,
 }

@@ -16,7 +16,7 @@ import sympy
 from .. import expr as E
 from ..expr import Expr, IntCall
 from .counts import whole
-from .ids import compared, in_range, places as places_of
+from .ids import at_own_ids, compared, in_range, places as places_of
 from .movement import axis
 from .rows import RowReader, over as positions_of
 from .terms_of import terms_of
@@ -72,12 +72,14 @@ def _numbers(e: Expr) -> Iterator[Expr]:
 
 def opened(r: RowReader, e: Expr, known: Collection[Expr]) -> Expr:
     """A formula in which sums over experts under a one-hot are their only term, and what is known to hold holds."""
-    table = {}
+    e = at_own_ids(r, e)
+    table: dict[Expr, Expr] = {}
     for x in e.atoms(IntCall, E.BoolCall):
         if E.op_of(x) == "count":
             only = _only_term(r, x, known)
             if only is not None:
                 table[x] = only
+    table |= {x: E.TRUE for x in known if x != e}
     e = E.substitute(e, table) if table else e
     return _clamped(r, e, known)
 
@@ -121,7 +123,7 @@ def only_factors(r: RowReader, e: Expr, known: Collection[Expr]) -> Expr:
 def _clamped(r: RowReader, e: Expr, known: Collection[Expr]) -> Expr:
     """min(x, n) is x where x <= n is known; max(x, 0) is x where x is no less than 0."""
     for op, holds in (
-        ("max", lambda value, other: other == 0 and (low := least(r, value)) is not None and low >= 0),
+        ("max", lambda value, other: other == 0 and (low := least(r, value, known)) is not None and low >= 0),
         ("min", lambda value, other: E.le(value, other) in known),
     ):
         table = {}
@@ -135,22 +137,22 @@ def _clamped(r: RowReader, e: Expr, known: Collection[Expr]) -> Expr:
 # Ranges
 
 
-def least(r: RowReader, e: Expr) -> int | None:
-    """A number that an opened formula is never below, or None."""
+def least(r: RowReader, e: Expr, known: Collection[Expr] = ()) -> int | None:
+    """A number that an opened formula is never below where what is known holds, or None."""
     if e.is_Integer:
         return int(e)
     if e in r.ranges:
         return 0
     if isinstance(e, sympy.Add):
-        parts = [least(r, x) for x in e.args]
+        parts = [least(r, x, known) for x in e.args]
         return None if any(p is None for p in parts) else sum(p for p in parts if p is not None)
     if isinstance(e, sympy.Mul):
         factor, rest = e.as_coeff_Mul()
-        low = least(r, rest) if factor.is_Integer and factor > 0 and factor != 1 else None
+        low = least(r, rest, known) if factor.is_Integer and factor > 0 and factor != 1 else None
         return None if low is None else int(factor) * low
     op, args = E.op_of(e), E.operands(e)
     if op in ("clamp_min", "max", "clamp_max", "min"):
-        lows = [least(r, x) for x in args]
+        lows = [least(r, x, known) for x in args]
         found = [x for x in lows if x is not None]
         if op in ("clamp_min", "max"):
             return max(found, default=None)
@@ -158,12 +160,12 @@ def least(r: RowReader, e: Expr) -> int | None:
     if op == "load":
         return 0 if places_of(r, r.nodes[args[0].name[1:]]) is not None else None
     if op == "where":
-        lows = [least(r, x) for x in args[1:]]
+        lows = [least(r, x, known) for x in args[1:]]
         return None if any(x is None for x in lows) else min(x for x in lows if x is not None)
-    return _least_sum(r, e) if op in ("count", "cumsum") else None
+    return _least_sum(r, e, known) if op in ("count", "cumsum") else None
 
 
-def _least_sum(r: RowReader, e: Expr) -> int | None:
+def _least_sum(r: RowReader, e: Expr, known: Collection[Expr]) -> int | None:
     """Sums of ones and zeros: 0, or 1 for a running sum that has counted its own place."""
     node = r.nodes[E.operands(e)[0].name]
     at = E.operands(e)[1:]
@@ -172,8 +174,21 @@ def _least_sum(r: RowReader, e: Expr) -> int | None:
     ends = [E.constant(x) for x in E.leaves(whole(r, source, probe, r.position[node]))]
     if any(x is None or x < 0 for x in ends):
         return None
-    own = whole(r, source, at, r.position[node]) if E.op_of(e) == "cumsum" else 0
+    own = opened(r, whole(r, source, at, r.position[node]), known) if E.op_of(e) == "cumsum" else 0
     return 1 if own == 1 else 0
+
+
+def decided(r: RowReader, guards: Collection[Expr]) -> list[Expr] | None:
+    """Guards without those that ranges prove; None where ranges exclude one."""
+    left = []
+    for g in guards:
+        call = g.args[0] if isinstance(g, sympy.Not) else g
+        low = least(r, opened(r, E.operands(call)[0], guards), guards) if E.op_of(call) == "le" else None
+        if low is None or low < 1:
+            left.append(g)
+        elif call is g:
+            return None
+    return left
 
 
 def below(r: RowReader, e: Expr, size: Expr, known: Collection[Expr]) -> bool:

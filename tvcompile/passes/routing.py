@@ -12,14 +12,12 @@ from __future__ import annotations
 import dataclasses
 
 import sympy
-from torch import fx
 
 from .. import expr as E
 from ..expr import Expr, IntCall
 from ..spec import Refuse
 from .chosen import Token, numbered, of_any
-from .ids import compared, distinct, places, scattered
-from .movement import axis
+from .ids import compared, places, scattered, source_of_scatter
 from .places import digits, exclude, solved
 from .rows import RowReader
 from .signs import compared_with_zero, positive
@@ -182,7 +180,7 @@ def unscattered(r: RowReader, term: Term) -> Term:
         for load in [x for x in E.walk(e) if E.op_of(x) in ("load", "softmax")]:
             if E.op_of(load.args[-1]) == "load":
                 continue
-            source = _source_of_scatter(r, load)
+            source = source_of_scatter(r, load)
             if source is None or not vanishes(r, E.where(e, E.number(1.0), E.number(0.0)) if is_guard else e, load):
                 continue
             ids, values, k, set_at = source
@@ -208,35 +206,6 @@ def unscattered(r: RowReader, term: Term) -> Term:
             term = dataclasses.replace(term, factors=factors, guards=guards, bound=bound)
             return unscattered(r, term)
     return term
-
-
-def _source_of_scatter(r: RowReader, x: Expr):
-    """(ids, what is set at [t, k] as a formula, k, t's index) of a load of zeros.scatter(-1, ids, values)[t, e]."""
-    if E.op_of(x) == "softmax":
-        node = r.nodes[E.operands(x)[0].name]
-        inner = r.read(r.arguments(node)["self"], E.operands(x)[1:], r.position[node])
-        found = [y for y in E.walk(inner) if E.op_of(y) == "load" and scattered(r, y)]
-        return _source_of_scatter(r, found[0]) if len(found) == 1 else None
-    held = scattered(r, x)
-    if held is None:
-        return None
-    node, a = held
-    rank = len(r.shape(node))
-    if axis(a["dim"], rank) != rank - 1 or not distinct(r, a["index"]):
-        return None
-    if r.shape(a["index"])[:-1] != r.shape(node)[:-1]:
-        return None  # rows beyond the ids' have none
-    zero = tuple(r.fresh(n, "z") for n in r.shape(node))
-    if r.name(node) == "scatter_add" and E.constant(r.read(a["self"], zero, r.position[node])) != 0:
-        return None
-    *lead, _ = E.operands(x)[1:]
-    k = r.fresh(r.shape(a["index"])[-1], "k")
-    here = r.position[node]
-    if isinstance(a.get("src"), fx.Node):
-        values = r.leaf(a["src"], (*lead, k), here)
-    else:
-        values = r.operand(a["value"], (), here)
-    return a["index"], values, k, tuple(lead)
 
 
 def vanishes(r: RowReader, e: Expr, load: Expr) -> bool:

@@ -23,7 +23,7 @@ from .. import expr as E
 from ..expr import BoolCall, Expr, IntCall
 from .contraction import letters
 from .counts import as_counted, sums_whole
-from .ids import SCATTERS, selected
+from .ids import SCATTERS, places, selected
 from .movement import Index, axis, unravel
 from .pointwise import POINTWISE
 from .read import Reader
@@ -112,6 +112,8 @@ class RowReader(Reader):
             node = self.nodes[E.operands(e)[0].name]
             shape = self.shape(self.arguments(node)["self"]) if op != "nth" else self.shape(node)
             return sympy.Integer(0), shape[int(E.operands(e)[1]) if op == "nth" else 0] - 1
+        if op == "load" and (size := places(self, self.nodes[E.operands(e)[0].name[1:]])) is not None:
+            return sympy.Integer(0), size - 1
         return super()._interval(e)
 
     def is_opened(self, node: fx.Node) -> bool:

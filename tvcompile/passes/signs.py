@@ -14,6 +14,7 @@ from torch import fx
 from .. import expr as E
 from ..expr import Expr
 from .ids import SCATTERS
+from .places import flat
 from .rows import RowReader
 
 ALWAYS = ("softmax", "sigmoid", "exp", "abs", "relu")
@@ -107,6 +108,19 @@ def _positive_everywhere(r: RowReader, node: fx.Node, at: int) -> bool:
     itself = E.op_of(opened) == "load" and E.operands(opened)[0].name[1:] == node.name
     chosen = node.op == "call_function" and r.name(node) == "getitem"
     return (not itself or chosen) and not r.changed(node, at) and positive(r, opened)
+
+
+def needed(e: Expr) -> tuple[Expr, ...]:
+    """Conditions without which a formula is 0."""
+    op, args = E.op_of(e), E.operands(e)
+    if op == "where":
+        condition, a, b = args
+        if E.constant(b) == 0:
+            return *flat([condition]), *needed(a)
+        return (*flat([E.not_(condition)]), *needed(b)) if E.constant(a) == 0 else ()
+    if op == "mul":
+        return tuple(g for x in args for g in needed(x))
+    return needed(args[0]) if op in ("div", "neg", *E.CASTS) else ()
 
 
 def compared_with_zero(g: Expr) -> Expr | None:

@@ -19,7 +19,7 @@ from .contraction import added, further
 from .counts import counts
 from .ids import once
 from .movement import CASTS, SPLITS, Index, axis, rounding
-from .places import cases, least, opened
+from .places import cases, decided, least, opened
 from .rows import EMPTY, RowReader, mask_of, over
 from .terms_of import Term, contracted, lazily, product, terms_of
 
@@ -59,10 +59,11 @@ class Sums:
         r, found = self.r, []
         ways: list[tuple[tuple[Expr, ...], Index]] = [((), ())]
         for x in at:
-            given = cases(x) if E.loads(x) or counts(x) else [((), x)]
-            split = list(given)
+            split = list(cases(x)) if E.loads(x) or counts(x) else [((), x)]
             ways = [((*g, *conditions), (*done, y)) for g, done in ways for conditions, y in split]
-        for guards, where in ways:
+        for given, where in ways:
+            if (guards := decided(r, given)) is None:
+                continue
             bound, conditions, read = [], list(guards), []
             for x, n in zip(where, r.shape(source)):
                 if E.loads(x) or counts(x):
