@@ -215,3 +215,29 @@ class PlacesOfAnyIds(TopKGating):
     def route(self, x):
         w, ids = super().route(x)
         return w, ids // 2 * 2
+
+
+class ExpertsOfTheirOwn(TopKGating):
+    own, kind = True, "gelu"
+
+
+@impostor(None)
+class NeighboursRows(ExpertsOfTheirOwn):
+    """Every expert is given the rows of the next one."""
+
+    def rows_of_each(self, rows):
+        return rows.roll(-1, 0).unbind(0)
+
+
+@impostor(ANY)
+class OthersPlacesAtOneExpert(ExpertsOfTheirOwn):
+    """The rows of one expert lie in another order than they are read back."""
+
+    def rows_of_each(self, rows):
+        return [each.flip(0) if e == 1 else each for e, each in enumerate(rows.unbind(0))]
+
+
+@impostor(ANY)
+class OnePartOfThePlacesCounted(ExpertsOfTheirOwn):
+    def counted(self, mask):
+        return mask & (torch.arange(mask.shape[0]) % 3 > 0)[:, None]

@@ -24,6 +24,8 @@ class Capacity(Block):
 
     def places(self, rows):
         """The experts of rows [E,C,H]."""
+        if self.own:
+            return torch.stack([self.expert(each, e) for e, each in enumerate(self.rows_of_each(rows))])
 
         def product(x, weight, bias):
             y = torch.einsum("eci,eio->eco" if self.order == "io" else "eci,eoi->eco", x, weight)
@@ -31,10 +33,14 @@ class Capacity(Block):
 
         return self.mlp(rows, product)
 
+    def rows_of_each(self, rows):
+        return rows.unbind(0)
+
 
 @moe(router="top1", kind="relu")
 @moe(router="top1", order="oi", bias=True)
 @moe(router="top1", capacity=T)
+@moe(router="top1", own=True, bias=True)
 class SwitchEinsum(Capacity):
     """Mesh TensorFlow's Switch: dispatch and combine tensors [T,E,C]."""
 
@@ -69,6 +75,7 @@ class SwitchSlicedOneHot(Capacity):
 @moe(router="argmax_twice", kind="relu")
 @moe(router="argmax_twice", order="oi", layout="separate")
 @moe(router="renormalised", capacity=4, kind="gelu", bias=True)
+@moe(router="argmax_twice", own=True, kind="gelu", bias=True)
 class GShard(Capacity):
     """DeepSpeed's top-2 gating: locations by cumsum, second choices after all first ones."""
 
@@ -138,6 +145,8 @@ class GShardAfterThoseKept(GShard):
 @moe(kind="relu")
 @moe(order="oi", router="renormalised", policy="position", bias=True)
 @moe(top=2, capacity=T, policy="position")
+@moe(own=True, kind="gelu", bias=True)
+@moe(own=True, policy="position", top=2)
 class TopKGating(Capacity):
     """DeepSpeed's gating for any number of choices: places are counted in a matrix [T,E] of all of them."""
 
@@ -173,6 +182,93 @@ class TopKGating(Capacity):
 
     def sent(self, combine, where):
         return combine.bool()
+
+
+@moe(kind="relu")
+@moe(router="renormalised", order="oi", bias=True)
+@moe(own=True)
+class TopKGatingInFloats(TopKGating):
+    """The mask is made of floats and sent as it is."""
+
+    policy = "position"
+
+    def gated(self, x, ids):
+        gates = self.gate(x).softmax(-1)
+        mask = torch.zeros_like(gates).scatter(1, ids, 1.0).long()
+        locations = mask.cumsum(0) - 1
+        mask = mask * (locations < self.capacity)
+        return gates * mask, mask, locations
+
+    def experts(self, x, ids, w):
+        weights, mask, locations = self.gated(x, ids)
+        where = F.one_hot((locations * mask).clamp(max=self.capacity - 1), self.capacity).to(x.dtype)
+        rows = torch.einsum("sec,sm->ecm", self.dispatched(mask, weights, where).to(x.dtype), x)
+        return torch.einsum("sec,ecm->sm", weights.unsqueeze(-1) * where, self.places(rows))
+
+    def dispatched(self, mask, weights, where):
+        return mask.unsqueeze(-1) * where
+
+
+@moe(kind="relu")
+@moe(own=True, bias=True)
+class OneHotsSummed(TopKGatingInFloats):
+    """The mask is a sum of one-hots; sent where the weight is positive."""
+
+    def gated(self, x, ids):
+        gates, mask = self.gate(x).softmax(-1), F.one_hot(ids, self.count).sum(1)
+        locations = mask.cumsum(0) - 1
+        mask = mask * (locations < self.capacity)
+        return gates * mask, mask, locations
+
+    def dispatched(self, mask, weights, where):
+        return weights.unsqueeze(-1) * where > 0
+
+
+@moe(kind="relu")
+@moe(own=True, kind="gelu", bias=True)
+class FirstInAnyOrder(Capacity):
+    """DeepSpeed's top-1 gating: an order of the tokens says who finds a place."""
+
+    top, capacity = 1, 4
+
+    def kept_mask(self, x):
+        gates = self.gate(x).softmax(-1)
+        mask = F.one_hot(gates.argmax(-1), self.count)
+        order = torch.linspace(1, 2, x.shape[0], dtype=x.dtype).sin()[:, None]
+        first = torch.topk(mask * order, k=self.capacity, dim=0)[1]
+        return gates, mask * torch.zeros_like(mask).scatter_(0, first, 1)
+
+    def coefficients(self, x):
+        gates, mask = self.kept_mask(x)
+        return gates * mask
+
+    def experts(self, x, ids, w):
+        gates, mask = self.kept_mask(x)
+        place = torch.sum((mask.cumsum(0) - 1) * mask, dim=1)
+        combine = torch.einsum("se,sc->sec", gates * mask.to(x.dtype), F.one_hot(place, self.capacity).to(x.dtype))
+        rows = torch.einsum("sec,sm->ecm", combine.bool().type_as(x), x)
+        return torch.einsum("sec,ecm->sm", combine, self.places(rows))
+
+
+@moe(router="argmax_twice", own=True, kind="relu")
+@moe(router="argmax_twice", own=True, bias=True, capacity=4)
+class GShardByMatrices(GShard):
+    """fairseq: both ways a product of matrices, the experts' rows one after the other in one."""
+
+    def experts(self, x, ids, w):
+        masks = [F.one_hot(ids[:, k], self.count) for k in range(2)]
+        first, second = (m.cumsum(0) - 1 for m in masks)
+        second = second + masks[0].sum(0, keepdim=True)
+        masks = [m * (at < self.capacity) for m, at in zip(masks, (first, second))]
+        combine = 0
+        for k, at in enumerate((first, second)):
+            gates = w[:, k, None] * masks[k].to(w.dtype)
+            where = F.one_hot((at * masks[k]).sum(-1), self.capacity).to(w.dtype)
+            combine = combine + torch.bmm(gates.unsqueeze(-1), where.unsqueeze(1))
+        E, C = self.count, self.capacity
+        rows = torch.mm(combine.bool().to(x.dtype).permute(1, 2, 0).reshape(E * C, -1), x)
+        y = torch.cat([self.expert(each, e) for e, each in enumerate(rows.chunk(E))])
+        return combine.view(-1, E * C).mm(y)
 
 
 class Residual(Capacity):

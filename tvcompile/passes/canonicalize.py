@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental import proxy_tensor
 from torch.utils import _pytree as pytree
 
+from .repeated import merge_repeated
 from .writes import functionalize_temporaries
 
 CHECKPOINTS = ("tag_activation_checkpoint",)
@@ -157,6 +158,7 @@ def canonicalize(gm: fx.GraphModule, fakes: Sequence, bodies: dict) -> tuple[fx.
     _keep_dynamo_facts(gm, traced)
     remove_asserted_types(traced.graph)
     functionalize_temporaries(traced.graph)
+    merge_repeated(traced.graph)
     split_contractions(traced.graph)
     remove_dead_nodes(traced.graph)
     traced.recompile()

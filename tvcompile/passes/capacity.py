@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import sympy
 import torch
@@ -27,12 +27,12 @@ from .counts import whole
 from .facts import between
 from .ids import compared, distinct
 from .movement import Index, rounding
-from .places import digits, dim_of, exclude, only_factors, opened, solved
+from .places import digits, dim_of, exclude, least, only_factors, opened, solved
 from .projections import Row, is_row
 from .routing import unscattered, without_rows_of
 from .rows import RowReader, over as positions_of
 from .signs import compared_with_zero, needed, nonnegative, positive
-from .terms_of import Term, terms_of
+from .terms_of import Term, coefficient, terms_of
 
 NOT_ALONE = "a place of an expert is not proven to hold one token at most"
 NOT_DISPATCHED = "the rows of an expert are no dispatched tokens"
@@ -55,7 +55,7 @@ def placed_row(r: RowReader, ways: Sequence[Way], about: fx.Node, row: Row) -> f
     outer = dataclasses.replace(row.outer, guards=digits(r, row.outer.guards, row.outer.bound))
     places = [_place(r, way, outer, about) for way in _opened_ways(r, ways, outer)]
     _check_apart(r, places, about)
-    own = [(p, pair) for p in places for pair in _own_pairs(r, p, outer)]
+    own = [(p, pair) for p in places for pair in _own_pairs(r, p, outer, row.number)]
     if not own:
         raise Refuse("the places that are read back are not those that tokens were sent to", about)
     for place, pair in own:
@@ -111,22 +111,24 @@ def _may_weigh_nothing(r: RowReader, sent: Way, outer: Term) -> bool:
     """Is what rows need not proven to be greater than 0 wherever they are sent?"""
     guards = sent.term.guards
     experts = {e: ids for g in guards for e in outer.bound if (ids := compared(g, e)) is not None}
-    known = {_at_ids(r, g, experts) for g in guards}
-    return not all(positive(r, only_factors(r, _at_ids(r, x, experts, known), known)) for x in sent.needs.factors)
+    known = {opened(r, E.substitute(g, experts), ()) for g in guards}
+    factors = (opened(r, E.substitute(x, experts), known) for x in sent.needs.factors)
+    return not all(positive(r, only_factors(r, x, known)) for x in factors)
 
 
 def _unscattered(r: RowReader, way: Way) -> Way:
     """What a row needs, read from what was scattered rather than from the matrix [T,E] that it was scattered into."""
     term = unscattered(r, dataclasses.replace(way.term, factors=way.needs.factors))
     sent = dataclasses.replace(way.term, bound=term.bound, guards=term.guards)
-    return Way(sent, dataclasses.replace(way.needs, factors=term.factors))
+    factors = tuple(f for f in term.factors if E.constant(f) is None or E.constant(f) == 0)
+    return Way(sent, dataclasses.replace(way.needs, factors=factors))
 
 
 def _not_zero(r: RowReader, way: Way) -> list[Way]:
     for g in way.term.guards:
-        coefficient = compared_with_zero(g)
-        if coefficient is not None:
-            found = terms_of(r, coefficient)
+        weight = compared_with_zero(g)
+        if weight is not None:
+            found = coefficient(r, weight)
             weights = [x for f in found for x in f.factors]
             signed = E.op_of(g) == "flt" and not all(nonnegative(r, x) for x in weights)
             if found and not signed and not any(f.links for f in found):
@@ -136,48 +138,58 @@ def _not_zero(r: RowReader, way: Way) -> list[Way]:
     return [way]
 
 
-def _own_pairs(r: RowReader, place: Place, outer: Term) -> Iterator[dict[Expr, Expr]]:
+BY_EXPERT = ("load", "cumsum", "count", "any", "softmax", "reduce", "dot")  # whose last position may be an expert
+
+
+@dataclasses.dataclass(frozen=True)
+class Own:
+    """At the ids that are an expert's number: a position of what is bound, or that and `number`."""
+
+    expert: Expr
+    ids: Expr
+    number: Expr | None = None
+
+    def at(self, r: RowReader, e: Expr, known: Collection[Expr] = ()) -> Expr:
+        """A formula there, where what is known holds."""
+        e = E.substitute(e, {self.expert: self.ids})
+        if self.number is not None:
+            calls = [x for x in e.atoms(*E.CALLS) if E.op_of(x) in BY_EXPERT and x.args[-1] == self.number]
+            e = E.substitute(e, {x: x.func(*x.args[:-1], self.ids) for x in calls})
+        return opened(r, e, known)
+
+    def all(self, r: RowReader, guards: Sequence[Expr], more: Collection[Expr] = ()) -> set[Expr]:
+        """Guards there, with what they say of each other used."""
+        put = [_in_range_of_place(r, self.at(r, g)) for g in guards]
+        first = {opened(r, g, more) for g in put} | set(more)
+        return {g for g in (_in_range_of_place(r, opened(r, x, first)) for x in put) if g is not E.TRUE}
+
+
+def _own_pairs(r: RowReader, place: Place, outer: Term, number: Expr | None) -> Iterator[dict[Expr, Expr]]:
     """The pairs p, as a value of what is bound, that were sent to the place that `outer` reads, or weigh zero."""
     for ids in {i for g in outer.guards if (i := compared(g, place.expert)) is not None}:
+        own = Own(place.expert, ids, number)
         # What weighs zero may have been sent elsewhere.
-        conditions = (*outer.guards, *(g for f in outer.factors for g in needed(f)))
-        known = _known(r, conditions, place.expert, ids)
+        known = own.all(r, (*outer.guards, *(g for f in outer.factors for g in needed(f))))
         sums = {x for g in known for x in g.atoms(IntCall) if E.op_of(x) == "cumsum"}
         for x in sorted(sums, key=sympy.default_sort_key):
-            if E.operands(x)[0] != E.operands(place.running)[0]:
-                continue
-            d = dim_of(r, x)
-            pair = _pair(
-                r, E.operands(place.running)[1:][d], E.operands(x)[1:][d], place.way.term.bound, place.ids, ids
-            )
-            if pair is not None and _sent(r, place, pair, ids, known, outer):
-                yield pair
+            if E.operands(x)[0] == E.operands(place.running)[0]:
+                d, bound = dim_of(r, x), place.way.term.bound
+                pair = _pair(r, E.operands(place.running)[1:][d], E.operands(x)[1:][d], bound, place.ids, ids)
+                if pair is not None and _sent(r, place, pair, own, known, outer):
+                    yield pair
 
 
-def _sent(r: RowReader, place: Place, pair: dict, ids: Expr, known: set[Expr], outer: Term) -> bool:
+def _sent(r: RowReader, place: Place, pair: dict, own: Own, known: set[Expr], outer: Term) -> bool:
     def at(e: Expr) -> Expr:
         return E.substitute(e, pair, r.bounds)
 
-    if at(place.ids) != ids:
+    if at(place.ids) != own.ids:
         return False
     wanted = [at(g) for g in (*place.way.term.guards, *place.way.needs.guards)]
-    if not all(exclude(*known, E.not_(g)) for g in _known(r, wanted, place.expert, ids, known)):
+    if not all(exclude(*known, E.not_(g)) for g in own.all(r, wanted, known)):
         return False
-    own = {place.expert: ids}
-    have = {_at_ids(r, f, own, known) for f in outer.factors}
-    return {_at_ids(r, at(f), own, known) for f in place.way.needs.factors} <= have
-
-
-def _known(r: RowReader, guards: Sequence[Expr], expert: Expr, ids: Expr, more: Collection[Expr] = ()) -> set[Expr]:
-    """Guards at expert == ids, with what they say of each other used."""
-    put = [_in_range_of_place(r, _at_ids(r, g, {expert: ids})) for g in guards]
-    first = {opened(r, g, more) for g in put} | set(more)
-    return {g for g in (_in_range_of_place(r, opened(r, x, first)) for x in put) if g is not E.TRUE}
-
-
-def _at_ids(r: RowReader, e: Expr, experts: Mapping[Expr, Expr], known: Collection[Expr] = ()) -> Expr:
-    """A formula of an expert's number at the ids that are that number, where what is known holds."""
-    return opened(r, E.substitute(e, experts), known)
+    have = {own.at(r, f, known) for f in outer.factors}
+    return {own.at(r, at(f), known) for f in place.way.needs.factors} <= have
 
 
 def _in_range_of_place(r: RowReader, g: Expr) -> Expr:
@@ -231,7 +243,7 @@ def _place(r: RowReader, way: Way, outer: Term, about: fx.Node) -> Place:
         ids = compared(g, e)
         if ids is None or not bound or way.term.links:
             continue
-        known = _known(r, way.term.guards, e, ids)
+        known = Own(e, ids).all(r, way.term.guards)
         for c, k in itertools.product(outer.bound, known):
             place = solved(k, c)
             for x in place.atoms(IntCall) if place is not None else ():
@@ -253,9 +265,8 @@ def _counts(r: RowReader, x: Expr, ids: Expr, bound: tuple[Expr, ...], known: Co
     if _pair(r, at[d], at[d], bound, ids, ids) is None:
         return False
     probe = tuple(r.fresh(n, "p") for n in r.shape(r.nodes[name.name]))
-    parts = [E.constant(y) for y in E.leaves(_hit(r, x, probe))]
-    grows = all(y is not None and y >= 0 for y in parts)
-    return grows and opened(r, _hit(r, x, tuple(at)), known) == 1
+    anywhere, there = least(r, _hit(r, x, probe)), least(r, opened(r, _hit(r, x, tuple(at)), known), known)
+    return anywhere is not None and anywhere >= 0 and there is not None and there >= 1
 
 
 def _hit(r: RowReader, running: Expr, at: Index) -> Expr:

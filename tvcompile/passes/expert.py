@@ -6,7 +6,8 @@ y[row, d] = sum_f act(pre[row, ...]) * W2[e, f, d]        pre[row, c] = sum_h x[
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 
 import sympy
 from torch import fx
@@ -16,6 +17,7 @@ from ..expr import Expr
 from ..spec import Refuse, Weights
 from .buffers import Way, rows_put
 from .capacity import placed_row
+from .chosen import numbered
 from .contraction import CONTRACTIONS, added, operands_of
 from .ids import distinct
 from .movement import CASTS, Index, rounding, unravel
@@ -209,15 +211,31 @@ def token_row(r: RowReader, node: fx.Node, idx: Index, at: int, row: Row):
         x, rest = token_row(r, rows, at_rows, here, row)
         return x, (*factors, *rest)
     refused = Refuse("the rows of an expert are not its tokens", leaf)
-    for closed in (Closed(over, masked=False), Closed(over, masked=True), None):
+    ways = Closed(over, masked=False), Closed(over, masked=True), None
+    for (idx, one), closed in itertools.product([(where, row), *of_every_expert(r, leaf, where, row)], ways):
         try:
-            if name in CONTRACTIONS and (terms := terms_of(r, fix(r.read(leaf, where, used)), closed)):
-                return placed_row(r, [Way(x) for x in terms], leaf, row), ()
-            if (ways := rows_put(r, leaf, where, used, fix, closed)) is not None:
-                return placed_row(r, ways, leaf, row), ()
+            if name in CONTRACTIONS and (terms := terms_of(r, fix(r.read(leaf, idx, used)), closed)):
+                return placed_row(r, [Way(x) for x in terms], leaf, one), ()
+            if (put := rows_put(r, leaf, idx, used, fix, closed)) is not None:
+                return placed_row(r, put, leaf, one), ()
         except Refuse as why:
             refused = why
     raise refused
+
+
+def of_every_expert(r: RowReader, leaf: fx.Node, where: Index, row: Row) -> Iterator[tuple[Index, Row]]:
+    """leaf[3, c] as leaf[e, c], and leaf[3*C + c] as leaf[e*C + c], with what has to be a row of expert 3 at e = 3."""
+    for ids, n in {found for g in row.outer.guards if (found := numbered(g)) is not None}:
+        for j, (x, size) in enumerate(zip(where, r.shape(leaf))):
+            places = [s for s in (x - n * r.ranges[s] for s in x.free_symbols & set(r.ranges)) if s in r.ranges]
+            C = sympy.Integer(1) if x == n else r.ranges[places[0]] if len(places) == 1 else None
+            if C is None or not (size / C).is_Integer or not n < size / C:
+                continue
+            e = r.fresh(size / C, "e")
+            guards = (E.eq(e, ids) if numbered(g) == (ids, n) else g for g in row.outer.guards)
+            outer = dataclasses.replace(row.outer, bound=(*row.outer.bound, e), guards=tuple(guards))
+            at = (*where[:j], sympy.expand(x + (e - n) * C), *where[j + 1 :])
+            yield at, dataclasses.replace(row, outer=outer, number=sympy.Integer(n))
 
 
 def weighed_by(r: RowReader, leaf: fx.Node, where: Index, over: Expr, fix: Fix):

@@ -148,6 +148,19 @@ def source_of_scatter(r: RowReader, x: Expr):
     return a["index"], values, k, tuple(lead)
 
 
+def two_valued(r: RowReader, load: Expr) -> Expr:
+    """A load of zeros in which ones were set, say, as `where` of whether it is zero; any other as it is."""
+    held = scattered(r, load)
+    if held is None or r.name(held[0]) != "scatter" or isinstance(held[1].get("src"), fx.Node):
+        return load
+    node, a = held
+    zero = tuple(r.fresh(n, "z") for n in r.shape(node))
+    base, put = r.read(a["self"], zero, r.position[node]), r.coerce(r.scalar(a["value"]), node.meta["val"].dtype)
+    if E.constant(base) is None or E.constant(put) is None or E.constant(base) == E.constant(put):
+        return load
+    return E.where(E.eq(load, base), base, put)
+
+
 def at_own_ids(r: RowReader, e: Expr) -> Expr:
     """A scattered matrix that is read at one of its own ids is what was set there."""
     table = {}

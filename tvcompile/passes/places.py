@@ -9,6 +9,7 @@ experts under their one-hot are opened: sum_e (ids = e) f(e) is f(ids), where id
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Collection, Iterable, Iterator
 
 import sympy
@@ -16,7 +17,7 @@ import sympy
 from .. import expr as E
 from ..expr import Expr, IntCall
 from .counts import whole
-from .ids import at_own_ids, compared, in_range, places as places_of
+from .ids import at_own_ids, compared, distinct, in_range, places as places_of
 from .movement import axis
 from .rows import RowReader, over as positions_of
 from .terms_of import terms_of
@@ -80,6 +81,7 @@ def opened(r: RowReader, e: Expr, known: Collection[Expr]) -> Expr:
             if only is not None:
                 table[x] = only
     table |= {x: E.TRUE for x in known if x != e}
+    table |= {x.args[0]: E.FALSE for x in known if isinstance(x, sympy.Not) and x != e}
     e = E.substitute(e, table) if table else e
     return _clamped(r, e, known)
 
@@ -92,14 +94,27 @@ def _only_term(r: RowReader, count: Expr, known: Collection[Expr]) -> Expr | Non
         return None
     total = sympy.Integer(0)
     for term in terms_of(r, whole(r, source, at, r.position[node])):
-        own = next((i for g in term.guards if (i := compared(g, gone[0])) is not None), None)
-        if own is None or not in_range(r, own, r.ranges[gone[0]]) or term.bound or term.links:
+        own = next((i for g in term.guards if (i := _only_place(r, g, gone[0])) is not None), None)
+        if own is None or term.bound or term.links:
             return None
-        rest = {E.substitute(g, {gone[0]: own}) for g in term.guards if compared(g, gone[0]) != own}
-        if not rest <= set(known):
+        guards = (r.truth(E.substitute(g, {gone[0]: own})) for g in term.guards)
+        if not {g for g in guards if g is not E.TRUE} <= set(known):
             return None
         total = total + sympy.Mul(*[E.substitute(f, {gone[0]: own}) for f in term.factors])
     return sympy.expand(total)
+
+
+def _only_place(r: RowReader, guard: Expr, s: Expr) -> Expr | None:
+    """The one value of s where a guard holds: of ids = s, or of ids[t,s] = ids[t,k] where ids differ."""
+    ids = compared(guard, s)
+    if ids is not None:
+        return ids if in_range(r, ids, r.ranges[s]) else None
+    sides = [x.as_coeff_Mul() for x in sympy.Add.make_args(E.operands(guard)[0])] if E.op_of(guard) == "eq" else []
+    if len(sides) != 2 or any(E.op_of(x) != "load" for _, x in sides) or {a for a, _ in sides} != {1, -1}:
+        return None
+    (name, *at), (other, *there) = sorted((E.operands(x) for _, x in sides), key=lambda x: x[-1] != s)
+    alike = name == other and at[:-1] == there[:-1] and at[-1] == s and not E.mentions(sympy.Tuple(*there), s)
+    return there[-1] if alike and distinct(r, r.nodes[name.name[1:]]) else None
 
 
 def only_factors(r: RowReader, e: Expr, known: Collection[Expr]) -> Expr:
@@ -147,9 +162,8 @@ def least(r: RowReader, e: Expr, known: Collection[Expr] = ()) -> int | None:
         parts = [least(r, x, known) for x in e.args]
         return None if any(p is None for p in parts) else sum(p for p in parts if p is not None)
     if isinstance(e, sympy.Mul):
-        factor, rest = e.as_coeff_Mul()
-        low = least(r, rest, known) if factor.is_Integer and factor > 0 and factor != 1 else None
-        return None if low is None else int(factor) * low
+        lows = [least(r, x, known) for x in e.args]
+        return None if any(x is None or x < 0 for x in lows) else math.prod(x for x in lows if x is not None)
     op, args = E.op_of(e), E.operands(e)
     if op in ("clamp_min", "max", "clamp_max", "min"):
         lows = [least(r, x, known) for x in args]
@@ -171,8 +185,8 @@ def _least_sum(r: RowReader, e: Expr, known: Collection[Expr]) -> int | None:
     at = E.operands(e)[1:]
     source = r.arguments(node)["self"]
     probe = tuple(r.fresh(n, "p") for n in r.shape(source))
-    ends = [E.constant(x) for x in E.leaves(whole(r, source, probe, r.position[node]))]
-    if any(x is None or x < 0 for x in ends):
+    low = least(r, whole(r, source, probe, r.position[node]))
+    if low is None or low < 0:
         return None
     own = opened(r, whole(r, source, at, r.position[node]), known) if E.op_of(e) == "cumsum" else 0
     return 1 if own == 1 else 0
@@ -216,17 +230,19 @@ def digits(r: RowReader, guards: tuple[Expr, ...], symbols: Collection[Expr]) ->
 
 def _digits(r: RowReader, guard: Expr, symbols: Collection[Expr], guards: tuple[Expr, ...]) -> list[Expr]:
     parts = [(x, *x.as_coeff_Mul()) for x in sympy.Add.make_args(E.operands(guard)[0])]
-    moving = sorted(((int(a), s) for _, a, s in parts if s in symbols and a.is_Integer), key=lambda p: abs(p[0]))
-    if len(moving) < 2 or len({a > 0 for a, _ in moving}) != 1:
+    found = [(int(a), s) for _, a, s in parts if s in symbols and a.is_Integer]
+    left, right = [p for p in found if p[0] < 0], [p for p in found if p[0] > 0]
+    moving = sorted(left if len(left) > len(right) else right, key=lambda p: abs(p[0]))
+    if len(moving) < 2:
         return [guard]
-    value = sympy.Add(*(x for x, _, s in parts if s not in symbols)) * (-1 if moving[0][0] > 0 else 1)
+    value = sympy.Add(*(x for x, a, s in parts if (a, s) not in moving)) * (-1 if moving[0][0] > 0 else 1)
     (one, low), *rest = [(abs(a), s) for a, s in moving]
     size = r.ranges[low]
     if one != 1 or not size.is_Integer or any(a % size for a, _ in rest) or E.mentions(value, *(s for _, s in moving)):
         return [guard]
-    terms = sympy.Add.make_args(sympy.expand(value))
-    high = [x for x in terms if not x.is_Integer and x.as_coeff_Mul()[0] % size == 0]
-    digit = sympy.Add(*(x for x in terms if x not in high))
+    number, terms = sympy.expand(value).as_coeff_Add()
+    high = [x for x in sympy.Add.make_args(terms) if x.as_coeff_Mul()[0] % size == 0] + [number - number % size]
+    digit = sympy.expand(value - sympy.Add(*high))
     known = {opened(r, g, ()) for g in guards}
     shown = opened(r, digit, known)
     bottom = least(r, shown)

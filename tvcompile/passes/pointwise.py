@@ -127,7 +127,7 @@ def _to(r, a, n, idx):
         loaded, rounds = r.nodes[E.operands(x)[0].name[1:]], was.is_floating_point and dtype.is_floating_point
         # The cast of a whole captured tensor is captured itself.
         whole = isinstance(loaded.meta["val"], torch.Tensor) and _as_many(r, loaded, n)
-        if whole and not (rounds and r.is_opened(loaded)):
+        if whole and not r.is_opened(loaded):
             return r.leaf(n, idx)
         return E.FloatCall(name, x) if rounds else x
     if all(E.constant(c) is not None for c in E.leaves(x)):

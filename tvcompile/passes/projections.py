@@ -66,7 +66,10 @@ Fix = Callable[[Expr], Expr]
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """What the row of a projection has to be: element `over` of `length` of token t, nowhere coarser than `dtype`."""
+    """What the row of a projection has to be: element `over` of `length` of token t, nowhere coarser than `dtype`.
+
+    number: what the position of the experts among `outer.bound` is, where the row is of one expert
+    """
 
     over: Expr
     length: Expr
@@ -74,6 +77,7 @@ class Row:
     fix: Fix
     outer: Term
     dtype: torch.dtype
+    number: Expr | None = None
 
 
 def is_row(r: Reader, x: fx.Node, idx: Index, t: Expr, over: Expr, length: Expr) -> bool:

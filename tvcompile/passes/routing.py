@@ -33,7 +33,7 @@ def without_rows(r: RowReader, term: Term, token: Token, at: int) -> Term:
         term = _solved(r, term, token)
     term = term.put({}, r.bounds)
     term = _pinned(_in_digits(r, term), r)
-    term = dataclasses.replace(term, guards=digits(r, term.guards, term.bound))
+    term = _pinned(dataclasses.replace(term, guards=digits(r, term.guards, term.bound)), r)
     guards: list[Expr] = []
     for g in term.guards:
         g = r.truth(g)
@@ -214,7 +214,7 @@ def vanishes(r: RowReader, e: Expr, load: Expr) -> bool:
     if base is not None:
         return base == 0
     op, args = E.op_of(e), E.operands(e)
-    if op == "mul":
+    if op == "mul" or e.is_Mul:
         return any(vanishes(r, a, load) for a in args)
     if op in ("div", "neg", *E.CASTS):
         return vanishes(r, args[0], load)

@@ -23,7 +23,7 @@ from .. import expr as E
 from ..expr import BoolCall, Expr, IntCall
 from .contraction import letters
 from .counts import as_counted, sums_whole
-from .ids import SCATTERS, places, selected
+from .ids import SCATTERS, places, selected, two_valued
 from .movement import Index, axis, unravel
 from .pointwise import POINTWISE
 from .read import Reader
@@ -49,8 +49,17 @@ class RowReader(Reader):
             formula = rule(self, self.arguments(node), node, idx) if rule else None
             if formula is not None:
                 return self.coerce(formula, node.meta["val"].dtype)
-            return as_counted(super()._read(node, idx), node.meta["val"].dtype)
+            formula = as_counted(super()._read(node, idx), node.meta["val"].dtype)
+            whole = E.op_of(formula) == "load" and E.kind(formula) == "int" and self.name(node) == "scatter"
+            # Along another dim than that of the experts it is no routing, but a condition.
+            other = whole and axis(self.arguments(node)["dim"], len(idx)) != len(idx) - 1
+            return two_valued(self, formula) if other else formula
         return super()._read(node, idx)
+
+    def coerce(self, e: Expr, dtype: torch.dtype) -> Expr:
+        if not dtype.is_floating_point and E.kind(e) == "float" and E.op_of(e) == "load":
+            e = E.choose(E.as_bool if dtype == torch.bool else E.as_int, two_valued(self, e))
+        return super().coerce(e, dtype)
 
     def nth(self, mask: fx.Node, coordinate: int, row: Expr) -> Expr:
         """A coordinate of a place where a mask holds; masks of one formula are one mask, whatever their shapes."""

@@ -38,7 +38,10 @@ def nonnegative(r: RowReader, e: Expr) -> bool:
         return all(nonnegative(r, x) for x in args if E.kind(x) != "bool")
     if op in ("reduce", "dot"):
         node = r.nodes[args[0].name]
-        return r.name(node) in SUMS and all(_all_of(r, x, r.position[node]) for x in node.all_input_nodes)
+        ordered = r.name(node) == "getitem" and r.name(node.args[0]) in ORDERS and node.args[1] == 0
+        node = node.args[0] if ordered else node
+        known = ordered or r.name(node) in SUMS
+        return known and all(_all_of(r, x, r.position[node]) for x in node.all_input_nodes)
     if op == "load":
         return _loaded(r, r.nodes[args[0].name[1:]])
     return False
@@ -118,7 +121,7 @@ def needed(e: Expr) -> tuple[Expr, ...]:
         if E.constant(b) == 0:
             return *flat([condition]), *needed(a)
         return (*flat([E.not_(condition)]), *needed(b)) if E.constant(a) == 0 else ()
-    if op == "mul":
+    if op == "mul" or e.is_Mul:
         return tuple(g for x in args for g in needed(x))
     return needed(args[0]) if op in ("div", "neg", *E.CASTS) else ()
 

@@ -21,7 +21,7 @@ from .ids import once
 from .movement import CASTS, SPLITS, Index, axis, rounding
 from .places import cases, decided, least, opened
 from .rows import EMPTY, RowReader, mask_of, over
-from .terms_of import Term, contracted, lazily, product, terms_of
+from .terms_of import Term, coefficient, contracted, lazily, product, terms_of
 
 
 class Sums:
@@ -38,7 +38,7 @@ class Sums:
         if node.op == "call_function" and r.name(node) in EMPTY:
             return []  # nobody may ask what is in memory that was never written
         if node not in self.cone:
-            return terms_of(r, lazily(r, node, idx, at, self.d))
+            return coefficient(r, lazily(r, node, idx, at, self.d))
         if r.changed(node, at):
             raise Refuse("what the experts gave is written to before it is added up", node)
         if node in self.ends:

@@ -186,13 +186,20 @@ def terms_of(r: RowReader, e: Expr, closed: Closed | None = None) -> list[Term]:
 
 def coefficient(r: RowReader, e: Expr) -> list[Term]:
     """The terms of what rows are multiplied by, where a sum of integers is a sum and no number of a place."""
-    inner = e
-    while E.op_of(inner) in E.CASTS:
-        (inner,) = E.operands(inner)
-    if E.op_of(inner) == "count" and chooses(r, inner):
-        found = _summed(r, r.nodes[E.operands(inner)[0].name], E.operands(inner)[1:])
-        return terms_of(r, e) if found is None else found
-    return terms_of(r, e)
+    return [x for t in terms_of(r, e) for x in _with_sums(r, t)]
+
+
+def _with_sums(r: RowReader, t: Term) -> list[Term]:
+    for f in t.factors:
+        inner = f
+        while E.op_of(inner) in E.CASTS:
+            (inner,) = E.operands(inner)
+        if E.op_of(inner) == "count" and chooses(r, inner):
+            found = _summed(r, r.nodes[E.operands(inner)[0].name], E.operands(inner)[1:])
+            if found is not None:
+                rest = dataclasses.replace(t, factors=tuple(x for x in t.factors if x is not f))
+                return [x for s in found for x in _with_sums(r, rest.times(s))]
+    return [t]
 
 
 OPENED = ("mul", "where", "reduce", "dot", *E.CASTS)
