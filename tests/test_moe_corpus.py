@@ -195,7 +195,10 @@ def test_dropout_in_experts_is_refused(train):
     assert not moe_sites(report) and moe_refusals(report)
 
 
-@pytest.mark.parametrize("name", ["grouped.SortHistcInverse", "loops.WhereIndexAdd", "dense.MaskedSum"])
+DYNAMIC = "grouped.SortHistcInverse", "loops.WhereIndexAdd", "dense.MaskedSum", "loops.MaskedSequences", "known.GptOss"
+
+
+@pytest.mark.parametrize("name", DYNAMIC)
 def test_spelling_with_dynamic_shapes(name):
     spelling = CORPUS[name]
     report = harness.run(spelling.build(torch.float32), spelling.make_inputs(torch.float32), True, dynamic=True)

@@ -136,7 +136,7 @@ def activation(r: RowReader, e: Expr, f: Expr, about: fx.Node) -> tuple[Expr, li
         table[whole] = (E.UP, E.GATE)[0] if len(found) == 1 else (E.GATE, E.UP)[k] if k < 2 else x
     if len(units) > 2:
         raise Refuse("an activation reads more than two columns", about)
-    act = without_casts(E.substitute(e, table), about)
+    act = without_casts(r.with_numbers(E.substitute(e, table)), about)
     if act.free_symbols - set(E.FLOATS) or E.loads(act):
         raise Refuse("an activation depends on more than its projections", about)
     for x in E.walk(act):

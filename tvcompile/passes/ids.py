@@ -6,6 +6,7 @@ einsum("te,th,ehf->tf", one_hot(ids), x, W)[t, f]      = sum_h x[t, h] W[ids[t],
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING
 
 import sympy
@@ -75,7 +76,34 @@ def scattered(r: RowReader, e: Expr) -> tuple[fx.Node, dict] | None:
     if node is None or node.op != "call_function" or r.name(node) not in SCATTERS:
         return None
     a = r.arguments(node)
-    return None if a.get("reduce") is not None else (node, a)
+    return None if a.get("reduce") is not None else (node, _column_by_column(r, node, a))
+
+
+def _column_by_column(r: RowReader, node: fx.Node, a: dict) -> dict:
+    """zeros.scatter(-1, ids[:, 0:1], w[:, 0:1]).scatter(-1, ids[:, 1:2], w[:, 1:2]) as zeros.scatter(-1, ids, w)"""
+    links, base = [(node, a)], a["self"]
+    while base.op == "call_function" and r.name(base) == r.name(node) and not r.changed(base, r.position[links[-1][0]]):
+        links.append((base, r.arguments(base)))
+        base = links[-1][1]["self"]
+    lead = tuple(r.fresh(n, "z") for n in r.shape(node)[:-1])
+    found: dict[str, dict[Expr, fx.Node]] = {"index": {}, "src": {}}
+    for (link, b), role in itertools.product(links, found):
+        part = b.get(role)
+        if len(links) == 1 or b["dim"] != a["dim"] or b.get("reduce") is not None or not isinstance(part, fx.Node):
+            return a
+        if r.shape(part) != (*r.shape(node)[:-1], 1):
+            return a
+        source, at, _ = r.path(part, (*lead, sympy.Integer(0)), r.position[link])[-1]
+        if at[:-1] != lead:
+            return a
+        found[role][at[-1]] = source
+    ids, src = ({*by_column.values()} for by_column in found.values())
+    if found["index"].keys() != found["src"].keys() or len(ids) != 1 or len(src) != 1:
+        return a
+    whole = {sympy.Integer(j) for j in range(len(links))}
+    if found["index"].keys() != whole or r.shape(next(iter(ids)))[-1] != len(links):
+        return a
+    return {**a, "self": base, "index": ids.pop(), "src": src.pop()}
 
 
 def once(r: RowReader, at: Index) -> bool:

@@ -18,6 +18,7 @@ from sympy.core.symbol import Str
 from torch import fx
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from .. import expr as E
 from ..expr import Expr
@@ -72,6 +73,12 @@ class Reader:
             return size(value)
         return E.number(value)
 
+    def with_numbers(self, e: Expr) -> Expr:
+        """A formula in which floats that may change (a module's, with dynamic shapes) are what they are, guarded."""
+        held = {x: self.nodes[E.operands(x)[0].name[1:]].meta["val"] for x in E.loads(e)}
+        floats = {x: v for x, v in held.items() if isinstance(v, torch.SymFloat) and not free_unbacked_symbols(v)}
+        return E.substitute(e, {x: E.number(v.node.guard_float("", 0)) for x, v in floats.items()}) if floats else e
+
     def clamp_start(self, start: Expr, size: Expr) -> Expr:
         if (value := E.constant(start)) is not None and value < 0:
             return sympy.Max(0, start + size) if not E.at_most(-start, size) else start + size
@@ -119,6 +126,9 @@ class Reader:
             x, c = E.operands(e)
             low, high = self.bounds(x)
             if low is not None and E.at_most(0, low) and E.at_most(1, c):
+                times = sympy.cancel((high + 1) / c)  # high may hold sizes
+                if sympy.denom(times) == 1:  # (n c - 1) // c
+                    return sympy.Integer(0), sympy.expand(times - 1)
                 return sympy.Integer(0), E.floordiv(high, c) if not E.mentions(high, *self.ranges) else high
         if E.op_of(e) == "%" and E.at_most(1, E.operands(e)[1]):
             return sympy.Integer(0), E.operands(e)[1] - 1
