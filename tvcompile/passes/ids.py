@@ -186,7 +186,7 @@ def two_valued(r: RowReader, load: Expr) -> Expr:
     base, put = r.read(a["self"], zero, r.position[node]), r.coerce(r.scalar(a["value"]), node.meta["val"].dtype)
     if E.constant(base) is None or E.constant(put) is None or E.constant(base) == E.constant(put):
         return load
-    return E.where(E.eq(load, base), base, put)
+    return E.where(E.not_(E.eq(load, base)), put, base)
 
 
 def at_own_ids(r: RowReader, e: Expr) -> Expr:

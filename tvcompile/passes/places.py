@@ -241,15 +241,17 @@ def _digits(r: RowReader, guard: Expr, symbols: Collection[Expr], guards: tuple[
     if one != 1 or not size.is_Integer or any(a % size for a, _ in rest) or E.mentions(value, *(s for _, s in moving)):
         return [guard]
     number, terms = sympy.expand(value).as_coeff_Add()
-    high = [x for x in sympy.Add.make_args(terms) if x.as_coeff_Mul()[0] % size == 0] + [number - number % size]
-    digit = sympy.expand(value - sympy.Add(*high))
+    high = sympy.Add(*(x for x in sympy.Add.make_args(terms) if x.as_coeff_Mul()[0] % size == 0))
     known = {opened(r, g, ()) for g in guards}
-    shown = opened(r, digit, known)
-    bottom = least(r, shown)
-    if bottom is None or bottom < 0 or not below(r, shown, size, known):
-        return [guard]
-    above = sympy.Add(*(a // size * s for a, s in rest))
-    return [E.eq(low, digit), *_digits(r, E.eq(above, sympy.expand(sympy.Add(*high) / size)), symbols, guards)]
+    for part in dict.fromkeys((number, number % size)):
+        digit = sympy.expand(terms - high + part)
+        shown = opened(r, digit, known)
+        bottom = least(r, shown)
+        if bottom is not None and bottom >= 0 and below(r, shown, size, known):
+            above = sympy.Add(*(a // size * s for a, s in rest))
+            more = E.eq(above, sympy.expand((high + number - part) / size))
+            return [E.eq(low, digit), *_digits(r, more, symbols, guards)]
+    return [guard]
 
 
 def dim_of(r: RowReader, call: Expr) -> int:
