@@ -184,7 +184,8 @@ def two_valued(r: RowReader, load: Expr) -> Expr:
     node, a = held
     zero = tuple(r.fresh(n, "z") for n in r.shape(node))
     base, put = r.read(a["self"], zero, r.position[node]), r.coerce(r.scalar(a["value"]), node.meta["val"].dtype)
-    if E.constant(base) is None or E.constant(put) is None or E.constant(base) == E.constant(put):
+    ends = [E.constant(base), E.constant(put)]
+    if None in ends or ends[0] == ends[1] or ends[0] != ends[0]:
         return load
     return E.where(E.not_(E.eq(load, base)), put, base)
 
