@@ -67,12 +67,12 @@ BIG = {
 
 def test_a_row_that_serves_everything_is_not_limited(monkeypatch):
     serving(monkeypatch, lambda M, work: True)
-    assert tables.covered(CELL, [BIG]) == [{**BIG, "shared": 128 << 10}]
+    assert tables.covered(CELL, [BIG], "bfloat16") == [{**BIG, "shared": 128 << 10}]
 
 
 def test_a_row_says_what_it_serves_and_a_smaller_one_serves_the_rest(monkeypatch):
     serving(monkeypatch, lambda M, work: M <= 64 or not {"data", "causal+bias", "mask+bias"} & {work})
-    first, second = tables.covered(CELL, [BIG])
+    first, second = tables.covered(CELL, [BIG], "bfloat16")
     assert first["when"]["mask"] == ["full", "causal", "mask"]
     assert first["when"]["edits"] == ["sink", "mean", "score", "dropout"]
     assert second["config"]["BLOCK_M"] == 64 and second["config"]["descriptors"] and second["shared"] == 64 << 10
@@ -81,7 +81,7 @@ def test_a_row_says_what_it_serves_and_a_smaller_one_serves_the_rest(monkeypatch
 
 def test_edits_that_spill_together_are_not_served_together(monkeypatch):
     serving(monkeypatch, lambda M, work: M <= 64 or work.count("+") < 3)
-    first, second, rest = tables.covered(CELL, [BIG])
+    first, second, rest = tables.covered(CELL, [BIG], "bfloat16")
     assert first["when"]["edits"] == ["sink", "mean", "score"]
     assert second["when"] == {**BIG["when"], "edits": ["dropout", "bias"]}
     assert rest["when"] == BIG["when"] and rest["config"]["BLOCK_M"] == 64
@@ -90,7 +90,7 @@ def test_edits_that_spill_together_are_not_served_together(monkeypatch):
 def test_each_edit_gets_the_largest_that_serves_it(monkeypatch):
     most = {"dropout": 64, "bias": 32}
     serving(monkeypatch, lambda M, work: all(M <= most.get(edit, 128) for edit in work.split("+")))
-    first, *more, rest = tables.covered(CELL, [BIG])
+    first, *more, rest = tables.covered(CELL, [BIG], "bfloat16")
     assert first["when"]["edits"] == ["sink", "mean", "score"]
     assert rest["when"] == BIG["when"] and rest["config"]["BLOCK_M"] == 32
     assert [(row["when"]["edits"], row["config"]["BLOCK_M"]) for row in more] == [(["dropout"], 64), (["bias"], 32)]
@@ -98,21 +98,34 @@ def test_each_edit_gets_the_largest_that_serves_it(monkeypatch):
 
 def test_where_nothing_serves_all_edits_no_row_claims_to(monkeypatch):
     serving(monkeypatch, lambda M, work: work.count("+") < 3)
-    assert all("edits" in row["when"] for row in tables.covered(CELL, [BIG]))
+    assert all("edits" in row["when"] for row in tables.covered(CELL, [BIG], "bfloat16"))
 
 
 def test_no_row_is_written_for_what_one_before_it_serves(monkeypatch):
     serving(monkeypatch, lambda M, work: work.partition("+")[0] != "data")
-    (row,) = tables.covered(CELL, [BIG])
+    (row,) = tables.covered(CELL, [BIG], "bfloat16")
     assert row["when"]["mask"] == ["full", "causal", "mask"] and "edits" not in row["when"]
 
 
 def test_a_row_that_serves_nothing_goes(monkeypatch):
     serving(monkeypatch, lambda M, work: M <= 64)
-    (row,) = tables.covered(CELL, [BIG])
+    (row,) = tables.covered(CELL, [BIG], "bfloat16")
     assert row["config"]["BLOCK_M"] == 64 and "mask" not in row["when"]
     serving(monkeypatch, lambda M, work: False)
-    assert tables.covered(CELL, [BIG]) == []
+    assert tables.covered(CELL, [BIG], "bfloat16") == []
+
+
+def test_a_row_of_16_bits_serves_what_spills_in_neither_dtype(monkeypatch):
+    def compiled(case, config):
+        spills = case.dtype == "float16" and "bias" in case.work and config.BLOCK_M > 32
+        return {"wrong": "3 spills" * spills, "shared": config.BLOCK_M << 10, "spills": 3 * spills}
+
+    monkeypatch.setattr(tables, "compiled", compiled)
+    rows = tables.covered(CELL, [BIG], "bfloat16")
+    assert [row["when"] for row in rows] == [BIG["when"]]
+    first, second, *_ = tables.covered(CELL, rows, "float16")
+    assert first["when"] == {**BIG["when"], "edits": ["sink", "mean", "score", "dropout"]}
+    assert first["config"] == BIG["config"] and second["config"]["BLOCK_M"] == 32
 
 
 @pytest.mark.parametrize("work", [*tables.WORKS, "data+bias+dropout+sink+mean", "full+score+sink"])
