@@ -107,36 +107,6 @@ class ChoiceByChoice(Block):
 
 
 @moe()
-@moe(own=True, three=True, kind="gelu", bias=True)
-class WeightsColumnByColumn(Block):
-    """The matrix of weights is scattered one choice after the other, as it is in books."""
-
-    def experts(self, x, ids, w):
-        matrix = torch.zeros(*x.shape[:-1], self.count, dtype=w.dtype)
-        for k in range(self.top):
-            matrix.scatter_(dim=-1, index=ids[..., k : k + 1], src=w[..., k : k + 1])
-        y = torch.cat([self.expert(x, e).unsqueeze(-2) for e in range(self.count)], dim=-2)
-        return (matrix.unsqueeze(-1) * y).sum(dim=-2)
-
-
-@moe()
-@moe(own=True, kind="gelu", bias=True)
-class MatrixForEachExpert(Block):
-    """Every expert's weight is read from a matrix that is computed anew for it."""
-
-    def experts(self, x, ids, w):
-        return sum(self.matrix(x, ids)[..., e, None] * self.expert(x, e) for e in range(self.count))
-
-    def matrix(self, x, ids):
-        probabilities = self.gate(x).softmax(-1)
-        mask = torch.zeros_like(probabilities).scatter(-1, ids, 1.0)
-        return probabilities * mask / (probabilities * mask).sum(-1, keepdim=True)
-
-    def coefficients(self, x):
-        return self.matrix(x, self.route(x)[1])
-
-
-@moe()
 @moe(own=True, router="sigmoid_topk")
 @moe(kind="gelu", bias=True)
 class AssignedPairs(Block):
