@@ -60,11 +60,25 @@ def without_gradients():
     return program, "exp", 2
 
 
+def scores():
+    """Of two attentions, which each have their own."""
+
+    def program(x):
+        q = x.view(1, 2, 2, 3)
+        return (q @ q.mT).softmax(-1) @ q + (q @ q.mT).tanh() @ q
+
+    return program, "matmul", 4
+
+
+def logits():
+    return lambda x: (x @ torch.ones(4, 5)).softmax(-1) * (x @ torch.ones(4, 5)).sigmoid(), "matmul", 1
+
+
 def numbers():
     return lambda x: (x.long() + 1).sum() + (x.long() + 1.0).sum() + (x.long() + True).sum(), "add", 5
 
 
-CASES = [once, results, views_of_results, random, written, buffers, without_gradients, numbers]
+CASES = [once, results, views_of_results, random, written, buffers, without_gradients, scores, logits, numbers]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda f: f.__name__)

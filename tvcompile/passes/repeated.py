@@ -3,6 +3,7 @@
     sum((p * m)[:, e, None] / (p * m).sum(-1, keepdim=True)[:, e, None] * expert(x) for e, expert in enumerate(experts))
 
 Only where nobody could tell: no random numbers, no sizes that data tells, no memory that is written to or handed out.
+Products of two batches of matrices stay as they are: two attentions over the same scores have scores of their own each.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch.utils import _pytree as pytree
 from .writes import storage_of, written_arguments
 
 NUMBERS = (torch.SymInt, torch.SymFloat, torch.SymBool, int, float, bool)
+PRODUCTS = ("aten::matmul", "aten::bmm", "aten::baddbmm", "aten::einsum")
 UNWRITTEN = ("aten::empty", "aten::empty_like", "aten::new_empty", "aten::empty_strided", "aten::new_empty_strided")
 
 
@@ -49,7 +51,7 @@ def _merges(node: fx.Node, shown: set[int | None]) -> bool:
         schema = node.target._schema
         if not schema.name.startswith("aten::") or schema.is_mutable:
             return False
-        if torch.Tag.nondeterministic_seeded in node.target.tags or schema.name in UNWRITTEN:
+        if torch.Tag.nondeterministic_seeded in node.target.tags or schema.name in UNWRITTEN or _of_batches(node):
             return False
     elif node.op not in ("call_function", "get_attr"):
         return False
@@ -58,6 +60,11 @@ def _merges(node: fx.Node, shown: set[int | None]) -> bool:
         return False
     numbers = [n for x in held for n in (x.shape if isinstance(x, torch.Tensor) else [x])]
     return not any(map(free_unbacked_symbols, numbers))
+
+
+def _of_batches(node: fx.Node) -> bool:
+    ranks = [n.meta["val"].dim() for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
+    return node.target._schema.name in PRODUCTS and len(ranks) > 1 and min(ranks) > 2
 
 
 def _key(node: fx.Node) -> Hashable:
