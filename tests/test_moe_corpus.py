@@ -195,7 +195,10 @@ def test_dropout_in_experts_is_refused(train):
     assert not moe_sites(report) and moe_refusals(report)
 
 
-DYNAMIC = "grouped.SortHistcInverse", "loops.WhereIndexAdd", "dense.MaskedSum", "loops.MaskedSequences", "known.GptOss"
+DYNAMIC = (
+    *("grouped.SortHistcInverse", "loops.WhereIndexAdd", "dense.MaskedSum", "loops.MaskedSequences"),
+    *("known.GptOss", "dense.ScaledByAFloat"),
+)
 
 
 @pytest.mark.parametrize("name", DYNAMIC)

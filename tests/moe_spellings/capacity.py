@@ -72,6 +72,32 @@ class SwitchSlicedOneHot(Capacity):
         return torch.einsum("tec,ech->th", dispatch * w.unsqueeze(-1), self.places(rows))
 
 
+@moe(kind="relu")
+@moe(order="oi", bias=True)
+class SwitchByPositiveWeights(Capacity):
+    """A token goes where its weight, the greatest probability, is greater than zero."""
+
+    top = 1
+
+    def coefficients(self, x):
+        return self.weights(x)[0]
+
+    def weights(self, x):
+        """(the weights [T,E] of those who find a place, places)"""
+        p, ids = self.gate(x).softmax(-1).max(-1)
+        mask = F.one_hot(ids, self.count)
+        place = mask.cumsum(0) * mask - mask
+        mask = mask * (place < self.capacity)
+        return p[:, None] * mask, (place * mask).sum(-1)
+
+    def experts(self, x, ids, w):
+        weights, place = self.weights(x)
+        where = F.one_hot(place.clamp(max=self.capacity - 1), self.capacity).to(x.dtype)
+        combine = weights[:, :, None] * where[:, None, :]
+        rows = torch.einsum("sec,sm->ecm", (combine > 0).to(x.dtype), x)
+        return torch.einsum("sec,ecm->sm", combine.to(x.dtype), self.places(rows))
+
+
 @moe(router="argmax_twice", kind="relu")
 @moe(router="argmax_twice", order="oi", layout="separate")
 @moe(router="renormalised", capacity=4, kind="gelu", bias=True)

@@ -1,5 +1,6 @@
-"""What is known of ids: which numbers they can be, and what is chosen by a sum over their one-hot instead of an index.
+"""What is known of ids: which numbers they can be, what was set at them, what a sum over their one-hot chooses.
 
+zeros.scatter(1, ids, w)[t, ids[t, k]]           = w[t, k], where the ids of a token differ
 einsum("te,ehf->thf", one_hot(ids), W)[t, h, f]        = W[ids[t], h, f]
 einsum("te,th,ehf->tf", one_hot(ids), x, W)[t, f]      = sum_h x[t, h] W[ids[t], h, f]
 """

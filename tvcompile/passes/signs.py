@@ -38,10 +38,9 @@ def nonnegative(r: RowReader, e: Expr) -> bool:
         return all(nonnegative(r, x) for x in args if E.kind(x) != "bool")
     if op in ("reduce", "dot"):
         node = r.nodes[args[0].name]
-        ordered = r.name(node) == "getitem" and r.name(node.args[0]) in ORDERS and node.args[1] == 0
-        node = node.args[0] if ordered else node
-        known = ordered or r.name(node) in SUMS
-        return known and all(_all_of(r, x, r.position[node]) for x in node.all_input_nodes)
+        if (source := _of_an_order(r, node)) is not None:
+            return _all_of(r, source, r.position[node])
+        return r.name(node) in SUMS and all(_all_of(r, x, r.position[node]) for x in node.all_input_nodes)
     if op == "load":
         return _loaded(r, r.nodes[args[0].name[1:]])
     return False
@@ -69,8 +68,8 @@ def _loaded(r: RowReader, node: fx.Node) -> bool:
         return False
     name, here = r.name(node), r.position[node]
     if name == "getitem":
-        whole, k = node.args
-        return k == 0 and r.name(whole) in ORDERS and _all_of(r, whole.args[0], r.position[whole])
+        source = _of_an_order(r, node)
+        return source is not None and _all_of(r, source, here)
     if name in SCATTERS:
         a = r.arguments(node)
         values = a["src"] if isinstance(a.get("src"), fx.Node) else None
@@ -78,6 +77,18 @@ def _loaded(r: RowReader, node: fx.Node) -> bool:
         return a.get("reduce") is None and set_ and _all_of(r, a["self"], here)
     opened = r.read(node, tuple(r.fresh(n, "z") for n in r.shape(node)), at)
     return (E.op_of(opened) != "load" or E.operands(opened)[0].name[1:] != node.name) and nonnegative(r, opened)
+
+
+def _of_an_order(r: RowReader, node: fx.Node) -> fx.Node | None:
+    """The tensor of which a node holds some elements: the values of a topk, sort, max or min."""
+    if (
+        node.op != "call_function"
+        or r.name(node) != "getitem"
+        or r.name(node.args[0]) not in ORDERS
+        or node.args[1] != 0
+    ):
+        return None
+    return node.args[0].args[0]
 
 
 def positive(r: RowReader, e: Expr | None) -> bool:
@@ -93,15 +104,14 @@ def positive(r: RowReader, e: Expr | None) -> bool:
         return all(positive(r, x) for x in args)
     if op in ("add", "max", "clamp_min"):
         return any(positive(r, x) for x in args) and (op != "add" or all(nonnegative(r, x) for x in args))
-    if op == "reduce":
-        node = r.nodes[args[0].name]
-        return r.name(node) == "sum" and _positive_everywhere(r, node.all_input_nodes[0], r.position[node])
-    if op == "load":
-        node = r.nodes[args[0].name[1:]]
+    if op in ("reduce", "load"):
+        node = r.nodes[args[0].name.removeprefix("%")]
+        if (source := _of_an_order(r, node)) is not None:
+            return _positive_everywhere(r, source, r.position[node])
+        if op == "reduce":
+            return r.name(node) == "sum" and _positive_everywhere(r, node.all_input_nodes[0], r.position[node])
         if node.op == "call_function" and r.name(node) == "getitem":
-            whole, k = node.args
-            ordered = k == 0 and r.name(whole) in ORDERS
-            return ordered and _positive_everywhere(r, whole.args[0], r.position[whole])
+            return False
         return node.op == "call_function" and _positive_everywhere(r, node, r.used_at.get(node, r.position[node]))
     return False
 
