@@ -74,17 +74,34 @@ def logits():
     return lambda x: (x @ torch.ones(4, 5)).softmax(-1) * (x @ torch.ones(4, 5)).sigmoid(), "matmul", 1
 
 
+def sizes_from_data():
+    """Each is a number of its own."""
+    return lambda x: x[(x > 0).nonzero()[:, 0]].sum() + x[(x > 0).nonzero()[:, 0]].mean(), "nonzero", 2
+
+
 def numbers():
     return lambda x: (x.long() + 1).sum() + (x.long() + 1.0).sum() + (x.long() + True).sum(), "add", 5
 
 
-CASES = [once, results, views_of_results, random, written, buffers, without_gradients, scores, logits, numbers]
+CASES = [
+    once,
+    results,
+    views_of_results,
+    random,
+    written,
+    buffers,
+    without_gradients,
+    scores,
+    logits,
+    sizes_from_data,
+    numbers,
+]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda f: f.__name__)
 def test_what_is_computed_twice(case):
     program, name, count = case()
-    gm = make_fx(program, pre_dispatch=True, tracing_mode="fake")(X.clone())
+    gm = make_fx(program, pre_dispatch=True, tracing_mode="symbolic")(X.clone())
     merge_repeated(gm.graph)
     gm.recompile()
     found = [n for n in gm.graph.nodes if n.op == "call_function" and name in str(n.target).split(".")]

@@ -5,7 +5,14 @@ import torch.nn.functional as F
 
 from tests.moe_impostors.base import ANY, impostor
 from tests.moe_spellings.base import H
-from tests.moe_spellings.capacity import Capacity, GShardByPositiveWeights, SwitchInFloats, TopKGating
+from tests.moe_spellings.capacity import (
+    Capacity,
+    GShardByPositiveWeights,
+    OneHotsSummed,
+    PlacesCompared,
+    SwitchInFloats,
+    TopKGating,
+)
 
 
 class Switch(Capacity):
@@ -241,3 +248,25 @@ class OthersPlacesAtOneExpert(ExpertsOfTheirOwn):
 class OnePartOfThePlacesCounted(ExpertsOfTheirOwn):
     def counted(self, mask):
         return mask & (torch.arange(mask.shape[0]) % 3 > 0)[:, None]
+
+
+@impostor(ANY)
+class PlacesComparedCountedInPart(PlacesCompared):
+    """Who is not counted has the place of one before."""
+
+    def counted(self, mask):
+        return mask * (torch.arange(mask.shape[0]) % 3 > 0)[:, None]
+
+
+@impostor(ANY)
+class PlacesComparedCountedDown(PlacesCompared):
+    """Every third token of all takes a place back."""
+
+    def counted(self, mask):
+        return mask - (torch.arange(mask.shape[0]) % 3 == 2).long()[:, None]
+
+
+@impostor(ANY)
+class OneHotsOfIdsThatMayBeAlike(OneHotsSummed):
+    def gated(self, x, ids):
+        return super().gated(x, ids // 2 * 2)

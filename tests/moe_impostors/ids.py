@@ -171,3 +171,60 @@ class OneHotFromTheEnd(IdsFromTheEnd):
 class ResultsAlongADimFromTheEnd(IdsFromTheEnd):
     def experts(self, x, ids, w):
         return (torch.take_along_dim(self.every(x, 1), ids[..., None], 1) * w[..., None]).sum(1)
+
+
+class ColumnByColumn(Block):
+    """The matrix of weights is scattered one choice after the other, in parts."""
+
+    top = 3
+
+    def experts(self, x, ids, w):
+        matrix = torch.zeros(x.shape[0], self.count, dtype=w.dtype)
+        for k in range(self.top):
+            matrix = matrix.scatter(1, self.column(ids, k), self.weight(w, k))
+        return sum(matrix[:, e, None] * self.expert(x, e) for e in range(self.count))
+
+    def column(self, ids, k):
+        return ids[:, k : k + 1]
+
+    def weight(self, w, k):
+        return w[:, k : k + 1]
+
+
+@impostor(None)
+class ColumnsOfTheOtherWeights(ColumnByColumn):
+    def weight(self, w, k):
+        return w[:, 2 - k, None]
+
+
+@impostor(None)
+class ColumnsOfOtherTokens(ColumnByColumn):
+    def column(self, ids, k):
+        return ids.flip(0)[:, k : k + 1]
+
+
+@impostor(None)
+class NotAllColumns(ColumnByColumn):
+    top = 2
+
+    def route(self, x):
+        return self.gate(x).softmax(-1).topk(3, dim=-1)
+
+
+@impostor(None)
+class OneColumnTwice(ColumnByColumn):
+    def column(self, ids, k):
+        return ids[:, min(k, 1), None]
+
+
+@impostor(None)
+class NoNumberWhereNothingIsSet(Block):
+    """What is no number is true."""
+
+    def experts(self, x, ids, w):
+        mask = torch.full((x.shape[0], self.count), float("nan")).scatter(1, ids, 0.0).bool()
+        out, p = torch.zeros_like(x), self.gate(x).softmax(-1)
+        for e in range(self.count):
+            token = torch.where(mask[:, e])[0]
+            out.index_add_(0, token, self.expert(x[token], e) * p[token, e, None])
+        return out

@@ -237,6 +237,35 @@ class TopKGatingInFloats(TopKGating):
 
 @moe(kind="relu")
 @moe(own=True, bias=True)
+class NormedAfterDropping(TopKGatingInFloats):
+    """The weights of those who found a place add up to 1."""
+
+    def gated(self, x, ids):
+        weights, mask, locations = super().gated(x, ids)
+        return weights / weights.sum(-1, keepdim=True).clamp(min=1e-6), mask, locations
+
+
+@moe(kind="relu")
+@moe(own=True, kind="gelu", bias=True)
+class PlacesCompared(TopKGatingInFloats):
+    """Which place it is says a comparison."""
+
+    def gated(self, x, ids):
+        gates = self.gate(x).softmax(-1)
+        mask = torch.zeros_like(gates).scatter(1, ids, 1.0).long()
+        locations = self.counted(mask).cumsum(0) - 1
+        mask = mask * (locations >= 0) * (locations < self.capacity)
+        return gates * mask, mask, locations
+
+    def experts(self, x, ids, w):
+        weights, mask, locations = self.gated(x, ids)
+        where = (locations.unsqueeze(-1) == torch.arange(self.capacity)).to(x.dtype)
+        rows = torch.einsum("sec,sm->ecm", mask.to(x.dtype).unsqueeze(-1) * where, x)
+        return torch.einsum("sec,ecm->sm", weights.unsqueeze(-1) * where, self.places(rows))
+
+
+@moe(kind="relu")
+@moe(own=True, bias=True)
 class OneHotsSummed(TopKGatingInFloats):
     """The mask is a sum of one-hots; sent where the weight is positive."""
 

@@ -7,7 +7,6 @@ einsum("te,th,ehf->tf", one_hot(ids), x, W)[t, f]      = sum_h x[t, h] W[ids[t],
 
 from __future__ import annotations
 
-import itertools
 from typing import TYPE_CHECKING
 
 import sympy
@@ -86,25 +85,27 @@ def _column_by_column(r: RowReader, node: fx.Node, a: dict) -> dict:
     while base.op == "call_function" and r.name(base) == r.name(node) and not r.changed(base, r.position[links[-1][0]]):
         links.append((base, r.arguments(base)))
         base = links[-1][1]["self"]
-    lead = tuple(r.fresh(n, "z") for n in r.shape(node)[:-1])
-    found: dict[str, dict[Expr, fx.Node]] = {"index": {}, "src": {}}
-    for (link, b), role in itertools.product(links, found):
-        part = b.get(role)
-        if len(links) == 1 or b["dim"] != a["dim"] or b.get("reduce") is not None or not isinstance(part, fx.Node):
-            return a
-        if r.shape(part) != (*r.shape(node)[:-1], 1):
-            return a
-        source, at, _ = r.path(part, (*lead, sympy.Integer(0)), r.position[link])[-1]
-        if at[:-1] != lead:
-            return a
-        found[role][at[-1]] = source
-    ids, src = ({*by_column.values()} for by_column in found.values())
-    if found["index"].keys() != found["src"].keys() or len(ids) != 1 or len(src) != 1:
+    if len(links) == 1:
         return a
-    whole = {sympy.Integer(j) for j in range(len(links))}
-    if found["index"].keys() != whole or r.shape(next(iter(ids)))[-1] != len(links):
+    columns = {}
+    for link, b in links:
+        ids, w = (_column_of(r, b.get(role), r.position[link]) for role in ("index", "src"))
+        if ids is None or w is None or ids[1] != w[1] or b["dim"] != a["dim"] or b.get("reduce") is not None:
+            return a
+        columns[ids[1]] = ids[0], w[0]
+    if columns.keys() != {sympy.Integer(j) for j in range(len(links))} or len(set(columns.values())) != 1:
         return a
-    return {**a, "self": base, "index": ids.pop(), "src": src.pop()}
+    source, values = columns[sympy.Integer(0)]
+    return {**a, "self": base, "index": source, "src": values} if r.shape(source)[-1] == len(links) else a
+
+
+def _column_of(r: RowReader, x: fx.Node | float | None, at: int) -> tuple[fx.Node, Expr] | None:
+    """(tensor, j) where x is its [..., j : j + 1]."""
+    if not isinstance(x, fx.Node) or r.shape(x)[-1:] != (1,):
+        return None
+    lead = tuple(r.fresh(n, "z") for n in r.shape(x)[:-1])
+    source, idx, _ = r.path(x, (*lead, sympy.Integer(0)), at)[-1]
+    return (source, idx[-1]) if idx[:-1] == lead and r.shape(source)[:-1] == r.shape(x)[:-1] else None
 
 
 def once(r: RowReader, at: Index) -> bool:

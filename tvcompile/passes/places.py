@@ -81,7 +81,6 @@ def opened(r: RowReader, e: Expr, known: Collection[Expr]) -> Expr:
             if only is not None:
                 table[x] = only
     table |= {x: E.TRUE for x in known if x != e}
-    table |= {x.args[0]: E.FALSE for x in known if isinstance(x, sympy.Not) and x != e}
     e = E.substitute(e, table) if table else e
     return _clamped(r, e, known)
 

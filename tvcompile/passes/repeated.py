@@ -21,7 +21,6 @@ from .writes import storage_of, written_arguments
 
 NUMBERS = (torch.SymInt, torch.SymFloat, torch.SymBool, int, float, bool)
 PRODUCTS = ("aten::matmul", "aten::bmm", "aten::baddbmm", "aten::einsum")
-UNWRITTEN = ("aten::empty", "aten::empty_like", "aten::new_empty", "aten::empty_strided", "aten::new_empty_strided")
 
 
 def merge_repeated(graph: fx.Graph) -> None:
@@ -51,7 +50,7 @@ def _merges(node: fx.Node, shown: set[int | None]) -> bool:
         schema = node.target._schema
         if not schema.name.startswith("aten::") or schema.is_mutable:
             return False
-        if torch.Tag.nondeterministic_seeded in node.target.tags or schema.name in UNWRITTEN or _of_batches(node):
+        if torch.Tag.nondeterministic_seeded in node.target.tags or _of_batches(node):
             return False
     elif node.op not in ("call_function", "get_attr"):
         return False
