@@ -216,6 +216,9 @@ class OneColumnTwice(ColumnByColumn):
     def column(self, ids, k):
         return ids[:, min(k, 1), None]
 
+    def weight(self, w, k):
+        return w[:, min(k, 1), None]
+
 
 @impostor(None)
 class NoNumberWhereNothingIsSet(Block):

@@ -246,6 +246,13 @@ class NormedAfterDropping(TopKGatingInFloats):
 
 
 @moe(kind="relu")
+@moe(own=True, bias=True)
+class SentByTheNormedWeights(NormedAfterDropping):
+    def dispatched(self, mask, weights, where):
+        return (weights.unsqueeze(-1) * where).bool()
+
+
+@moe(kind="relu")
 @moe(own=True, kind="gelu", bias=True)
 class PlacesCompared(TopKGatingInFloats):
     """Which place it is says a comparison."""
