@@ -89,17 +89,22 @@ def _divide_content(e: Expr) -> tuple[int, Expr]:
     return g, free / g - (-const // g)
 
 
-def sides(e: Expr) -> tuple[Expr, Expr]:
-    """e <= 0 as left <= right with positive terms only: rows against columns, no [M,N] difference."""
-    terms = sympy.Add.make_args(e)
+def sides(call: Expr) -> tuple[str, Expr, Expr]:
+    """(le, lt or eq, left, right) with positive terms only: rows against columns, no [M,N] difference.
+
+    a + 1 <= b is a < b, which does not overflow.
+    """
+    op, terms = str(op_of(call)), sympy.Add.make_args(operands(call)[0])
     negative = [t for t in terms if t.as_coeff_Mul()[0] < 0]
-    return sympy.Add(*(t for t in terms if t not in negative)), -sympy.Add(*negative)
+    left, right = sympy.Add(*(t for t in terms if t not in negative)), -sympy.Add(*negative)
+    number, rest = left.as_coeff_Add()
+    return ("lt", rest, right) if op == "le" and number == 1 and rest != 0 else (op, left, right)
 
 
 def lt(a: Expr, b: Expr) -> Expr:
     if "float" in (kind(a), kind(b)):
         return compare_float("lt", a, b)
-    return le(a + 1, b)
+    return le(as_int(a) + 1, b)
 
 
 def eq(a: Expr, b: Expr) -> Expr:
@@ -228,10 +233,23 @@ def where(c: Expr, a: Expr, b: Expr) -> Expr:
         return b
     kinds = {kind(a), kind(b)}
     if kinds == {"bool"}:
-        return or_(and_(c, a), and_(not_(c), b))
+        return _either(c, a, b)
     if "float" in kinds:
         return FloatCall("where", c, as_float(a), as_float(b))
     return IntCall("where", c, as_int(a), as_int(b))
+
+
+def _either(c: Expr, a: Expr, b: Expr) -> Expr:
+    """c & a | ~c & b, in which a part that both have appears once: masks that are set step by step stay short."""
+    for join, other in ((sympy.Or, and_), (sympy.And, or_)):
+        left, right = (set(x.args if isinstance(x, join) else [x]) for x in (a, b))
+        shared, neither = left & right, FALSE if join is sympy.Or else TRUE
+        if shared or neither in (a, b):
+            joined = or_ if join is sympy.Or else and_
+            pieces = [joined(*(left - shared)), joined(*(right - shared))]
+            conditions = (c, not_(c)) if join is sympy.Or else (not_(c), c)
+            return joined(*shared, *(other(x, y) for x, y in zip(conditions, pieces)))
+    return or_(and_(c, a), and_(not_(c), b))
 
 
 def leaves(e: Expr) -> list[Expr]:

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tests.moe_impostors.base import ANY, impostor
+from tests.moe_impostors.base import ANY, Sorted, impostor
 from tests.moe_spellings.base import Block, T
 
 
@@ -231,3 +231,76 @@ class NoNumberWhereNothingIsSet(Block):
             token = torch.where(mask[:, e])[0]
             out.index_add_(0, token, self.expert(x[token], e) * p[token, e, None])
         return out
+
+
+class Hashed(Sorted):
+    """Ids of a table, which has no number that is no expert's, though nothing says so."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Buffer(torch.arange(50).view(25, 2) % (self.count - 1))
+
+    def route(self, x):
+        ids = self.table[torch.arange(len(x)) % 25]
+        return self.weighed(self.gate(x).softmax(-1), ids), self.used(ids)
+
+    def weighed(self, p, ids):
+        raise NotImplementedError
+
+    def used(self, ids):
+        return ids
+
+
+UNPROVEN = "the ids of a grouped product are not proven to be numbers of experts"
+
+
+@impostor(UNPROVEN)
+class ScoresGatheredAlongTheTokens(Hashed):
+    """They are below the number of tokens."""
+
+    def weighed(self, p, ids):
+        return p[:, : self.top].gather(0, ids)
+
+
+@impostor(UNPROVEN)
+class ScoresGatheredAmongMore(Hashed):
+    def weighed(self, p, ids):
+        return torch.cat([p, p], -1).gather(1, ids)
+
+
+@impostor(UNPROVEN)
+class ScoresIndexedFromTheEnd(Hashed):
+    """An index may be negative."""
+
+    def weighed(self, p, ids):
+        return p[torch.arange(len(p))[:, None], ids]
+
+
+@impostor(UNPROVEN)
+class IdsMovedAfterTheirUse(Hashed):
+    def weighed(self, p, ids):
+        return p.gather(1, ids)
+
+    def used(self, ids):
+        return ids + 1
+
+
+@impostor(UNPROVEN)
+class OthersOfTheTableUsed(Hashed):
+    """Half of the table is read at numbers of experts, the other half is what is used."""
+
+    def weighed(self, p, ids):
+        return p.gather(1, ids)
+
+    def used(self, ids):
+        return self.table[torch.arange(len(ids)) % 25 - 7]
+
+
+@impostor(UNPROVEN)
+class TableWrittenAfterItsUse(Hashed):
+    def weighed(self, p, ids):
+        return p.gather(1, ids)
+
+    def used(self, ids):
+        self.table.mul_(0)
+        return self.table[torch.arange(len(ids)) % 25]

@@ -10,6 +10,8 @@ from tests.moe_spellings.base import Block, moe
 @moe(order="oi", router="renormalised")
 @moe(kind="gpt_oss", layout="interleave", bias=True, router="topk_softmax")
 @moe(kind="relu", layout="plain", bias=True, order="oi")
+@moe(router="skipping")
+@moe(router="clamped", kind="gelu")
 @moe(layout="separate", router="grouped")
 class Transformers(Block):
     """transformers' batched_mm implementation, by hand."""

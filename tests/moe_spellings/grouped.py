@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 import transformers.integrations.moe  # noqa: F401  (registers transformers::grouped_mm_fallback)
+from torch import nn
 
 from tests.moe_spellings.base import Block, T, moe
 
@@ -34,6 +35,8 @@ class Grouped(Block):
 @moe(count=16, top=8)
 @moe(router="argmax_twice")
 @moe(router="max_twice", order="oi")
+@moe(router="skipping")
+@moe(router="clamped", order="oi", bias=True)
 class SortHistcInverse(Grouped):
     """transformers' grouped_mm implementation, by hand."""
 
@@ -232,3 +235,32 @@ class PermutedByAMap(Grouped):
 
     def offsets(self, sent):
         return self.counts(sent).cumsum(0)
+
+
+class HashedIds(SortHistcInverse):
+    """A table says which experts a token has; their scores are read at them, so that they are numbers of experts."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Buffer(torch.randint(self.count, (50, self.top), generator=torch.Generator().manual_seed(1)))
+
+    def numbers(self, x):
+        return self.table[torch.arange(len(x), device=x.device) * 7 % 50]
+
+
+@moe()
+class ScoresGathered(HashedIds):
+    """DeepSeek-V4's first layers."""
+
+    def route(self, x):
+        ids = self.numbers(x)
+        w = self.gate(x).softmax(-1).gather(1, ids)
+        return w / w.sum(-1, keepdim=True), ids
+
+
+@moe(kind="gelu", order="oi")
+class ScoresSummedUnderAOneHot(HashedIds):
+    def route(self, x):
+        ids = self.numbers(x)
+        chosen = F.one_hot(ids, self.count).to(x.dtype)
+        return (chosen * self.gate(x).sigmoid()[:, None]).sum(-1), ids

@@ -135,3 +135,18 @@ def max_twice(block, logits, x):
 def sigmoid_each(block, logits, x):
     best, ids = logits.topk(block.top, dim=-1)
     return best.sigmoid(), ids
+
+
+@router()
+def skipping(block, logits, x):
+    """Zaya: one class more than there are experts, which computes nothing."""
+    w, ids = torch.cat([logits, logits[..., :1] / 2], -1).softmax(-1).topk(block.top, dim=-1)
+    skipped = ids == block.count
+    return w.masked_fill(skipped, 0), ids.masked_fill(skipped, 0)
+
+
+@router()
+def clamped(block, logits, x):
+    """Expert parallelism: what other ranks have lies beyond the last expert here."""
+    w, ids = torch.cat([logits, logits / 2], -1).softmax(-1).topk(block.top, dim=-1)
+    return torch.where(ids < block.count, w, 0.0), ids.clamp(0, block.count - 1)

@@ -71,6 +71,7 @@ def inside(i, size):
     return tl.minimum(tl.maximum(i, 0), size - 1)
 
 
+SIGNS = {"le": "<=", "lt": "<", "eq": "=="}
 FUNCTIONS = {
     "add": "({0} + {1})",
     "sub": "({0} - {1})",
@@ -242,8 +243,8 @@ class _Writer:
         if op == "load":
             return self._load(e)
         if op in ("le", "eq"):
-            left, right = E.sides(E.operands(e)[0])
-            return f"({self.write(left)} {'<=' if op == 'le' else '=='} {self.write(right)})"
+            compare, left, right = E.sides(e)
+            return f"({self.write(left)} {SIGNS[compare]} {self.write(right)})"
         if op == "pow":
             base, exponent = E.operands(e)
             return f"tl.exp2({self.write(exponent)} * {math.log2(E.constant(base))!r})"

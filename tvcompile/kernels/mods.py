@@ -156,8 +156,8 @@ def _step(x: Expr) -> tuple[Callable, tuple[Expr, ...]]:
     if op == "load":
         return _load_step(*E.operands(x))
     if op in ("le", "eq"):
-        left, right = E.sides(E.operands(x)[0])
-        return _unscoped(operator.le if op == "le" else operator.eq), (left, right)
+        compare, left, right = E.sides(x)
+        return _unscoped(getattr(operator, compare)), (left, right)
     if op == "where":
         return _where, E.operands(x)
     if op in E.CASTS:
@@ -261,7 +261,7 @@ def _diagonals(name: str, formulas: tuple[Expr, ...], scope: Scope) -> Tensor:
 
 def _tapped(name: str, scope: Scope, loaded: Tensor, add: Callable) -> Tensor:
     if not loaded.is_floating_point():
-        return loaded
+        return loaded if loaded.dtype == torch.bool else loaded.to(torch.int64)  # fewer bits would wrap around
     loaded = loaded.to(scope.dtype)
     if scope.taps is None or name not in scope.wanted:
         return loaded

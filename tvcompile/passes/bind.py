@@ -13,7 +13,7 @@ from torch import fx
 from .. import expr as E
 from ..expr import Expr
 from ..spec import AttentionSpec, Match, Operand, Refuse
-from .masking import Masked, empty_meaning
+from .masking import HUGE, Masked, depth, empty_meaning
 from .naming import Names
 from .read import Reader
 from .roles import Candidate, Roles, assign, candidates, operand, splits
@@ -207,6 +207,20 @@ def meaning_of_empty_rows(s: Sketch) -> str | None:
     return empty_meaning(s.parts, s.training, s.anchor.meta["val"].dtype)
 
 
+def _others_may_win(r: Reader, s: Sketch, score: Expr) -> bool:
+    """May what is added to the score put all that a row keeps as low as what a finite fill masks?"""
+    finite = [-f.value for f in s.parts.fills if not math.isinf(f.value)]
+
+    def learned(load: Expr) -> bool:
+        return r.nodes[E.operands(load)[0].name[1:]].meta["val"].requires_grad
+
+    if not finite or depth(score, learned) < 1e-3 * min(finite):
+        return False
+    if s.written != "softmax" or min(finite) < HUGE and s.anchor.meta["val"].dtype.itemsize < 4:
+        raise Refuse("what a row means whose pairs are masked twice depends on rounding", s.anchor)
+    return True
+
+
 def build(r: Reader, s: Sketch, roles: Roles, formulas: list[Expr], factor: float, operands: tuple) -> Match:
     """Name the positions, decide what an empty row means, collect the captured tensors."""
     names = Names(r, roles, s.kv, operands)
@@ -218,6 +232,8 @@ def build(r: Reader, s: Sketch, roles: Roles, formulas: list[Expr], factor: floa
             scale, score, keep = s.whole[0], whole, E.TRUE
         elif empty.startswith("nan") and (s.zeroed or sink):
             empty = "zero"
+    if keep is not E.TRUE and _others_may_win(r, s, score):
+        scale, score, keep, empty = s.whole[0], whole, E.TRUE, None
     if empty is None and s.zeroed and any(E.kind(x) == "float" for x in E.loads(score)):
         empty = "zero"  # a captured bias may be -inf in a whole row
     roster = names.capture((score, keep, *sink))
@@ -229,6 +245,8 @@ def build(r: Reader, s: Sketch, roles: Roles, formulas: list[Expr], factor: floa
     for node in roster.nodes.values():
         if r.changed_between(node, r.used_at.get(node, last), last):
             raise Refuse(f"{node.name} is written to between its use and the sum with V", s.anchor)
+        if s.training and r.changed_between(node, last, len(r.position)):
+            raise Refuse(f"{node.name} is written to before the backward pass, which reads it again", s.anchor)
     q, k, v, out = operands
     captures = tuple((roster.nodes[name], roster.unit_dims[name]) for name in spec.captures())
     sizes = tuple(roster.sizes[name] for name in spec.sizes())

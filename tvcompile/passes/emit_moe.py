@@ -19,6 +19,7 @@ from torch import fx
 from .. import expr as E
 from ..expr import Expr
 from ..spec import Choices, MoEMatch, Weights
+from .overflow import NARROW
 from .projections import joined
 from .read import size
 from .write import Writer, keep_strides
@@ -119,9 +120,11 @@ class _Choice:
         if isinstance(e, sympy.Symbol):
             return self.w.size(e, self.sources)
         if op in E.OPAQUE:
-            return self._load(e)
+            loaded = self._load(e)
+            return self.w.cast(loaded, torch.int64) if getattr(loaded.meta["val"], "dtype", None) in NARROW else loaded
         if op in ("le", "eq"):
-            return self.w.call(operator.le if op == "le" else operator.eq, self.write(E.operands(e)[0]), 0)
+            compare, left, right = E.sides(e)
+            return self.w.call(getattr(operator, compare), self.write(left), self.write(right))
         if op == "where":
             return self._where(*map(self.write, E.operands(e)))
         args = [self.write(a) for a in E.operands(e)]

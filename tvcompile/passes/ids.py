@@ -10,13 +10,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import sympy
-import torch
 from torch import fx
 
 from .. import expr as E
 from ..expr import Expr
 from ..spec import Refuse
 from .contraction import operands_of, without_sum
+from .indices import KEPT, NARROW
 from .movement import CASTS, MOVEMENT, Index, axis
 from .read import Reader
 
@@ -26,36 +26,11 @@ if TYPE_CHECKING:
 
 def in_range(r: RowReader, ids: Expr, experts: Expr) -> bool:
     """Are all ids in [0, E), as those of a topk over E scores are?"""
-    if E.op_of(ids) != "load":
-        return False
-    node = r.nodes[E.operands(ids)[0].name[1:]]
-    return places(r, node) == experts
+    low, high = r.bounds(ids)
+    return low is not None and E.at_most(0, low) and E.at_most(high, experts - 1)
 
 
-# Dtypes that do not hold the numbers of all experts.
-NARROW = (torch.bool, torch.uint8, torch.int8, torch.float16, torch.bfloat16)
 SCATTERS = ("scatter", "scatter_add")
-ARGS = ("argmax", "argmin", "argsort")
-KEPT = {"to", "clone", "contiguous", "detach", "alias", "view", "reshape", "unsqueeze", "squeeze", "t", "transpose"}
-
-
-def places(r: Reader, node: fx.Node) -> Expr | None:
-    """The size of the dim in which topk, max or argmax found places, alike in all parts of what was joined."""
-    while node.op == "call_function" and r.name(node) in KEPT and node.meta["val"].dtype not in NARROW:
-        node = node.args[0]
-    if node.op != "call_function":
-        return None
-    if r.name(node) in ("cat", "concat", "concatenate", "stack"):
-        found = {places(r, part) for part in r.arguments(node)["tensors"]}
-        return found.pop() if len(found) == 1 else None
-    part = r.name(node) == "getitem" and node.args[1] == 1
-    source = node.args[0] if part else node
-    if not isinstance(source, fx.Node) or r.name(source) not in (("topk", "max", "sort", "min") if part else ARGS):
-        return None
-    a = r.arguments(source)
-    shape = r.shape(a["self"])
-    dim = a.get("dim", None if r.name(source) in ("max", "min", "argmax", "argmin") else -1)
-    return None if dim is None else shape[axis(dim, len(shape))]
 
 
 def compared(guard: Expr, expert: Expr) -> Expr | None:
@@ -139,6 +114,8 @@ def distinct(r: RowReader, ids: fx.Node) -> bool:
     if r.shape(ids)[-1] == 1:
         return True
     while ids.op == "call_function":
+        if r.name(ids) == "multinomial":
+            return not r.arguments(ids)["replacement"]
         if r.name(ids) == "getitem":
             a, rank = r.arguments(ids.args[0]), len(r.shape(ids))
             chosen = r.name(ids.args[0]) in ("topk", "sort") and ids.args[1] == 1

@@ -147,7 +147,7 @@ def lift_product(r: Reader, facts: Facts, anchor: fx.Node, start: fx.Node) -> Ma
     if not E.mentions(sympy.Tuple(*inner.rhs[1]), product.over):
         sides.reverse()
     argument = E.substitute(weights.argument, {dot: E.S} | captured_reductions(r, weights.argument, region))
-    score = strip_casts(argument, anchor)
+    score = with_fills(r, strip_casts(argument, anchor))
     check_edit(score, weights.node)
     parts = Masks(widest(dot_node, weights.node)).split(score)
     (scale, edit), whole = split_scale(parts.value), split_scale(score)
@@ -157,6 +157,16 @@ def lift_product(r: Reader, facts: Facts, anchor: fx.Node, start: fx.Node) -> Ma
         whole, weights.sink, weights.dropout, weights.zeroed, weights.written, facts.training,
     )  # fmt: skip
     return bind(r, sketch)
+
+
+def with_fills(r: Reader, e: Expr) -> Expr:
+    """Floats that may change, with dynamic shapes, are what they are now where they are as low as a mask's fill."""
+
+    def low(load: Expr) -> bool:
+        held = r.nodes[E.operands(load)[0].name[1:]].meta["val"]
+        return isinstance(held, torch.SymFloat) and held.node.hint is not None and held.node.hint < -1e3
+
+    return E.substitute(e, {x: r.with_numbers(x) for x in E.loads(e) if low(x)})
 
 
 def strip_casts(e: Expr, anchor: fx.Node) -> Expr:
@@ -221,11 +231,12 @@ def lift_sdpa(r: Reader, facts: Facts, anchor: fx.Node) -> Match:
         raise Refuse("the scale is not a number that is known at compile time", anchor)
     if not E.mentions(score, E.S):
         raise Refuse("nothing may attend", anchor)
+    score = with_fills(r, score)
     parts = Masks(anchor.meta["val"].dtype).split(score)
     (factor, edit), whole = split_scale(parts.value), split_scale(score)
     dropout = E.constant(r.scalar(a.get("dropout_p", 0.0)))
-    if dropout is None:
-        raise Refuse("the dropout probability is not known at compile time", anchor)
+    if dropout is None or not 0 <= dropout < 1:
+        raise Refuse("the dropout probability is not known at compile time, or nothing is kept", anchor)
 
     def side(node, *idx):
         return node, r.broadcast(node, idx), here

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import sympy
 import torch
@@ -99,6 +100,8 @@ class Masks:
     def additive(self, e: Expr) -> Masked:
         """The masks of a term that is added to the score: where(c, bias, fill)."""
         op, args = E.op_of(e), E.operands(e)
+        if E.constant(e) == -math.inf:
+            raise Refuse("nothing may attend")
         if op == "where":
             c, x, y = args
             if self.is_fill(x, cut=False):
@@ -154,6 +157,44 @@ def empty_meaning(parts: Masked, training: bool, dtype: torch.dtype = torch.floa
             raise Refuse("what a fully masked row means depends on the rounding of two maskings that do not commute")
         return None
     return "mean" if cuts == {False} else "mean_cut"
+
+
+POSITIONS = 1e5  # beyond which no difference of positions goes
+
+
+def depth(e: Expr, learned: Callable[[Expr], bool]) -> float:
+    """How far below 0 what is added to the score may be: the score itself counts as 0, weights that are learned as 1.
+
+    A captured float may be a mask of its own, unless it is a slope, a factor of positions.
+    """
+    op, args = E.op_of(e), E.operands(e)
+    if (value := E.constant(e)) is not None:
+        return abs(value)
+    if e is E.S or op in ("tanh", "sigmoid", "erf", "sin", "cos"):
+        return 0.0 if e is E.S else 1.0
+    if E.kind(e) == "int":
+        return 1.0 if E.loads(e) else POSITIONS
+    if op == "load":
+        return 1.0 if learned(e) else math.inf
+    below = [depth(x, learned) for x in args if E.kind(x) != "bool"]
+    if op == "mul":
+        if math.inf in below and any(_slope(*pair) for pair in (args, args[::-1])):
+            return POSITIONS
+        return 0.0 if 0.0 in below else math.prod(below)
+    if op == "div" and (divisor := E.constant(args[1])):
+        return below[0] / abs(divisor)
+    if op in ("add", "sub"):
+        return sum(below)
+    if op == "clamp_min" and E.constant(args[1]) is not None:
+        return min(below)
+    return max(below) if op in ("where", "neg", "abs", "relu", "min", "max", "clamp_max", *E.CASTS) else math.inf
+
+
+def _slope(x: Expr, positions: Expr) -> bool:
+    while E.op_of(positions) in ("abs", "neg", *E.CASTS):
+        (positions,) = E.operands(positions)
+    moving = E.kind(positions) == "int" and not E.loads(positions)
+    return moving and E.op_of(x) == "load" and not E.mentions(x, E.Q, E.KV)
 
 
 def split_scale(e: Expr) -> tuple[float, Expr]:

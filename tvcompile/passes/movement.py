@@ -139,21 +139,15 @@ def _unsqueeze(reader, a, node, idx) -> Source:
 def _select(reader, a, node, idx) -> Source:
     source = a["self"]
     shape = reader.shape(source)
-    d, at = axis(a["dim"], len(shape)), reader.scalar(a["index"])
-    if E.constant(at) is not None and E.constant(at) < 0:
-        at = at + shape[d]
-    return source, (*idx[:d], at, *idx[d:])
+    d = axis(a["dim"], len(shape))
+    return source, (*idx[:d], reader.place(a["index"], source, d), *idx[d:])
 
 
 def _slice(reader, a, node, idx) -> Source:
     source = a["self"]
     shape = reader.shape(source)
     d = axis(a.get("dim", 0), len(shape))
-    start = reader.scalar(a["start"]) if a.get("start") is not None else sympy.Integer(0)
-    if "length" not in a:
-        start = reader.clamp_start(start, shape[d])
-    elif E.constant(start) is not None and E.constant(start) < 0:
-        start = start + shape[d]
+    start = reader.place(a.get("start") or 0, source, d, clamped="length" not in a)
     step = a.get("step") or 1
     return source, (*idx[:d], sympy.expand(start + step * idx[d]), *idx[d + 1 :])
 

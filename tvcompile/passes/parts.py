@@ -12,7 +12,7 @@ from ..expr import Expr
 from ..spec import Refuse
 from .chosen import Chosen, Token, Unchosen, chosen, implied, numbered
 from .expert import Expert, bias_of, expert_number, fixing, is_condition, read_expert, with_weighed_input
-from .ids import compared, places
+from .ids import compared
 from .projections import Weight, is_row
 from .routing import without_rows
 from .rows import RowReader, settle
@@ -284,10 +284,9 @@ def check_whole(r: RowReader, columns: list[Column], base: Base | None, anchor: 
             raise Refuse(f"the experts are {numbers}, not 0 to {len(numbers) - 1} once each", anchor)
         if len({p.expert.kind() for p in c.parts}) > 1:
             raise Refuse("the experts differ in width, activation or what is applied to their results", anchor)
-        ids = c.choice.ids
-        router = places(r, r.nodes[E.operands(ids)[0].name[1:]]) if E.op_of(ids) == "load" else None
-        if not c.single and router is not None and router != len(numbers):
-            raise Refuse(f"the router chooses among {router} experts, of which {len(numbers)} are added up", anchor)
+        low, high = r.bounds(c.choice.ids)
+        if not c.single and low == 0 and high + 1 != len(numbers):
+            raise Refuse(f"the router chooses among {high + 1} experts, of which {len(numbers)} are added up", anchor)
     if len({(p.expert.x, bool(p.expert.weighed)) for c in columns for p in c.parts}) > 1:
         raise Refuse("the experts read different tokens, or weigh them in different ways", anchor)
     for column, part, whole in ((c, p, p.whole) for c in columns for p in c.parts):

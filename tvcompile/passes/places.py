@@ -17,7 +17,7 @@ import sympy
 from .. import expr as E
 from ..expr import Expr, IntCall
 from .counts import whole
-from .ids import at_own_ids, compared, distinct, in_range, places as places_of
+from .ids import at_own_ids, compared, distinct, in_range
 from .movement import axis
 from .rows import RowReader, over as positions_of
 from .terms_of import terms_of
@@ -171,7 +171,8 @@ def least(r: RowReader, e: Expr, known: Collection[Expr] = ()) -> int | None:
             return max(found, default=None)
         return min(found) if len(found) == 2 else None
     if op == "load":
-        return 0 if places_of(r, r.nodes[args[0].name[1:]]) is not None else None
+        low, _ = r.bounds(e)
+        return int(low) if low is not None and low.is_Integer else None
     if op == "where":
         lows = [least(r, x, known) for x in args[1:]]
         return None if any(x is None for x in lows) else min(x for x in lows if x is not None)
@@ -207,8 +208,6 @@ def decided(r: RowReader, guards: Collection[Expr]) -> list[Expr] | None:
 def below(r: RowReader, e: Expr, size: Expr, known: Collection[Expr]) -> bool:
     """Is e < size, where what is known holds?"""
     if E.op_of(e) in ("clamp_max", "min") and any(x.is_Integer and E.at_most(x + 1, size) for x in E.operands(e)):
-        return True
-    if E.op_of(e) == "load" and in_range(r, e, size):
         return True
     low, high = r.bounds(e)
     if high is not None and E.at_most(high + 1, size):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sympy
 import torch
+from torch import fx
 
 from .. import expr as E
 from .activations import ACTIVATIONS, power
@@ -72,7 +73,22 @@ def _remainder(r, a, n, idx):
 
 
 def _compare(make):
-    return lambda r, a, n, idx: make(*_pair(r, a, n, idx))
+    def rule(r, a, n, idx):
+        x, y = _pair(r, a, n, idx)
+        return None if _other_precision(r, n, (x, y)) else make(x, y)
+
+    return rule
+
+
+def _other_precision(r, n: fx.Node, formulas: tuple) -> bool:
+    """Are floats of data compared in a dtype whose rounding a formula in float32 does not have?"""
+    loads = [x for e in formulas for x in E.loads(e) if E.kind(x) == "float"]
+    held = {getattr(x.meta["val"], "dtype", None) for x in n.all_input_nodes}
+    if not loads or not held & {torch.float16, torch.bfloat16, torch.float64}:
+        return False
+    plain = all(E.op_of(e) == "load" or E.constant(e) is not None for e in formulas)
+    dtypes = {getattr(r.nodes[E.operands(x)[0].name[1:]].meta["val"], "dtype", None) for x in loads}
+    return torch.float64 in held or not plain or not dtypes <= held
 
 
 def _logical(make):
@@ -106,9 +122,11 @@ def _masked_fill(r, a, n, idx):
 
 def _clamp(r, a, n, idx):
     x = r.operand(a["self"], idx, r.position[n])
-    for name, op in (("min", "clamp_min"), ("max", "clamp_max")):
-        if a.get(name) is not None:
-            x = E.apply(op, x, r.operand(a[name], idx, r.position[n]))
+    for name, op, between in (("min", "clamp_min", "max"), ("max", "clamp_max", "min")):
+        if (bound := a.get(name)) is not None:
+            # At a tie a tensor gets half of the gradient, a number none.
+            of_tensor = isinstance(bound, fx.Node) and isinstance(bound.meta["val"], torch.Tensor)
+            x = E.apply(between if of_tensor else op, x, r.operand(bound, idx, r.position[n]))
     return x
 
 
@@ -195,14 +213,12 @@ def _scatter(dims):
 
     def rule(r, a, n, idx):
         d, here = axis(a["dim"], len(idx)), r.position[n]
-        size = r.shape(n)[d]
         if dims == "select":
-            start, stop, step = r.scalar(a["index"]), None, 1
-            start = start + size if (E.constant(start) or 0) < 0 else start
+            start, step = r.place(a["index"], n, d), 1
             stop = start + 1
         else:
-            start = r.clamp_start(r.scalar(a["start"]), size) if a.get("start") is not None else ZERO
-            stop, step = start + r.shape(a["src"])[d], a.get("step", 1)
+            start, step = r.place(a.get("start") or 0, n, d, clamped=True), a.get("step", 1)
+            stop = start + r.shape(a["src"])[d]
         if step != 1:
             return None
         inside = r.truth(E.and_(E.le(start, idx[d]), E.lt(idx[d], stop)))

@@ -23,7 +23,9 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from .. import expr as E
 from ..expr import Expr
 from .movement import MOVEMENT, Index
+from .overflow import fits, range_of_dtype, wraps_a_scalar
 from .pointwise import POINTWISE
+from .ranges import Memo, Range, interval
 from .writes import storage_of, written_arguments
 
 
@@ -41,7 +43,7 @@ class Reader:
         self.used_at: dict[fx.Node, int] = {}
         self.nodes: dict[str, fx.Node] = {n.name: n for n in graph.nodes}
         self._formulas: dict[tuple[fx.Node, Index], Expr] = {}
-        self._bounds: dict[Expr, tuple] = {}
+        self._bounds: Memo = {}
         self._writes: dict[int, list[int]] = {}
         self._fresh = 0
         for n in graph.nodes:
@@ -79,10 +81,13 @@ class Reader:
         floats = {x: v for x, v in held.items() if isinstance(v, torch.SymFloat) and not free_unbacked_symbols(v)}
         return E.substitute(e, {x: E.number(v.node.guard_float("", 0)) for x, v in floats.items()}) if floats else e
 
-    def clamp_start(self, start: Expr, size: Expr) -> Expr:
-        if (value := E.constant(start)) is not None and value < 0:
-            return sympy.Max(0, start + size) if not E.at_most(-start, size) else start + size
-        return start
+    def place(self, value, source: fx.Node, dim: int, clamped: bool = False) -> Expr:
+        """A place along a dim that may count from the end; its sign is guarded where it is symbolic."""
+        held, size_ = value.meta["val"] if isinstance(value, fx.Node) else value, source.meta["val"].shape[dim]
+        if free_unbacked_symbols((held, size_)):
+            raise Unreadable("whether a place counts from the end is not known")
+        held = held + size_ if held < 0 else held
+        return self.scalar(0 if clamped and held < 0 else held)
 
     # Index symbols and what is known of their range
 
@@ -97,44 +102,19 @@ class Reader:
 
     def bounds(self, e: Expr) -> tuple:
         """(low, high) of an integer formula, in terms of sizes; (None, None) where unknown."""
-        if e not in self._bounds:
-            self._bounds[e] = self._interval(e)
-        return self._bounds[e]
+        found = interval(e, self.range_of, self._bounds)
+        return (None, None) if None in found else found
 
-    def _interval(self, e: Expr) -> tuple:
-        if isinstance(e, sympy.Integer):
-            return e, e
-        if isinstance(e, sympy.Symbol):
-            return (sympy.Integer(0), self.ranges[e] - 1) if e in self.ranges else (e, e)
-        if isinstance(e, sympy.Add):
-            parts = [self.bounds(x) for x in e.args]
-            if any(p[0] is None for p in parts):
-                return None, None
-            return tuple(sympy.expand(sum(p[i] for p in parts)) for i in (0, 1))
-        if isinstance(e, sympy.Mul):
-            coefficient, rest = e.as_coeff_Mul()
-            moving = [f for f in sympy.Mul.make_args(rest) if f in self.ranges or f.atoms(*E.CALLS)]
-            factor = coefficient * sympy.Mul(*[f for f in sympy.Mul.make_args(rest) if f not in moving])
-            if len(moving) > 1:
-                return None, None
-            low, high = self.bounds(moving[0]) if moving else (sympy.Integer(1),) * 2
-            if low is None:
-                return None, None
-            pair = sympy.expand(low * factor), sympy.expand(high * factor)
-            return pair if coefficient > 0 else pair[::-1]
-        if E.op_of(e) == "//":
-            x, c = E.operands(e)
-            low, high = self.bounds(x)
-            if low is not None and E.at_most(0, low) and E.at_most(1, c):
-                times = sympy.cancel((high + 1) / c)  # high may hold sizes
-                if sympy.denom(times) == 1:  # (n c - 1) // c
-                    return sympy.Integer(0), sympy.expand(times - 1)
-                return sympy.Integer(0), E.floordiv(high, c) if not E.mentions(high, *self.ranges) else high
-        if E.op_of(e) == "%" and E.at_most(1, E.operands(e)[1]):
-            return sympy.Integer(0), E.operands(e)[1] - 1
-        if not e.free_symbols & set(self.ranges) and not e.atoms(*E.CALLS):
-            return e, e
-        return None, None
+    def forget(self) -> None:
+        """More is known than when formulas were read."""
+        self._formulas.clear()
+        self._bounds.clear()
+
+    def range_of(self, e: Expr) -> Range | None:
+        """What is known of a position, or of what is read from a tensor."""
+        if E.op_of(e) == "load" and E.kind(e) == "int":
+            return range_of_dtype(self.nodes[E.operands(e)[0].name[1:]].meta["val"].dtype)
+        return (sympy.Integer(0), self.ranges[e] - 1) if e in self.ranges else None
 
     def truth(self, e: Expr) -> Expr:
         """A boolean formula with the comparisons that always, or never, hold decided."""
@@ -241,9 +221,15 @@ class Reader:
             formula = rule(self, self.arguments(node), node, idx) if rule else None
         except Unreadable:
             formula = None
-        if formula is None:
+        return self.result(node, idx, formula)
+
+    def result(self, node: fx.Node, idx: Index, formula: Expr | None) -> Expr:
+        """The formula of a result in its dtype, or a load of it where there is none that holds."""
+        dtype = node.meta["val"].dtype
+        if formula is None or wraps_a_scalar(node):
             return self.leaf(node, idx)
-        return self.coerce(formula, node.meta["val"].dtype)
+        formula = self.coerce(formula, dtype)
+        return formula if fits(self, formula, dtype) else self.leaf(node, idx)
 
     def constant(self, node: fx.Node) -> Expr | None:
         """The value of a tensor literal of one element."""

@@ -17,7 +17,7 @@ from .. import expr as E
 from ..expr import Expr, IntCall
 from ..spec import Refuse
 from .chosen import Token, numbered, of_any
-from .ids import compared, places, scattered, source_of_scatter
+from .ids import compared, scattered, source_of_scatter
 from .places import digits, exclude, solved
 from .rows import RowReader
 from .signs import compared_with_zero, positive
@@ -49,7 +49,8 @@ def _settled(r: RowReader, guards: list[Expr]) -> list[Expr]:
     negated = {g: n for g in guards if isinstance(g, sympy.Not) and (n := numbered(g.args[0])) is not None}
     for load in dict.fromkeys(load for load, _ in negated.values()):
         others = {g: n for g, (x, n) in negated.items() if x == load}
-        count = places(r, r.nodes[E.operands(load)[0].name[1:]])
+        low, high = r.bounds(load)
+        count = high + 1 if low == 0 else None
         left = set(range(int(count))) - set(others.values()) if count is not None and count.is_Integer else set()
         known = [n for g in guards if (found := numbered(g)) is not None and found[0] == load for n in found[1:]]
         if len(set(known)) == 1 and known[0] not in others.values():

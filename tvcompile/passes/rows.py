@@ -23,9 +23,11 @@ from .. import expr as E
 from ..expr import BoolCall, Expr, IntCall
 from .contraction import letters
 from .counts import as_counted, sums_whole
-from .ids import SCATTERS, places, selected, two_valued
+from .ids import SCATTERS, selected, two_valued
+from .indices import Indices
 from .movement import Index, axis, unravel
 from .pointwise import POINTWISE
+from .ranges import ANY, Range
 from .read import Reader
 
 EMPTY = ("empty", "empty_like", "new_empty", "empty_strided")
@@ -39,6 +41,7 @@ class RowReader(Reader):
         self.trains = any(grad.values())
         self.masks: dict[tuple, fx.Node] = {}
         self.choosing: dict[fx.Node, bool] = {}  # what terms_of.chooses found inside tensors
+        self._indices: Indices | None = None
         self.coarsest = 0.0  # the epsilon of the results that are looked at: what is rounded more keeps its cast
 
     def _read(self, node: fx.Node, idx: Index) -> Expr:
@@ -48,7 +51,7 @@ class RowReader(Reader):
             rule = ROWS.get(self.name(node))
             formula = rule(self, self.arguments(node), node, idx) if rule else None
             if formula is not None:
-                return self.coerce(formula, node.meta["val"].dtype)
+                return self.result(node, idx, formula)
             formula = as_counted(super()._read(node, idx), node.meta["val"].dtype)
             whole = E.op_of(formula) == "load" and E.kind(formula) == "int" and self.name(node) == "scatter"
             # Along another dim than that of the experts it is no routing, but a condition.
@@ -115,15 +118,19 @@ class RowReader(Reader):
                 found[self.shape(n)[0]] = b["condition" if "condition" in b else "self"]
         return {size: mask for size, mask in found.items() if not size.is_Integer}
 
-    def _interval(self, e: Expr) -> tuple:
+    def range_of(self, e: Expr) -> Range | None:
         op = E.op_of(e)
         if op in ("perm", "inv", "nth"):
             node = self.nodes[E.operands(e)[0].name]
             shape = self.shape(self.arguments(node)["self"]) if op != "nth" else self.shape(node)
             return sympy.Integer(0), shape[int(E.operands(e)[1]) if op == "nth" else 0] - 1
-        if op == "load" and (size := places(self, self.nodes[E.operands(e)[0].name[1:]])) is not None:
-            return sympy.Integer(0), size - 1
-        return super()._interval(e)
+        if op == "load" and E.kind(e) == "int":
+            if self._indices is None:
+                self._indices = Indices(self)
+                self._indices.look()
+            found = self._indices.range_of(e)
+            return super().range_of(e) if found == ANY else found
+        return super().range_of(e)
 
     def is_opened(self, node: fx.Node) -> bool:
         return node.op == "call_function" and self.name(node) in SCATTERS
