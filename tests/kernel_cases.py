@@ -24,6 +24,7 @@ SPECS = {
     "chunks": "scale=0.25; keep = kv//48 == q//48; empty=zero",
     "prefix": "scale=0.25; keep = kv <= q | kv < ids[b]",
     "documents": "scale=0.25; keep = kv <= q & ids[b, q] == ids[b, kv]; empty=zero",
+    "padded_positions": "scale=0.25; keep = ids[b, kv] <= ids[b, q] & ids[b, q] <= ids[b, kv] + 3; empty=zero",
     "mask": "scale=0.25; keep = mask[b, h, q, kv]; empty=zero",
     "softcap": "scale=0.25; score = 5.0*tanh(s/5.0); keep = kv <= q",
     "alibi": "scale=0.25; score = s + slope[h]*float32(kv - q); keep = kv <= q",
@@ -54,6 +55,8 @@ def captures_of(spec: str, S_q: int, S_kv: int, dtype: torch.dtype) -> list[torc
     pad[0, : S // 3] = False
     pad[1, S // 2 + 3 :] = False
     documents = torch.randint(0, 4, (B, S), generator=gen).sort(-1).values
+    if "+ 3" in spec:
+        documents[:, S // 4 : S // 3] = torch.iinfo(torch.int64).max
     loads = dict(_loads(spec))
     bias = {2: (32, H), 3: (H, S, S)}.get(loads.get("bias", 0), (1,))
     bias = (B, S) if "bias[b, " in spec else bias

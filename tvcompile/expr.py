@@ -50,7 +50,9 @@ from .terms import (
     number as number,
     op_of as op_of,
     operands as operands,
+    raised as raised,
     recombine as recombine,
+    sides as sides,
     split_multiple as split_multiple,
     walk as walk,
     within as within,
@@ -63,6 +65,8 @@ def le(a: Expr, b: Expr) -> Expr:
     """a <= b for integers, as e <= 0; other kinds keep the comparison as written."""
     if "float" in (kind(a), kind(b)):
         return compare_float("le", a, b)
+    if kind(a) == kind(b) == "bool":
+        return or_(not_(a), b)
     if is_choice(a, b):
         return choose(le, a, b)
     e = sympy.expand(as_int(a) - as_int(b))
@@ -89,22 +93,10 @@ def _divide_content(e: Expr) -> tuple[int, Expr]:
     return g, free / g - (-const // g)
 
 
-def sides(call: Expr) -> tuple[str, Expr, Expr]:
-    """(le, lt or eq, left, right) with positive terms only: rows against columns, no [M,N] difference.
-
-    a + 1 <= b is a < b, which does not overflow.
-    """
-    op, terms = str(op_of(call)), sympy.Add.make_args(operands(call)[0])
-    negative = [t for t in terms if t.as_coeff_Mul()[0] < 0]
-    left, right = sympy.Add(*(t for t in terms if t not in negative)), -sympy.Add(*negative)
-    number, rest = left.as_coeff_Add()
-    return ("lt", rest, right) if op == "le" and number == 1 and rest != 0 else (op, left, right)
-
-
 def lt(a: Expr, b: Expr) -> Expr:
     if "float" in (kind(a), kind(b)):
         return compare_float("lt", a, b)
-    return le(as_int(a) + 1, b)
+    return and_(not_(a), b) if kind(a) == kind(b) == "bool" else le(as_int(a) + 1, b)
 
 
 def eq(a: Expr, b: Expr) -> Expr:

@@ -197,3 +197,22 @@ def recombine(e: Expr) -> Expr:
         if isinstance(e, sympy.Add) and term in e.args and sympy.expand(partner) in e.args:
             return recombine(e - sympy.expand(partner) - term + x)
     return e
+
+
+def sides(call: Expr) -> tuple[str, Expr, Expr]:
+    """(le, lt or eq, left, right) with positive terms only: rows against columns, no [M,N] difference.
+
+    a + 1 <= b is a < b, and beside data a + 4 <= b is a + 3 < b: what saturates, as `raised` does, compares right.
+    """
+    op, terms = str(op_of(call)), sympy.Add.make_args(operands(call)[0])
+    negative = [t for t in terms if t.as_coeff_Mul()[0] < 0]
+    left, right = sympy.Add(*(t for t in terms if t not in negative)), -sympy.Add(*negative)
+    number, rest = left.as_coeff_Add()
+    strict = op == "le" and rest != 0 and (number == 1 or (number > 1 and bool(loads(rest))))
+    return ("lt", left - 1, right) if strict else (op, left, right)
+
+
+def raised(e: Expr) -> tuple[Expr, int] | None:
+    """(data, n) where a formula is data + n, which must not wrap around: positions may be padded with the greatest."""
+    number, rest = e.as_coeff_Add()
+    return (rest, int(number)) if number > 0 and loads(rest) else None

@@ -65,6 +65,13 @@ def integer(x):
 
 
 @triton.jit
+def raised(x, n: tl.constexpr):
+    """x + n, at most the greatest number"""
+    GREATEST: tl.constexpr = 2 ** (x.dtype.primitive_bitwidth - 1) - 1
+    return tl.minimum(x, GREATEST - n) + n
+
+
+@triton.jit
 def inside(i, size):
     """A negative index counts from the end; an index outside becomes the nearest inside."""
     i = tl.where(i < 0, i + size, i)
@@ -132,7 +139,7 @@ def unprintable_slopes(e: Expr, *parts: Expr) -> str | None:
     return underivable(e, *parts) or next((reason for reason in reasons if reason is not None), None)
 
 
-HELPERS = {f.__name__: f for f in (floordiv, mod, tanh, softplus, integer, inside)}
+HELPERS = {f.__name__: f for f in (floordiv, mod, tanh, softplus, integer, raised, inside)}
 Captures = tuple[tuple[str, int, bool], ...]  # (name, number of dims, whether offsets need 64 bits), in order
 
 
@@ -244,7 +251,7 @@ class _Writer:
             return self._load(e)
         if op in ("le", "eq"):
             compare, left, right = E.sides(e)
-            return f"({self.write(left)} {SIGNS[compare]} {self.write(right)})"
+            return f"({self._side(left)} {SIGNS[compare]} {self._side(right)})"
         if op == "pow":
             base, exponent = E.operands(e)
             return f"tl.exp2({self.write(exponent)} * {math.log2(E.constant(base))!r})"
@@ -258,6 +265,10 @@ class _Writer:
         if isinstance(e, sympy.Pow):
             return "(" + " * ".join([self.write(e.args[0])] * int(e.args[1])) + ")"
         return "(" + JOINED[type(e)].join(map(self.write, e.args)) + ")"
+
+    def _side(self, e: Expr) -> str:
+        data = E.raised(e)
+        return self.write(e) if data is None else f"raised({self.write(data[0])}, {data[1]})"
 
     def _inside(self, index: Expr, size: str) -> str:
         if isinstance(index, sympy.Integer) and index >= 0:

@@ -31,6 +31,7 @@ from torch import Tensor
 from .. import expr as E
 from ..expr import Expr
 
+GREATEST = torch.iinfo(torch.int64).max
 AXES = ("b", "h", "q", "kv")
 Span = tuple[int, int]
 
@@ -156,8 +157,10 @@ def _step(x: Expr) -> tuple[Callable, tuple[Expr, ...]]:
     if op == "load":
         return _load_step(*E.operands(x))
     if op in ("le", "eq"):
-        compare, left, right = E.sides(x)
-        return _unscoped(getattr(operator, compare)), (left, right)
+        compare, *both = E.sides(x)
+        more = [E.raised(y) or (y, 0) for y in both]
+        compared = functools.partial(_compared, getattr(operator, compare), [n for _, n in more])
+        return _unscoped(compared), tuple(y for y, _ in more)
     if op == "where":
         return _where, E.operands(x)
     if op in E.CASTS:
@@ -178,6 +181,11 @@ def _cast(dtype: torch.dtype, scope: Scope, value: Any) -> Tensor:
     if isinstance(value, Tensor):
         return value.to(dtype)
     return torch.tensor(value, dtype=dtype, device=scope.device)
+
+
+def _compared(compare: Callable, numbers: Sequence[int], *values: Any) -> Any:
+    """Of integers plus numbers, which stop at the greatest there is."""
+    return compare(*(x.clamp(max=GREATEST - n) + n if n else x for x, n in zip(values, numbers)))
 
 
 # Loads

@@ -212,7 +212,8 @@ def _others_may_win(r: Reader, s: Sketch, score: Expr) -> bool:
     finite = [-f.value for f in s.parts.fills if not math.isinf(f.value)]
 
     def learned(load: Expr) -> bool:
-        return r.nodes[E.operands(load)[0].name[1:]].meta["val"].requires_grad
+        given = r.nodes[E.operands(load)[0].name[1:]].meta.get("example_value")  # as Dynamo saw it
+        return isinstance(given, torch.Tensor) and given.requires_grad
 
     if not finite or depth(score, learned) < 1e-3 * min(finite):
         return False
