@@ -381,3 +381,30 @@ def mask_of_a_numbers_bits(q, k, v):
     """The bits of 1.0 are not the integer 1."""
     columns = torch.arange(37, device=q.device).float()
     return (scores(q, k) + columns.view(torch.int32) / 2**30).softmax(-1) @ v
+
+
+CLEARED = "set to zero where their scores are not masked"
+
+
+@impostor(CLEARED, *SELF)
+def cleared_under_another_mask(q, k, v):
+    s = scores(q, k).masked_fill(~tril().bool(), -1e9)
+    return s.softmax(-1).masked_fill(~torch.ones(37, 37, dtype=torch.bool).tril(-1), 0.0) @ v
+
+
+@impostor(CLEARED, *SELF)
+def cleared_without_a_mask(q, k, v):
+    return scores(q, k).softmax(-1).masked_fill(~tril().bool(), 0.0) @ v
+
+
+@impostor(CLEARED, *SELF, "left:BM")
+def cleared_under_one_of_two_masks(q, k, v, pad):
+    """A row without kept pairs weighs what only the other mask hides."""
+    s = scores(q, k).masked_fill(~tril().bool(), -1e9).masked_fill(~pad[:, None, None, :], -1e9)
+    return s.softmax(-1).masked_fill(~pad[:, None, None, :], 0.0) @ v
+
+
+@impostor("depends on rounding", *SELF, "left:BM")
+def cleared_beside_a_term_as_low(q, k, v, pad):
+    s = scores(q, k) + (1.0 - pad[:, None, None, :].to(q.dtype).cumsum(-1).clamp(max=1)) * -1e9
+    return s.masked_fill(~tril().bool(), -1e9).softmax(-1).masked_fill(~tril().bool(), 0.0) @ v

@@ -195,3 +195,29 @@ def prefix_lengths(q, k, v, prefix):
     i = torch.arange(37)
     keep = (i <= i[:, None]) | (i < prefix[:, None, None, None])
     return scores(q, k).masked_fill(~keep, INF).softmax(-1) @ v
+
+
+@spells(PADDED + "zero", *QKV, "right:BN")
+def cleared_after_a_finite_fill(q, k, v, mask):
+    """ESPnet and DeBERTa: a row in which nothing is kept gives zero."""
+    hidden = ~mask[:, None, None, :]
+    s = scores(q, k).masked_fill(hidden, torch.finfo(q.dtype).min)
+    return s.softmax(-1).masked_fill(hidden, 0.0) @ v
+
+
+@spells(PADDED + "zero", *QKV, "right:BN")
+def cleared_after_an_infinite_fill(q, k, v, mask):
+    hidden = ~mask[:, None, None, :]
+    return scores(q, k).masked_fill(hidden, INF).softmax(-1).masked_fill(hidden, 0.0) @ v
+
+
+@spells(PADDED + "zero", *QKV, "right:BN")
+def cleared_by_a_product(q, k, v, mask):
+    kept = mask[:, None, None, :]
+    return (scores(q, k).masked_fill(~kept, -1e9).softmax(-1) * kept) @ v
+
+
+@spells(CAUSAL_PADDED + "zero", *SELF, "left:BM", columns="M")
+def cleared_by_where(q, k, v, mask):
+    kept = mask[:, None, None, :] & torch.ones(37, 37, dtype=torch.bool).tril()
+    return torch.where(kept, scores(q, k).masked_fill(~kept, -1e9).softmax(-1), 0.0) @ v

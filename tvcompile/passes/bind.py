@@ -26,7 +26,8 @@ class Sketch:
     out       the atoms of each dim of the anchor
     q, k, v   (node, index, position where it is used); kv and d: the summed positions
     parts     score edit and keep, in those positions; whole: scale and edit with the masks still in it
-    zeroed    fully masked rows are set to zero
+    zeroed    fully masked rows are set to zero if nothing can be computed from them
+    cleared   weights are set to zero where their scores are masked
     """
 
     anchor: fx.Node
@@ -45,6 +46,7 @@ class Sketch:
     zeroed: bool = False
     written: str = "softmax"
     training: bool = False
+    cleared: bool = False
 
 
 def bind(r: Reader, s: Sketch) -> Match:
@@ -217,7 +219,7 @@ def _others_may_win(r: Reader, s: Sketch, score: Expr) -> bool:
 
     if not finite or depth(score, learned) < 1e-3 * min(finite):
         return False
-    if s.written != "softmax" or min(finite) < HUGE and s.anchor.meta["val"].dtype.itemsize < 4:
+    if s.cleared or s.written != "softmax" or min(finite) < HUGE and s.anchor.meta["val"].dtype.itemsize < 4:
         raise Refuse("what a row means whose pairs are masked twice depends on rounding", s.anchor)
     return True
 
@@ -228,7 +230,7 @@ def build(r: Reader, s: Sketch, roles: Roles, formulas: list[Expr], factor: floa
     score, keep, whole, *sink = [names.rename(e) for e in formulas]
     empty, scale = None, s.scale
     if keep is not E.TRUE and s.parts.fills and names.may_be_empty(keep):
-        empty = meaning_of_empty_rows(s)
+        empty = "zero" if s.cleared else meaning_of_empty_rows(s)
         if empty is None:
             scale, score, keep = s.whole[0], whole, E.TRUE
         elif empty.startswith("nan") and (s.zeroed or sink):

@@ -150,11 +150,14 @@ def lift_product(r: Reader, facts: Facts, anchor: fx.Node, start: fx.Node) -> Ma
     score = with_fills(r, strip_casts(argument, anchor))
     check_edit(score, weights.node)
     parts = Masks(widest(dot_node, weights.node)).split(score)
+    cleared = weights.kept is not E.TRUE
+    if cleared and (r.truth(weights.kept) != r.truth(parts.keep) or not parts.fills):
+        raise Refuse("weights are set to zero where their scores are not masked, or the other way round", weights.node)
     (scale, edit), whole = split_scale(parts.value), split_scale(score)
     sketch = Sketch(
         anchor, region, [[x] if x != 0 else [] for x in out], sides[0], sides[1],
         (*value, r.position[anchor]), product.over, inner.over, parts.edit(edit), scale,
-        whole, weights.sink, weights.dropout, weights.zeroed, weights.written, facts.training,
+        whole, weights.sink, weights.dropout, weights.zeroed, weights.written, facts.training, cleared,
     )  # fmt: skip
     return bind(r, sketch)
 

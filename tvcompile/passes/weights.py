@@ -28,6 +28,7 @@ class Weights:
     """softmax of `argument` over the summed position, with `sink` as one more logit.
 
     written: "softmax" where the maximum is subtracted, else "plain" (exp over sum of exp) or "logsumexp"
+    kept: where weights are not set to zero after the softmax
     """
 
     argument: Expr
@@ -36,6 +37,7 @@ class Weights:
     zeroed: bool
     written: str
     node: fx.Node
+    kept: Expr = E.TRUE
 
 
 def read_weights(r: Reader, anchor: fx.Node, product: Product, out: Index):
@@ -86,8 +88,11 @@ def _looks_like_weights(e: Expr, over: Expr) -> str | None:
 
 
 def _softmax(r: Reader, e: Expr, product: Product, anchor: fx.Node) -> Weights | None:
-    dropout, zeroed = 0.0, False
-    while E.op_of(e) in ("dropout", "nan_to_zero", *E.CASTS):
+    dropout, zeroed, kept = 0.0, False, E.TRUE
+    while (cleared := _cleared(e)) is not None or E.op_of(e) in ("dropout", "nan_to_zero", *E.CASTS):
+        if cleared is not None:
+            kept, e = E.and_(kept, cleared[0]), cleared[1]
+            continue
         op, args = E.op_of(e), E.operands(e)
         if op == "dropout":
             p = E.constant(args[1])
@@ -107,7 +112,18 @@ def _softmax(r: Reader, e: Expr, product: Product, anchor: fx.Node) -> Weights |
         found, written = _from_logsumexp(r, E.operands(e)[0], product), "logsumexp"
     else:
         return None
-    return found and Weights(found[0], found[1], dropout, zeroed, written, found[2])
+    return found and Weights(found[0], found[1], dropout, zeroed, written, found[2], kept)
+
+
+def _cleared(e: Expr) -> tuple[Expr, Expr] | None:
+    """(where, p) of weights that are p there and zero elsewhere, if p is no exponential but a quotient or a softmax."""
+    op, args = E.op_of(e), E.operands(e)
+    if op == "where" and 0 in (values := [E.constant(x) for x in args[1:]]):
+        return (args[0], args[1]) if values[1] == 0 else (E.not_(args[0]), args[2])
+    for p, mask in (args, args[::-1]) if op == "mul" else ():
+        if E.op_of(mask) == "where" and [E.constant(v) for v in E.operands(mask)[1:]] in ([1, 0], [0, 1]):
+            return E.operands(_masked(mask, p))[0], p
+    return None
 
 
 def _from_atom(r: Reader, atom: Expr, product: Product):
