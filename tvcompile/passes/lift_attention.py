@@ -11,6 +11,8 @@ memory written in between; gradient mode changing in between.
 
 from __future__ import annotations
 
+import math
+
 import sympy
 import torch
 from torch import fx
@@ -133,6 +135,8 @@ def lift_product(r: Reader, facts: Facts, anchor: fx.Node, start: fx.Node) -> Ma
         return None
     if residual is not None:
         raise Refuse("the sum with V is added to another tensor in one operation", anchor)
+    if E.constant(weights.argument) == -math.inf:
+        raise Refuse("nothing may attend", weights.node)
     dots = {x for x in E.walk(weights.argument) if E.op_of(x) == "dot"}
     if len(dots) != 1:
         raise Refuse(f"the softmax is over {'several' if dots else 'no'} dot products", weights.node)
