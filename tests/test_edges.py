@@ -330,3 +330,13 @@ def test_blocks_that_are_set_one_by_one_are_read_in_no_time():
     start = time.perf_counter()
     (spec,) = same(f, [operands(100, 100)])
     assert "mask[" not in spec and time.perf_counter() - start < 60, spec
+
+
+def test_integers_that_weights_are_summed_with():
+    """A router's probabilities at ids, as a sum over a one-hot."""
+
+    def f(q, k, v, ids):
+        probabilities = (q @ k.mT).softmax(-1)
+        return (probabilities.unsqueeze(-2) * F.one_hot(ids, 17)).sum(-1) + v.sum()
+
+    same(f, [[*operands(), torch.arange(27).view(9, 3) % 17]], fused=False)

@@ -61,6 +61,8 @@ def bind(r: Reader, s: Sketch) -> Match:
             sides[name] = [c for c in sides[name] if c.factor == 1]
         if not sides[name]:
             raise Refuse(f"{name.upper()} is written to before the sum with V", s.anchor)
+        if not getattr(s, name)[0].meta["val"].dtype.is_floating_point:
+            raise Refuse(f"{name.upper()} holds integers", s.anchor)
     formulas = split_positions(r, s, formulas, sides)
     roles, sizes = give_roles(r, s, formulas, sides)
     q, k, v = choose_operands(r, s, roles, sides, sizes)
