@@ -15,6 +15,7 @@ from tests.moe_impostors import IMPOSTORS
 from tests.moe_impostors.experts import DropoutInExperts
 from tests.moe_spellings import CORPUS, Block
 from tests.moe_spellings.capacity import SwitchInFloats
+from tests.moe_spellings.grouped import SortHistcInverse
 from tvcompile.moe_spec import MoESpec
 from tvcompile.passes import terms_of
 
@@ -318,6 +319,41 @@ def test_layers_whose_residual_begins_the_sum_are_two_sites():
     inputs = CORPUS["dense.MaskedSum"].make_inputs(torch.float32)
     report = harness.run(torch.nn.Sequential(*blocks), inputs, True)
     assert len(moe_sites(report)) == 2, [str(r) for r in report.refusals]
+
+
+@pytest.mark.parametrize("spelling", ["grouped", "scattered"])
+@pytest.mark.parametrize("again", [False, True])
+def test_experts_that_are_drawn(spelling, again):
+    """Drawn without putting back, ids of a token differ and are numbers of experts; put back they may be alike."""
+    block = (Drawn if spelling == "grouped" else DrawnAndScattered)(again)
+    x = CORPUS["dense.MaskedSum"].make_inputs(torch.float32)[0].detach()
+    compiled = torch.compile(block, backend="tv", options={"tv.strict": True, "tv.codegen": "none"})
+    with torch.no_grad(), tvcompile.collect() as report:
+        torch.manual_seed(0)
+        expected = block(x)
+        torch.manual_seed(0)
+        torch.testing.assert_close(compiled(x), expected, rtol=1e-4, atol=1e-5)
+    assert bool(moe_sites(report)) == (not again or spelling == "grouped")
+
+
+class Drawn(SortHistcInverse):
+    def __init__(self, again):
+        super().__init__()
+        self.again = again
+
+    def route(self, x):
+        p = self.gate(x).softmax(-1)
+        ids = torch.multinomial(p, self.top, replacement=self.again)
+        return torch.full_like(p[:, : self.top], 0.5), ids
+
+
+class DrawnAndScattered(Drawn):
+    def experts(self, x, ids, w):
+        matrix, out = x.new_zeros(len(x), self.count).scatter(1, ids, w), torch.zeros_like(x)
+        for e in range(self.count):
+            (token,) = torch.where(matrix[:, e] != 0)
+            out.index_add_(0, token, self.expert(x[token], e) * matrix[token, e, None])
+        return out
 
 
 class Checkpointed(torch.nn.Module):
