@@ -340,3 +340,21 @@ def test_integers_that_weights_are_summed_with():
         return (probabilities.unsqueeze(-2) * F.one_hot(ids, 17)).sum(-1) + v.sum()
 
     same(f, [[*operands(), torch.arange(27).view(9, 3) % 17]], fused=False)
+
+
+def test_what_another_fused_site_makes_superfluous():
+    """A router's probabilities at ids are a sum with a one-hot, of which the mixture needs nothing."""
+
+    def f(x, router, up, down, ids):
+        w = (F.one_hot(ids, 4).float() * (x @ router).softmax(-1)[:, None]).sum(-1)
+        h = torch.einsum("th,tkhf->tkf", x, up[ids]).relu()
+        return (torch.einsum("tkf,tkfh->tkh", h, down[ids]) * w[..., None]).sum(1)
+
+    gen = torch.Generator().manual_seed(0)
+    x, router, up, down = (torch.randn(*n, generator=gen) for n in ((11, 8), (8, 4), (4, 8, 12), (4, 12, 8)))
+    ids = torch.arange(22).view(11, 2) % 4
+    torch._dynamo.reset()
+    with tvcompile.collect() as report:
+        got = torch.compile(f, backend="tv", options=STRICT)(x, router, up, down, ids)
+    torch.testing.assert_close(got, f(x, router, up, down, ids), rtol=1e-4, atol=1e-5)
+    assert "act = relu(u)" in [site.spec for site in report.sites]

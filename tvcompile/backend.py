@@ -94,14 +94,14 @@ def rewrite(gm: fx.GraphModule, fakes: Sequence[Any], record: report.GraphRecord
             found, reasons = lift(program.graph)
         matches += found
         refused += reasons.items()
-    chosen = []
+    chosen, fused = [], []
     for match in matches:
         kernel, reason = _select(match)
         if reason:
             refused.append((match.anchor, Refusal(str(match.anchor.target), reason, where_of(match.anchor))))
         else:
             chosen.append(match)
-            record.sites.append(report.site_of(match, kernel))
+            fused.append(report.site_of(match, kernel))
     if not chosen and all(body is new for body, new in bodies.items()):
         record.refusals += [refusal for _, refusal in refused]
         return gm
@@ -110,11 +110,12 @@ def rewrite(gm: fx.GraphModule, fakes: Sequence[Any], record: report.GraphRecord
         program.recompile()
     left = set(program.graph.nodes)
     # What is gone was a part of something that is fused.
+    record.sites += [site for site, node in zip(fused, nodes) if node in left]
     record.refusals += [refusal for node, refusal in refused if node in left]
     with record.timed("verify"):
         verify(program, "emit")
     learned = sites.learned(program, fakes)
-    record.works += [sites.work_of(node, learned) for node in nodes]
+    record.works += [sites.work_of(node, learned) for node in nodes if node in left]
     record.keep(program, before)
     return program
 

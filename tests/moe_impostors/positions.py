@@ -64,6 +64,15 @@ class OffsetsOffByOne(Sorted):
         return torch.where(torch.arange(y.shape[0])[:, None] < y.shape[0] - 1, y, 0.0)[perm.argsort()]
 
 
+@impostor("counted in torch.int16")
+class CountedInSixteenBits(Sorted):
+    """More than 32767 pairs wrap around."""
+
+    def offsets(self, ids_g):
+        counts = F.one_hot(ids_g, self.count).sum(0).to(torch.int16)
+        return counts.cumsum(0, dtype=torch.int16).to(torch.int32)
+
+
 @impostor(ANY)
 class HistcWithOneBinTooMany(Sorted):
     """max = E: all ids still fall into their own bins only if bins are E + 1."""

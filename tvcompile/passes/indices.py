@@ -17,13 +17,14 @@ from torch import fx
 from .. import expr as E
 from ..expr import Expr
 from .movement import Index, axis, unravel
+from .overflow import NARROW as FEW_BITS
 from .ranges import ANY, Range
 
 if TYPE_CHECKING:
     from .rows import RowReader
 
-# Dtypes that do not hold the numbers of all experts.
-NARROW = (torch.bool, torch.uint8, torch.int8, torch.float16, torch.bfloat16)
+# Dtypes that do not hold the numbers of all experts, or of all pairs.
+NARROW = (torch.bool, *FEW_BITS, torch.float16, torch.bfloat16)
 ARGS = ("argmax", "argmin", "argsort")
 KEPT = {"to", "clone", "contiguous", "detach", "alias", "view", "reshape", "unsqueeze", "squeeze", "t", "transpose"}
 # Operations whose index, along `dim` of `self`, must be in range.
