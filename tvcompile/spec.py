@@ -168,6 +168,7 @@ class Match:
     q, k, v   operands; out: the anchor's dims in the same words
     captures  captured tensors and their dims of size 1 that the text leaves out, in the order of spec.captures()
     sizes     formulas of the sizes, in the order of spec.sizes()
+    copied    captured tensors that the program writes to before the backward pass, which reads them again
     """
 
     spec: AttentionSpec
@@ -179,6 +180,7 @@ class Match:
     out: Operand
     captures: tuple[tuple[fx.Node, tuple[int, ...]], ...]
     sizes: tuple[Expr, ...]
+    copied: tuple[fx.Node, ...] = ()
 
     def size(self) -> Size:
         def product(o: Operand, *groups: int) -> int:

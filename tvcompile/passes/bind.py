@@ -250,9 +250,8 @@ def build(r: Reader, s: Sketch, roles: Roles, formulas: list[Expr], factor: floa
     for node in roster.nodes.values():
         if r.changed_between(node, r.used_at.get(node, last), last):
             raise Refuse(f"{node.name} is written to between its use and the sum with V", s.anchor)
-        if s.training and r.changed_between(node, last, len(r.position)):
-            raise Refuse(f"{node.name} is written to before the backward pass, which reads it again", s.anchor)
     q, k, v, out = operands
     captures = tuple((roster.nodes[name], roster.unit_dims[name]) for name in spec.captures())
     sizes = tuple(roster.sizes[name] for name in spec.sizes())
-    return Match(spec, s.anchor, s.region, q, k, v, out, captures, sizes)
+    copied = (x for x in roster.nodes.values() if s.training and r.changed_between(x, last, len(r.position)))
+    return Match(spec, s.anchor, s.region, q, k, v, out, captures, sizes, tuple(copied))

@@ -48,7 +48,8 @@ def _current(m: Match, replaced: dict[fx.Node, fx.Node]) -> Match:
         return dataclasses.replace(o, node=replaced.get(o.node, o.node))
 
     captures = tuple((replaced.get(n, n), dims) for n, dims in m.captures)
-    return dataclasses.replace(m, q=now(m.q), k=now(m.k), v=now(m.v), captures=captures)
+    copied = tuple(replaced.get(n, n) for n in m.copied)
+    return dataclasses.replace(m, q=now(m.q), k=now(m.k), v=now(m.v), captures=captures, copied=copied)
 
 
 def _emit(graph: fx.Graph, m: Match) -> tuple[fx.Node, fx.Node]:
@@ -59,6 +60,7 @@ def _emit(graph: fx.Graph, m: Match) -> tuple[fx.Node, fx.Node]:
     dtype = compute_dtype(m)
     q, k, v = (w.cast(_arrange(w, o, sources), dtype) for o in (m.q, m.k, m.v))
     captures = [_captured(w, node, dims, q) for node, dims in m.captures]
+    captures = [w.call(aten.clone.default, x) if node in m.copied else x for x, (node, _) in zip(captures, m.captures)]
     sizes = [w.size(e, sources) for e in m.sizes]
     seed = None
     if m.spec.dropout:

@@ -84,6 +84,8 @@ class Reader:
     def place(self, value, source: fx.Node, dim: int, clamped: bool = False) -> Expr:
         """A place along a dim that may count from the end; its sign is guarded where it is symbolic."""
         held, size_ = value.meta["val"] if isinstance(value, fx.Node) else value, source.meta["val"].shape[dim]
+        if isinstance(held, int) and held >= 0:
+            return self.scalar(held)
         if free_unbacked_symbols((held, size_)):
             raise Unreadable("whether a place counts from the end is not known")
         held = held + size_ if held < 0 else held
