@@ -19,7 +19,8 @@ from tvcompile.arch import SHARED
 ROOT = Path(__file__).resolve().parent.parent
 # What `tools/tables.py` finds nothing wrong with, as a whole -> in how many turns it comes by.
 COMPLETE = {
-    "--dtype bfloat16 --op attention": 150,
+    "--dtype bfloat16 --op attention": 200,
+    "--dtype float16 --op attention": 200,
     "--dtype float32 --op attention --pass fwd decode --arch sm80 sm86 sm89 sm90 sm100 sm120": 90,
     "--dtype float32 --op attention --pass dq dkdv --arch sm80 sm86 sm89 sm90 sm100 sm120": 60,
 }
