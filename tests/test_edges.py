@@ -168,6 +168,29 @@ def test_positions_padded_by_the_greatest_number():
     assert "mask[" not in spec
 
 
+def dilated(q, k, v, ids):
+    """Three more than the greatest number is no other position."""
+    a, b = at(ids)
+    return masked(q, k, v, (a - b == 3) | (a == 0), -1e9)
+
+
+def test_no_position_is_three_more_than_the_greatest_number():
+    ids = torch.arange(17).expand(2, 17).clone()
+    ids[0, 5:9] = ids[1, 14:] = GREATEST
+    same(dilated, [[*operands(17, 17), ids]])
+
+
+def below(q, k, v, ids, n):
+    return masked(q, k, v, at(ids)[1] < n, -1e9)
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_a_number_that_few_bits_do_not_hold(dynamic):
+    """In uint8 300 is 44."""
+    ids = torch.arange(17, dtype=torch.uint8).mul(15).expand(2, 17).contiguous()
+    same(below, [[*operands(17, 17), ids, n] for n in (300, 310)], dynamic)
+
+
 @pytest.mark.parametrize("dynamic", [True, False])
 @pytest.mark.parametrize("f", [positions_in_few_bits, powers, products], ids=lambda f: f.__name__)
 def test_positions_that_wrap(f, dynamic):
@@ -249,6 +272,16 @@ def test_a_given_mask_beside_a_finite_fill(low):
     bias = torch.where(padded_left()[:, None, None, :] > 0, 0.0, low)
     (spec,) = same(given_and_filled, [[*operands(17, 17), bias]])
     assert "keep" not in spec
+
+
+def less_what_is_not_negative(q, k, v, bias):
+    """A clamp bounds one side, and it is the other that counts."""
+    return masked_scores(q @ k.mT / 4 - bias.clamp(min=0.0), causal(q, k), -1e9) @ v
+
+
+def test_a_clamped_mask_beside_a_finite_fill():
+    bias = torch.where(padded_left()[:, None, None, :] > 0, 0.0, 1e12)
+    same(less_what_is_not_negative, [[*operands(17, 17), bias]])
 
 
 class LearnedBias(torch.nn.Module):

@@ -212,7 +212,10 @@ def sides(call: Expr) -> tuple[str, Expr, Expr]:
     return ("lt", left - 1, right) if strict else (op, left, right)
 
 
-def raised(e: Expr) -> tuple[Expr, int] | None:
-    """(data, n) where a formula is data + n, which must not wrap around: positions may be padded with the greatest."""
+def raised(op: str, e: Expr) -> tuple[Expr, int] | None:
+    """(data, n) where a side of an order is data + n, which must not wrap: positions may be padded with the greatest.
+
+    What stops there is the greatest too, so that equations wrap around, and nothing near it is equal.
+    """
     number, rest = e.as_coeff_Add()
-    return (rest, int(number)) if number > 0 and loads(rest) else None
+    return (rest, int(number)) if op != "eq" and number > 0 and loads(rest) else None

@@ -251,7 +251,7 @@ class _Writer:
             return self._load(e)
         if op in ("le", "eq"):
             compare, left, right = E.sides(e)
-            return f"({self._side(left)} {SIGNS[compare]} {self._side(right)})"
+            return f"({self._side(compare, left)} {SIGNS[compare]} {self._side(compare, right)})"
         if op == "pow":
             base, exponent = E.operands(e)
             return f"tl.exp2({self.write(exponent)} * {math.log2(E.constant(base))!r})"
@@ -266,8 +266,8 @@ class _Writer:
             return "(" + " * ".join([self.write(e.args[0])] * int(e.args[1])) + ")"
         return "(" + JOINED[type(e)].join(map(self.write, e.args)) + ")"
 
-    def _side(self, e: Expr) -> str:
-        data = E.raised(e)
+    def _side(self, compare: str, e: Expr) -> str:
+        data = E.raised(compare, e)
         return self.write(e) if data is None else f"raised({self.write(data[0])}, {data[1]})"
 
     def _inside(self, index: Expr, size: str) -> str:

@@ -158,7 +158,7 @@ def _step(x: Expr) -> tuple[Callable, tuple[Expr, ...]]:
         return _load_step(*E.operands(x))
     if op in ("le", "eq"):
         compare, *both = E.sides(x)
-        more = [E.raised(y) or (y, 0) for y in both]
+        more = [E.raised(compare, y) or (y, 0) for y in both]
         compared = functools.partial(_compared, getattr(operator, compare), [n for _, n in more])
         return _unscoped(compared), tuple(y for y, _ in more)
     if op == "where":

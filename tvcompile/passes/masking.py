@@ -163,7 +163,7 @@ POSITIONS = 1e5  # beyond which no difference of positions goes
 
 
 def depth(e: Expr, learned: Callable[[Expr], bool]) -> float:
-    """How far below 0 what is added to the score may be: the score itself counts as 0, weights that are learned as 1.
+    """How far from 0 what is added to the score may be: the score itself counts as 0, weights that are learned as 1.
 
     A captured float may be a mask of its own, unless it is a slope, a factor of positions.
     """
@@ -185,8 +185,6 @@ def depth(e: Expr, learned: Callable[[Expr], bool]) -> float:
         return below[0] / abs(divisor)
     if op in ("add", "sub"):
         return sum(below)
-    if op == "clamp_min" and E.constant(args[1]) is not None:
-        return min(below)
     return max(below) if op in ("where", "neg", "abs", "relu", "min", "max", "clamp_max", *E.CASTS) else math.inf
 
 

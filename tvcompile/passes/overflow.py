@@ -42,12 +42,12 @@ def fits(r: Reader, e: Expr, dtype: torch.dtype) -> bool:
 
 
 def wraps_a_scalar(node: fx.Node) -> bool:
-    """Is a number beside a tensor of few bits, which is cast to its dtype, none that it holds?"""
+    """May a number beside a tensor of few bits, which is cast to its dtype, be none that it holds?"""
     tensors = [x.meta["val"] for x in node.all_input_nodes if isinstance(x.meta.get("val"), torch.Tensor)]
     numbers = [x for x in (*node.args, *node.kwargs.values()) if type(x) is int]
     for narrow in {t.dtype for t in tensors if t.dtype in NARROW}:
         info = torch.iinfo(narrow)
-        wider = any(t.dim() == 0 and t.dtype in WIDE for t in tensors)
-        if wider or any(not info.min <= x <= info.max for x in numbers):
+        unknown = any(t.dim() == 0 and t.dtype in WIDE for t in tensors) or len(tensors) < len(node.all_input_nodes)
+        if unknown or any(not info.min <= x <= info.max for x in numbers):
             return True
     return False
