@@ -5,8 +5,6 @@ Every program is fused or refused and gives eager's numbers and gradients, also 
 
 from __future__ import annotations
 
-import time
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -151,20 +149,32 @@ def products(q, k, v):
 
 
 EXTREMES = [(torch.uint8, 250, 256), (torch.int8, 124, 128), (torch.int8, -128, -124)]
-EXTREMES += [(d, torch.iinfo(d).max - 3, torch.iinfo(d).max) for d in (torch.int32, torch.int64)]
+EXTREMES += [(torch.int32, 2**31 - 3, 2**31), (torch.int64, 2**63 - 3, 2**63)]
 
 
 @pytest.mark.parametrize("dtype, low, high", EXTREMES, ids=str)
 @pytest.mark.parametrize("f", [compared, bytes_less_one, beside_a_number_that_wraps], ids=lambda f: f.__name__)
 def test_integers_at_the_ends_of_their_dtype(f, dtype, low, high):
     gen = torch.Generator().manual_seed(0)
-    same(f, [[*operands(17, 17), torch.randint(low, high, (2, 17), generator=gen).to(dtype)] for _ in range(2)])
+    less = (torch.randint(1, high - low + 1, (2, 17), generator=gen) for _ in range(2))
+    same(f, [[*operands(17, 17), (high - 1) - (x - 1).to(dtype)] for x in less])
 
 
 def test_positions_padded_by_the_greatest_number():
     ids = torch.arange(17).expand(2, 17).clone()
     ids[0, 5:9] = ids[1, 14:] = GREATEST
     (spec,) = same(window, [[*operands(17, 17), ids]])
+    assert "mask[" not in spec
+
+
+def test_few_bits_that_are_cast_before_they_are_added():
+    """Of a part the cast is not captured, but what is cast."""
+
+    def f(q, k, v, ids):
+        a, b = at(ids[:, :17].long())
+        return masked(q, k, v, 2 * a - b >= 250, -1e9)
+
+    (spec,) = same(f, [[*operands(17, 17), torch.arange(236, 256, dtype=torch.uint8).expand(2, 20).contiguous()]])
     assert "mask[" not in spec
 
 
@@ -344,16 +354,15 @@ def test_booleans_in_order():
 # Masks that are set step by step
 
 
-def test_blocks_that_are_set_one_by_one_are_read_in_no_time():
+def test_blocks_that_are_set_one_by_one_are_one_term_each():
     def f(q, k, v):
         keep = torch.zeros(q.shape[2], k.shape[2], dtype=torch.bool)
         for i in range(0, q.shape[2], 5):
             keep[i : i + 5, i : i + 5] = True
         return masked(q, k, v, keep)
 
-    start = time.perf_counter()
     (spec,) = same(f, [operands(100, 100)])
-    assert "mask[" not in spec and time.perf_counter() - start < 60, spec
+    assert "mask[" not in spec and len(spec) < 20 * 70, spec  # of 20 blocks
 
 
 def test_integers_that_weights_are_summed_with():

@@ -302,5 +302,5 @@ class TableWrittenAfterItsUse(Hashed):
         return p.gather(1, ids)
 
     def used(self, ids):
-        self.table.mul_(0)
+        self.table.view(-1).mul_(0)
         return self.table[torch.arange(len(ids)) % 25]

@@ -264,3 +264,15 @@ class ScoresSummedUnderAOneHot(HashedIds):
         ids = self.numbers(x)
         chosen = F.one_hot(ids, self.count).to(x.dtype)
         return (chosen * self.gate(x).sigmoid()[:, None]).sum(-1), ids
+
+
+@moe(count=5)
+class NumberedFromOneInBytes(ScoresGathered):
+    """One less than 0 is 255 in the table's dtype, and no multiple of 5 away from -1."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = self.table.to(torch.uint8)
+
+    def numbers(self, x):
+        return (super().numbers(x).long() - 1) % self.count

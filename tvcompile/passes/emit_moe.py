@@ -19,7 +19,7 @@ from torch import fx
 from .. import expr as E
 from ..expr import Expr
 from ..spec import Choices, MoEMatch, Weights
-from .overflow import NARROW
+from .overflow import FEW_BITS
 from .projections import joined
 from .read import size
 from .write import Writer, keep_strides
@@ -121,7 +121,9 @@ class _Choice:
             return self.w.size(e, self.sources)
         if op in E.OPAQUE:
             loaded = self._load(e)
-            return self.w.cast(loaded, torch.int64) if getattr(loaded.meta["val"], "dtype", None) in NARROW else loaded
+            return (
+                self.w.cast(loaded, torch.int64) if getattr(loaded.meta["val"], "dtype", None) in FEW_BITS else loaded
+            )
         if op in ("le", "eq"):
             compare, left, right = E.sides(e)
             return self.w.call(getattr(operator, compare), self.write(left), self.write(right))

@@ -17,7 +17,7 @@ from torch import fx
 from .. import expr as E
 from ..expr import Expr
 from .movement import Index, axis, unravel
-from .overflow import NARROW as FEW_BITS
+from .overflow import FEW_BITS
 from .ranges import ANY, Range
 
 if TYPE_CHECKING:

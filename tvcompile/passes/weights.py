@@ -116,7 +116,7 @@ def _softmax(r: Reader, e: Expr, product: Product, anchor: fx.Node) -> Weights |
 
 
 def _cleared(e: Expr) -> tuple[Expr, Expr] | None:
-    """(where, p) of weights that are p there and zero elsewhere, if p is no exponential but a quotient or a softmax."""
+    """(where, p) of weights that are p there and zero elsewhere."""
     op, args = E.op_of(e), E.operands(e)
     if op == "where" and 0 in (values := [E.constant(x) for x in args[1:]]):
         return (args[0], args[1]) if values[1] == 0 else (E.not_(args[0]), args[2])
