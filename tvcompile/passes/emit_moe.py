@@ -121,9 +121,8 @@ class _Choice:
             return self.w.size(e, self.sources)
         if op in E.OPAQUE:
             loaded = self._load(e)
-            return (
-                self.w.cast(loaded, torch.int64) if getattr(loaded.meta["val"], "dtype", None) in FEW_BITS else loaded
-            )
+            few = getattr(loaded.meta["val"], "dtype", None) in FEW_BITS
+            return self.w.cast(loaded, torch.int64) if few else loaded
         if op in ("le", "eq"):
             compare, left, right = E.sides(e)
             return self.w.call(getattr(operator, compare), self.write(left), self.write(right))
