@@ -36,6 +36,10 @@ def described(pass_: str) -> Config:
     return Config(32 if pass_ == "dw" else 16, 32, 32, 4, 2, descriptors=True, specialize=pass_ != "dx")
 
 
+def halved(pass_: str) -> Config:
+    return Config(32 if pass_ == "dw" else 16, 32, 32, 4, 2, halved=pass_ != "dw")
+
+
 def arguments(spec, T=12, K=2, E=4, H=40, F=24, H_out=56, stacked=True, biases=True, transposed=False, ids=None):
     """(the float tensors of a call by name, ids), in float64 but of values that float16 has."""
     gen = torch.Generator().manual_seed(5)
@@ -129,6 +133,29 @@ def test_weights_that_lie_transposed_and_experts_of_their_own(spec, stacked, tra
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 def test_descriptors(spec, transposed):
     compare(spec, config=described, transposed=transposed)
+
+
+@pytest.mark.parametrize("H, F, H_out", [(40, 24, 56), (64, 96, 32)])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_trips_of_two_steps(spec, transposed, H, F, H_out):
+    compare(spec, config=halved, transposed=transposed, H=H, F=F, H_out=H_out)
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_two_sets_of_weights_are_one_sum(stacked):
+    compare(SPECS["separate"], F=96, stacked=stacked, transposed=stacked)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_columns_beyond_the_last_add_nothing(transposed):
+    """A pair whose expert has an infinite weight in the last column has an infinite gradient, and no pair NaN."""
+    spec = "act = u; layout=plain; weigh=input"
+    args, ids = arguments(spec, K=1, biases=False, transposed=transposed, ids=torch.arange(12)[:, None] % 4)
+    args[2][0][2, -1, -1] = torch.inf
+    direction = torch.ones(12, args[3][0].shape[-1], dtype=torch.float64, device=DEVICE)
+    grad = by_kernel(args, ids, spec, direction, torch.float32)[2]
+    assert (grad.isinf() == (ids == 2)).all() and not grad.isnan().any()
 
 
 @pytest.mark.parametrize("K, H, F, H_out", [(1, 33, 17, 19), (4, 64, 32, 32), (2, 7, 5, 3)])

@@ -45,6 +45,7 @@ def measure(case: Any, changes: dict[str, int], keep: Path | None = None) -> dic
 
     c = dataclasses.replace(choose(case.ask)[0].config, **changes)
     how = f"{c.BLOCK_M}x{c.BLOCK_N}x{c.BLOCK_K}" + " descriptors" * c.descriptors + " specialized" * c.specialize
+    how += " halved" * c.halved
     row = {"arch": case.arch, "pass": case.pass_, "T": case.rows, "config": how}
     row |= {"warps": c.num_warps, "stages": c.num_stages}
     compiled = compile_launch(case.launch(c), case.arch)

@@ -82,15 +82,24 @@ def weights_at(
 
 
 @triton.jit
+def within(columns, N: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr):
+    """Columns of W to read for columns in blocks of BLOCK: beyond the last it is repeated, which takes no mask.
+
+    Not where they lie next to each other: such are loaded several at once.
+    """
+    return columns if WIDE or N % BLOCK == 0 else tl.minimum(columns, N - 1)
+
+
+@triton.jit
 def weight_tile(
-    ptr, at, k, first, there, K: tl.constexpr,
+    ptr, at, k, rows, first, there, K: tl.constexpr, WHOLE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DESCRIPTORS: tl.constexpr, WIDE: tl.constexpr, TWO: tl.constexpr,
 ):  # fmt: skip
     """Rows [k, k + BLOCK_K) of W in its columns from `first` on, zero outside.
 
-    ptr: where row k lies; there [BLOCK_N]: which columns are, None for all.
+    ptr: where row k lies; rows: 0 to BLOCK_K [BLOCK_K,1]; WHOLE: whether there are as many
+    there [BLOCK_K,BLOCK_N]: which columns to load, None for all
     """
-    rows = (k + tl.arange(0, BLOCK_K))[:, None] < K
     if DESCRIPTORS:
         if TWO:
             tile = tl.reshape(at.load([0, first, k]), [BLOCK_N, BLOCK_K]).T
@@ -98,14 +107,14 @@ def weight_tile(
             tile = at.load([k, first])
         else:
             tile = at.load([first, k]).T
-    elif K % BLOCK_K == 0 and there is None:
+    elif WHOLE and there is None:
         tile = tl.load(ptr + at)
-    elif K % BLOCK_K == 0:
-        tile = tl.load(ptr + at, mask=there[None, :], other=0.0)
+    elif WHOLE:
+        tile = tl.load(ptr + at, mask=there, other=0.0)
     elif there is None:
-        tile = tl.load(ptr + at, mask=rows, other=0.0)
+        tile = tl.load(ptr + at, mask=k + rows < K, other=0.0)
     else:
-        tile = tl.load(ptr + at, mask=rows & there[None, :], other=0.0)
+        tile = tl.load(ptr + at, mask=(k + rows < K) & there, other=0.0)
     return tile
 
 
@@ -120,38 +129,64 @@ def gathered(ptr, rows, stride, S, K: tl.constexpr, BLOCK_K: tl.constexpr, ROWS:
 
 
 @triton.jit
+def apart(acc):
+    """acc, by no instruction: Triton doesn't see that the products before and after it are of one sum.
+
+    Where it sees that, it gives each warp a strip of the result, which reads more from shared memory than a square.
+    """
+    return tl.trans(tl.trans(acc).to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def rows_times(
     acc, other, a_ptr, a_at, row_at, w_ptr, v_ptr, strides, first, columns_at, there,
-    K: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    K: tl.constexpr, TURN: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
     DESCRIPTORS: tl.constexpr, WIDE: tl.constexpr, TWO: tl.constexpr, ROWS: tl.constexpr, SPECIALIZE: tl.constexpr,
+    HALVED: tl.constexpr,
 ):  # fmt: skip
     """(acc + A W, other + A V) for rows of A [.,K] and columns from `first` on; without `other` A W is given twice.
 
-    columns_at: offsets of the columns [BLOCK_N]; there: which of them are, None for all
+    TURN   after how many of its K rows W goes on at v_ptr, K for a W that does not
+    columns_at: offsets of the columns [BLOCK_N]; there: which of them to load, None for all
     ROWS   where they are: "offsets" a_at from a_ptr; of a descriptor, "block": from row_at on, "gather": rows row_at
     SPECIALIZE   whether loads and products run in warps of their own
+    HALVED       whether a trip takes its BLOCK_K in two steps, whose loads share addresses; only by pointers
     """
-    w_at = weights_at(w_ptr, strides, columns_at, K, N, BLOCK_K, BLOCK_N, DESCRIPTORS, WIDE, TWO)
+    STEPS: tl.constexpr = 2 if HALVED else 1
+    STEP: tl.constexpr = BLOCK_K // STEPS
+    WHOLE: tl.constexpr = K % BLOCK_K == 0
+    w_at = weights_at(w_ptr, strides, columns_at, K, N, STEP, BLOCK_N, DESCRIPTORS, WIDE, TWO)
     if other is not None:
-        v_at = weights_at(v_ptr, strides, columns_at, K, N, BLOCK_K, BLOCK_N, DESCRIPTORS, WIDE, TWO)
-    columns = tl.arange(0, BLOCK_K)[None, :]
-    for k in tl.range(0, K, BLOCK_K, warp_specialize=SPECIALIZE):
-        if ROWS == "block":
-            a = a_at.load([row_at, k])
-        elif ROWS == "gather":
-            a = a_at.gather(row_at, k)
-        elif K % BLOCK_K == 0:
-            a = tl.load(a_ptr + (a_at + columns))
-        else:
-            a = tl.load(a_ptr + (a_at + columns), mask=k + columns < K, other=0.0)
-        w = weight_tile(w_ptr, w_at, k, first, there, K, BLOCK_N, BLOCK_K, DESCRIPTORS, WIDE, TWO)
-        acc = tl.dot(a, w, acc, input_precision=PRECISION)
-        if other is not None:
-            v = weight_tile(v_ptr, v_at, k, first, there, K, BLOCK_N, BLOCK_K, DESCRIPTORS, WIDE, TWO)
-            other = tl.dot(a, v, other, input_precision=PRECISION)
-            v_ptr += BLOCK_K * strides[1]
-        a_ptr += BLOCK_K
-        w_ptr += BLOCK_K * strides[1]
+        v_at = weights_at(v_ptr, strides, columns_at, K, N, STEP, BLOCK_N, DESCRIPTORS, WIDE, TWO)
+    # All that does not move, before the loop: two products that share an operation in it are seen as one sum again.
+    columns, rows = tl.arange(0, STEP)[None, :], tl.arange(0, STEP)[:, None]
+    if ROWS == "offsets":
+        a_at += columns
+    if there is not None:
+        there = tl.broadcast_to(there[None, :], [STEP, BLOCK_N])
+    for start in tl.range(0, K, BLOCK_K, warp_specialize=SPECIALIZE):
+        if TURN < K:
+            w_ptr = tl.where(start == TURN, v_ptr, w_ptr)
+        for i in tl.static_range(STEPS):
+            k = start + i * STEP
+            if ROWS == "block":
+                a = a_at.load([row_at, k])
+            elif ROWS == "gather":
+                a = a_at.gather(row_at, k)
+            elif WHOLE:
+                a = tl.load(a_ptr + a_at)
+            else:
+                a = tl.load(a_ptr + a_at, mask=k + columns < K, other=0.0)
+            w = weight_tile(w_ptr, w_at, k, rows, first, there, K, WHOLE, BLOCK_N, STEP, DESCRIPTORS, WIDE, TWO)
+            acc = tl.dot(a, w, acc, input_precision=PRECISION)
+            if other is not None:
+                v = weight_tile(v_ptr, v_at, k, rows, first, there, K, WHOLE, BLOCK_N, STEP, DESCRIPTORS, WIDE, TWO)
+                other = tl.dot(a, v, other, input_precision=PRECISION)
+                v_ptr += STEP * strides[1]
+            a_ptr += STEP
+            w_ptr += STEP * strides[1]
+            if HALVED:
+                acc = apart(acc)
     return acc, acc if other is None else other  # triton 3.6 gives no None back
 
 
@@ -225,7 +260,8 @@ def experts_up(
     x_stride, up_strides, bias_strides, T, n_blocks,
     ACT: tl.constexpr, LAYOUT: tl.constexpr, TOP: tl.constexpr, E: tl.constexpr, H: tl.constexpr, F: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, SPECIALIZE: tl.constexpr, ALIGNED: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, SPECIALIZE: tl.constexpr, HALVED: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):  # fmt: skip
     PAIR: tl.constexpr = LAYOUT == "chunk" or LAYOUT == "separate"
     BRAIDED: tl.constexpr = LAYOUT == "interleave"
@@ -250,7 +286,7 @@ def experts_up(
         v_ptr = expert(ups[len(ups) - 1], e, up_strides) + AT * up_strides[2]
         j = tl.arange(0, TILE)
         if not FOLDED:
-            n = first + j
+            n = within(first + j, N, COLUMNS, WIDE)
             columns_at = n * up_strides[2]
         else:
             gap = AT * up_strides[2] if LAYOUT == "chunk" else distance(w_ptr, v_ptr, ALIGNED)
@@ -258,30 +294,24 @@ def experts_up(
                 n = first + j % BLOCK_F
                 columns_at = j // BLOCK_F * gap + n * up_strides[2]
             else:
-                n = first + j // 2
+                n = within(first + j // 2, N, COLUMNS, WIDE)
                 columns_at = j % 2 * gap + n * up_strides[2]
         acc = tl.zeros([BLOCK_M, TILE], tl.float32)
         other = tl.zeros([BLOCK_M, TILE], tl.float32) if PAIR and not FOLDED else None
         acc, other = rows_times(
             acc, other, x_ptr, a_at, tokens, w_ptr, v_ptr, up_strides, first, columns_at,
-            None if N % COLUMNS == 0 else n < N, H, N, TILE, BLOCK_K, PRECISION, DESCRIPTORS, WIDE,
-            LAYOUT == "chunk" and not WIDE, ROWS, SPECIALIZE,
+            n < N if WIDE and N % COLUMNS != 0 else None, H, H, N, TILE, BLOCK_K, PRECISION, DESCRIPTORS, WIDE,
+            LAYOUT == "chunk" and not WIDE, ROWS, SPECIALIZE, HALVED,
         )  # fmt: skip
         if FOLDED:
             acc, other = sides(acc) if WIDE or DESCRIPTORS else halves(acc)
         w = None if weights_ptr is None else tl.load(weights_ptr + pairs).to(tl.float32)[:, None]
-        if BRAIDED or not PAIR and biases is not None:
-            # One half after the other: a whole tile, split or with its bias, takes registers.
-            HALF: tl.constexpr = BLOCK_N // 2
-            for i in tl.static_range(2):
-                _activate(
-                    sides(acc)[i], None, w, r, inside, first + i * HALF, e, biases, bias_strides, act_ptr,
-                    hidden_ptr, ACT, LAYOUT, F, HALF,
-                )  # fmt: skip
-        else:
+        # One half after the other: of a whole tile what it is split into, its bias and where it goes are more registers.
+        HALF: tl.constexpr = COLUMNS // 2
+        for i in tl.static_range(2):
             _activate(
-                acc, other if PAIR else None, w, r, inside, first, e, biases, bias_strides, act_ptr, hidden_ptr,
-                ACT, LAYOUT, F, BLOCK_F,
+                sides(acc)[i], sides(other)[i] if PAIR else None, w, r, inside, first + i * HALF, e, biases,
+                bias_strides, act_ptr, hidden_ptr, ACT, LAYOUT, F, HALF,
             )  # fmt: skip
 
 
@@ -291,7 +321,7 @@ def experts_rows(
     w_strides, bias_strides, x_stride, n_rows, n_blocks,
     TOP: tl.constexpr, E: tl.constexpr, K: tl.constexpr, N: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, SPECIALIZE: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, SPECIALIZE: tl.constexpr, HALVED: tl.constexpr,
 ):  # fmt: skip
     """out[p] = weights[p] (sum_s A[r, s*K:(s+1)*K] ws[s][e] + bias[e]), p = order[r]; A [T*K,len(ws)*K], out [T*K,N].
 
@@ -307,31 +337,41 @@ def experts_rows(
         inside = r < end
         last = tl.minimum(r, end - 1)
         first = block * BLOCK_N
-        columns = first + tl.arange(0, BLOCK_N)
-        there = None if N % BLOCK_N == 0 else columns < N
+        n = within(first + tl.arange(0, BLOCK_N), N, BLOCK_N, WIDE)
+        there = n < N if WIDE and N % BLOCK_N != 0 else None
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        for s in tl.static_range(SETS):
+        # Two sets are one sum by pointers, if it comes to the second after whole trips.
+        RUN: tl.constexpr = SETS if ROWS == "offsets" and not DESCRIPTORS and K % BLOCK_K == 0 else 1
+        for s in tl.static_range(0, SETS, RUN):
             if ROWS == "block":
                 a_at = tl.make_tensor_descriptor(a_ptr + s * K, [n_rows, K], [SETS * K, 1], [BLOCK_M, BLOCK_K])
             else:
                 a_at = last.to(tl.int64)[:, None] * (SETS * K) + s * K
             w_ptr = expert(ws[s], e, w_strides)
+            next_ptr = expert(ws[SETS - 1], e, w_strides)
             acc, _ = rows_times(
-                acc, None, a_ptr, a_at, first_row, w_ptr, w_ptr, w_strides, first, columns * w_strides[2], there,
-                K, N, BLOCK_N, BLOCK_K, PRECISION, DESCRIPTORS, WIDE, False, ROWS, SPECIALIZE,
+                acc, None, a_ptr, a_at, first_row, w_ptr, next_ptr, w_strides, first, n * w_strides[2], there,
+                RUN * K, K, N, BLOCK_N, BLOCK_K, PRECISION, DESCRIPTORS, WIDE, False, ROWS, SPECIALIZE, HALVED,
             )  # fmt: skip
         pairs = tl.load(order_ptr + last)
-        if biases is not None:
-            acc += bias_row(expert(biases[0], e, bias_strides), bias_strides[1], columns, N)
+        w = None if weights_ptr is None else tl.load(weights_ptr + pairs).to(tl.float32)[:, None]
+        dots = tl.zeros([BLOCK_M], tl.float32)
+        HALF: tl.constexpr = BLOCK_N // 2  # as in experts_up
+        for i in tl.static_range(2):
+            part, columns = sides(acc)[i], first + i * HALF + tl.arange(0, HALF)
+            if biases is not None:
+                part += bias_row(expert(biases[0], e, bias_strides), bias_strides[1], columns, N)
+            if dots_ptr is not None:
+                x_at = x_ptr + (pairs // TOP).to(tl.int64)[:, None] * x_stride + columns[None, :]
+                x = tl.load(x_at, mask=(columns < N)[None, :], other=0.0)
+                # Beyond the last column a part repeats it: infinity times the zero of x would be NaN.
+                dots += tl.sum(tl.where((columns < N)[None, :], part * x.to(tl.float32), 0.0), 1)
+            if w is not None:
+                part *= w
+            if out_ptr is not None:
+                store_tile(out_ptr, pairs.to(tl.int64), N, columns, part, inside, N)
         if dots_ptr is not None:
-            x_at = x_ptr + (pairs // TOP).to(tl.int64)[:, None] * x_stride + columns[None, :]
-            x = tl.load(x_at, mask=(columns < N)[None, :], other=0.0)
-            dots = tl.sum(acc * x.to(tl.float32), 1)
             tl.store(dots_ptr + pairs.to(tl.int64) * BLOCKS + block, dots, mask=inside)
-        if weights_ptr is not None:
-            acc *= tl.load(weights_ptr + pairs).to(tl.float32)[:, None]
-        if out_ptr is not None:
-            store_tile(out_ptr, pairs.to(tl.int64), N, columns, acc, inside, N)
 
 
 @triton.jit

@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .grouped import braid, expert, gathered, halves, place, rows_times, sides, store_tile
+from .grouped import braid, expert, gathered, halves, place, rows_times, sides, store_tile, within
 
 
 @triton.jit
@@ -64,7 +64,7 @@ def experts_dact(
     ACT: tl.constexpr, SLOPE_G: tl.constexpr, SLOPE_U: tl.constexpr, LAYOUT: tl.constexpr, TOP: tl.constexpr,
     E: tl.constexpr, F: tl.constexpr, H_out: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, SPECIALIZE: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, SPECIALIZE: tl.constexpr, HALVED: tl.constexpr,
 ):  # fmt: skip
     """Writes dpre [T*K,P*F] and w act [T*K,F] by row, and parts of <g down^T, act> [T*K,blocks of columns] by pair.
 
@@ -85,10 +85,11 @@ def experts_dact(
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         first = block * BLOCK_N
         columns = first + tl.arange(0, BLOCK_N)
+        columns_at = within(columns, F, BLOCK_N, WIDE) * down_strides[2]
         acc, _ = rows_times(
-            acc, None, g_ptr, g_at, tokens, w_ptr, w_ptr, down_strides, first, columns * down_strides[2],
-            None if F % BLOCK_N == 0 else columns < F,
-            H_out, F, BLOCK_N, BLOCK_K, PRECISION, DESCRIPTORS, WIDE, False, ROWS, SPECIALIZE,
+            acc, None, g_ptr, g_at, tokens, w_ptr, w_ptr, down_strides, first, columns_at,
+            columns < F if WIDE and F % BLOCK_N != 0 else None,
+            H_out, H_out, F, BLOCK_N, BLOCK_K, PRECISION, DESCRIPTORS, WIDE, False, ROWS, SPECIALIZE, HALVED,
         )  # fmt: skip
         # A quarter at a time: of whole tiles of g, u, the slopes and the results there would be more than registers.
         pairs = tl.load(order_ptr + last)

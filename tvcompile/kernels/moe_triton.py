@@ -153,6 +153,7 @@ def reading(
         "DESCRIPTORS": described,
         "ROWS": rows if by_descriptor else "offsets",
         "SPECIALIZE": c.specialize and described and by_descriptor,
+        "HALVED": c.halved and not (described or by_descriptor),
     }
 
 

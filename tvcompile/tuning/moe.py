@@ -27,6 +27,7 @@ class Config:
     num_warps, num_stages       warps of a program; tiles in flight
     descriptors                 whether what is not gathered comes through tensor descriptors (TMA)
     specialize                  whether also what is gathered does, and loads and products run in warps of their own
+    halved                      whether a trip takes its BLOCK_K in two steps, whose loads share addresses
     """
 
     BLOCK_M: int
@@ -36,6 +37,7 @@ class Config:
     num_stages: int
     descriptors: bool = False
     specialize: bool = False
+    halved: bool = False
 
     def __post_init__(self) -> None:
         if any(n & (n - 1) or n < 16 for n in (self.BLOCK_M, self.BLOCK_N, self.BLOCK_K)):
@@ -106,6 +108,8 @@ class Ask(ask.Ask):
             most = stages(self.device, (M + N) * K * self.size, self.pass_ == "dw")
             for flight, described in itertools.product({most, max(2, most - 1)}, (False, True)[: 1 + able]):
                 yield Config(M, N, K, warps, flight, described)
+                if K * self.size >= 128 and halvable(self.device, self.pass_):
+                    yield Config(M, N, K, warps, flight, halved=True)
                 if described and arch == "sm100" and M == 128 and self.pass_ != "dw":
                     yield Config(M, N, K, warps, flight, True, True)
 
@@ -134,7 +138,13 @@ def formula(device: Device, pass_: str, size: int, rows: int, plain: bool = Fals
         N, K, warps = 128, 128, 4
     # Blackwell's tensor cores take tiles of 128 rows from shared memory and give their sums to memory of their own.
     apart = described and arch == "sm100" and M == 128 and pass_ != "dw"
-    return Config(M, N, K, warps, stages(device, (M + N) * K * size, pass_ == "dw"), described, apart)
+    flight = stages(device, (M + N) * K * size, pass_ == "dw")
+    return Config(M, N, K, warps, flight, described, apart, size == 2 and halvable(device, pass_))
+
+
+def halvable(device: Device, pass_: str) -> bool:
+    """Whether two steps of a trip save instructions: those that move addresses are many beside those that multiply."""
+    return pass_ != "dw" and not device.arch.startswith("gfx") and in_registers(device) > 0
 
 
 def row_block(m: int) -> int:
