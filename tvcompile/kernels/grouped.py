@@ -140,9 +140,9 @@ def apart(acc):
 @triton.jit
 def rows_times(
     acc, other, a_ptr, a_at, row_at, w_ptr, v_ptr, strides, first, columns_at, there,
-    K: tl.constexpr, TURN: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, WIDE: tl.constexpr, TWO: tl.constexpr, ROWS: tl.constexpr, SPECIALIZE: tl.constexpr,
-    HALVED: tl.constexpr,
+    K: tl.constexpr, TURN: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, WIDE: tl.constexpr, TWO: tl.constexpr, ROWS: tl.constexpr,
+    SPECIALIZE: tl.constexpr, HALVED: tl.constexpr,
 ):  # fmt: skip
     """(acc + A W, other + A V) for rows of A [.,K] and columns from `first` on; without `other` A W is given twice.
 
@@ -306,7 +306,7 @@ def experts_up(
         if FOLDED:
             acc, other = sides(acc) if WIDE or DESCRIPTORS else halves(acc)
         w = None if weights_ptr is None else tl.load(weights_ptr + pairs).to(tl.float32)[:, None]
-        # One half after the other: of a whole tile what it is split into, its bias and where it goes are more registers.
+        # One half after the other: of a whole tile what it is split into, its bias and where it goes take registers.
         HALF: tl.constexpr = COLUMNS // 2
         for i in tl.static_range(2):
             _activate(
