@@ -129,6 +129,12 @@ def gathered(ptr, rows, stride, S, K: tl.constexpr, BLOCK_K: tl.constexpr, ROWS:
 
 
 @triton.jit
+def unknown(K: tl.constexpr, end):
+    """K, for an end > 0 that only memory knows: LLVM unrolls loops of few trips, which takes registers."""
+    return K + tl.minimum(end, 0)
+
+
+@triton.jit
 def apart(acc):
     """acc, by no instruction: Triton doesn't see that the products before and after it are of one sum.
 
@@ -139,13 +145,14 @@ def apart(acc):
 
 @triton.jit
 def rows_times(
-    acc, other, a_ptr, a_at, row_at, w_ptr, v_ptr, strides, first, columns_at, there,
+    acc, other, a_ptr, a_at, row_at, w_ptr, v_ptr, strides, first, columns_at, there, stop,
     K: tl.constexpr, TURN: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, WIDE: tl.constexpr, TWO: tl.constexpr, ROWS: tl.constexpr,
     SPECIALIZE: tl.constexpr, HALVED: tl.constexpr,
 ):  # fmt: skip
     """(acc + A W, other + A V) for rows of A [.,K] and columns from `first` on; without `other` A W is given twice.
 
+    stop   K, which LLVM may not know (unknown)
     TURN   after how many of its K rows W goes on at v_ptr, K for a W that does not
     columns_at: offsets of the columns [BLOCK_N]; there: which of them to load, None for all
     ROWS   where they are: "offsets" a_at from a_ptr; of a descriptor, "block": from row_at on, "gather": rows row_at
@@ -164,7 +171,7 @@ def rows_times(
         a_at += columns
     if there is not None:
         there = tl.broadcast_to(there[None, :], [STEP, BLOCK_N])
-    for start in tl.range(0, K, BLOCK_K, warp_specialize=SPECIALIZE):
+    for start in tl.range(0, stop, BLOCK_K, warp_specialize=SPECIALIZE):
         if TURN < K:
             w_ptr = tl.where(start == TURN, v_ptr, w_ptr)
         for i in tl.static_range(STEPS):
@@ -300,7 +307,7 @@ def experts_up(
         other = tl.zeros([BLOCK_M, TILE], tl.float32) if PAIR and not FOLDED else None
         acc, other = rows_times(
             acc, other, x_ptr, a_at, tokens, w_ptr, v_ptr, up_strides, first, columns_at,
-            n < N if WIDE and N % COLUMNS != 0 else None, H, H, N, TILE, BLOCK_K, PRECISION, DESCRIPTORS, WIDE,
+            n < N if WIDE and N % COLUMNS != 0 else None, H, H, H, N, TILE, BLOCK_K, PRECISION, DESCRIPTORS, WIDE,
             LAYOUT == "chunk" and not WIDE, ROWS, SPECIALIZE, HALVED,
         )  # fmt: skip
         if FOLDED:
@@ -349,8 +356,9 @@ def experts_rows(
                 a_at = last.to(tl.int64)[:, None] * (SETS * K) + s * K
             w_ptr = expert(ws[s], e, w_strides)
             next_ptr = expert(ws[SETS - 1], e, w_strides)
+            stop = unknown(RUN * K, end) if HALVED else RUN * K
             acc, _ = rows_times(
-                acc, None, a_ptr, a_at, first_row, w_ptr, next_ptr, w_strides, first, n * w_strides[2], there,
+                acc, None, a_ptr, a_at, first_row, w_ptr, next_ptr, w_strides, first, n * w_strides[2], there, stop,
                 RUN * K, K, N, BLOCK_N, BLOCK_K, PRECISION, DESCRIPTORS, WIDE, False, ROWS, SPECIALIZE, HALVED,
             )  # fmt: skip
         pairs = tl.load(order_ptr + last)

@@ -88,7 +88,7 @@ def experts_dact(
         columns_at = within(columns, F, BLOCK_N, WIDE) * down_strides[2]
         acc, _ = rows_times(
             acc, None, g_ptr, g_at, tokens, w_ptr, w_ptr, down_strides, first, columns_at,
-            columns < F if WIDE and F % BLOCK_N != 0 else None,
+            columns < F if WIDE and F % BLOCK_N != 0 else None, H_out,
             H_out, H_out, F, BLOCK_N, BLOCK_K, PRECISION, DESCRIPTORS, WIDE, False, ROWS, SPECIALIZE, HALVED,
         )  # fmt: skip
         # A quarter at a time: of whole tiles of g, u, the slopes and the results there would be more than registers.

@@ -52,12 +52,21 @@ class Masked:
         return dataclasses.replace(self, value=value, **changes)
 
 
+def _replaced(dtype: torch.dtype) -> float:
+    return min(REPLACE, VANISH.get(dtype, math.inf))
+
+
+def hides(fill: float | None, dtype: torch.dtype) -> bool:
+    """Has what is filled with this number no weight in a softmax, beside any score that is none of such?"""
+    return fill is not None and fill <= -_replaced(dtype)
+
+
 class Masks:
     """Takes masks off a formula whose scores live in `dtype`."""
 
     def __init__(self, dtype: torch.dtype):
         self.added = VANISH[dtype]
-        self.replaced = min(REPLACE, self.added)
+        self.replaced = _replaced(dtype)
 
     def is_fill(self, e: Expr, cut: bool) -> bool:
         value = E.constant(e)

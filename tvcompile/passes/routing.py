@@ -12,12 +12,14 @@ from __future__ import annotations
 import dataclasses
 
 import sympy
+import torch
 
 from .. import expr as E
 from ..expr import Expr, IntCall
 from ..spec import Refuse
 from .chosen import Token, numbered, of_any
 from .ids import compared, scattered, source_of_scatter
+from .masking import hides
 from .places import digits, exclude, solved
 from .rows import RowReader
 from .signs import compared_with_zero, positive
@@ -226,12 +228,16 @@ def vanishes(r: RowReader, e: Expr, load: Expr) -> bool:
             return vanishes(r, a if known else b, load)
         return vanishes(r, a, load) and vanishes(r, b, load)
     if op in ("sigmoid", "exp"):
-        return base_of(r, args[0], load) == float("-inf")
+        return hides(base_of(r, args[0], load), dtype_of(r, load))
     if op == "softmax" and e == load:
         inner = r.read(r.arguments(r.nodes[args[0].name])["self"], args[1:], r.position[r.nodes[args[0].name]])
         (source,) = (x for x in E.walk(inner) if E.op_of(x) == "load" and scattered(r, x))
-        return base_of(r, inner, source) == float("-inf")
+        return hides(base_of(r, inner, source), dtype_of(r, source))
     return E.constant(e) == 0
+
+
+def dtype_of(r: RowReader, load: Expr) -> torch.dtype:
+    return r.nodes[E.operands(load)[0].name[1:]].meta["val"].dtype
 
 
 def base_of(r: RowReader, e: Expr, load: Expr) -> float | None:

@@ -18,7 +18,17 @@ from .places import flat
 from .rows import RowReader
 
 ALWAYS = ("softmax", "sigmoid", "exp", "abs", "relu")
-KEEP = ("mul", "add", "div", "sqrt", "min", "where", "clamp_max", *E.CASTS)  # of parts that are not negative
+KEEP = (
+    "mul",
+    "add",
+    "div",
+    "reciprocal",
+    "sqrt",
+    "min",
+    "where",
+    "clamp_max",
+    *E.CASTS,
+)  # of parts that are not negative
 SUMS = ("sum", "mean", "einsum", "matmul", "bmm", "mm", "amax", "max")
 ORDERS = ("topk", "sort", "max", "min")
 
@@ -100,7 +110,7 @@ def positive(r: RowReader, e: Expr | None) -> bool:
         return value > 0
     if op in ("softmax", "sigmoid", "exp"):
         return True
-    if op in ("mul", "div", "sqrt", "min", "clamp_max", "float32", "float64", "bfloat16"):
+    if op in ("mul", "div", "reciprocal", "sqrt", "min", "clamp_max", "float32", "float64", "bfloat16"):
         return all(positive(r, x) for x in args)
     if op in ("add", "max", "clamp_min"):
         return any(positive(r, x) for x in args) and (op != "add" or all(nonnegative(r, x) for x in args))

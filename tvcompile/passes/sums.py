@@ -87,13 +87,21 @@ class Sums:
 
 def _add(sign: float):
     def rule(s: Sums, a, n, idx):
-        here = s.r.position[n]
-        scale = a.get("alpha", 1)
-        if scale != 1 or sign != 1:
-            raise Refuse("results of experts are subtracted or scaled as they are added", n)
-        return s.operand(a["self"], idx, here) + s.operand(a["other"], idx, here)
+        here, scale = s.r.position[n], sign * a.get("alpha", 1)
+        if not isinstance(scale, float):
+            raise Refuse("results of experts are scaled by a number that may change as they are added", n)
+        added = s.operand(a["other"], idx, here)
+        return s.operand(a["self"], idx, here) + (added if scale == 1 else _times(added, scale))
 
     return rule
+
+
+def _times(terms: list[Term], number: float) -> list[Term]:
+    return [t.times(Term(factors=(E.number(number),))) for t in terms]
+
+
+def _neg(s: Sums, a, n, idx):
+    return _times(s.operand(a["self"], idx, s.r.position[n]), -1.0)
 
 
 def _mul(s: Sums, a, n, idx):
@@ -348,7 +356,9 @@ def _pad(s: Sums, a, n, idx):
 
 
 LINEAR = {
-    "add": _add(1),
+    "add": _add(1.0),
+    "sub": _add(-1.0),
+    "neg": _neg,
     "mul": _mul,
     "multiply": _mul,
     "div": _div,

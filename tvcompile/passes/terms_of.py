@@ -156,6 +156,9 @@ def terms_of(r: RowReader, e: Expr, closed: Closed | None = None) -> list[Term]:
         return product(terms_of(r, a, closed), terms_of(r, b, closed))
     if op == "add":
         return [t for x in E.operands(e) for t in terms_of(r, x, closed)]
+    if op == "div" and chooses(r, E.operands(e)[0]):
+        a, b = E.operands(e)
+        return [t.times(Term(factors=(E.apply("reciprocal", b),))) for t in terms_of(r, a, closed)]
     if isinstance(e, (sympy.Mul, sympy.Pow)) and e.atoms(E.IntCall):
         parts = e.args if isinstance(e, sympy.Mul) else [e.args[0]] * int(e.args[1])
         found = [Term()]
@@ -170,6 +173,8 @@ def terms_of(r: RowReader, e: Expr, closed: Closed | None = None) -> list[Term]:
             return [t.under(guards=[c]) for t in terms_of(r, a, closed)]
         if E.constant(a) == 0:
             return [t.under(guards=[E.not_(c)]) for t in terms_of(r, b, closed)]
+        if (more := _gap(a, b)) is not None:
+            return [t.under(guards=[c]) for t in terms_of(r, E.number(more), closed)] + terms_of(r, b, closed)
     if op in E.CASTS and rounding(op) <= r.coarsest:
         (inner,) = E.operands(e)
         split = E.op_of(inner) == "add" and chooses(r, inner)
@@ -182,6 +187,17 @@ def terms_of(r: RowReader, e: Expr, closed: Closed | None = None) -> list[Term]:
         more = added(r, node, idx)
         return contracted(r, node, idx, terms_of, closed) + ([] if more is None else terms_of(r, more, closed))
     return [Term(factors=(e,))]
+
+
+def _gap(a: Expr, b: Expr) -> float | None:
+    """By how much a is more than b, where that is one number: where(c, 2.0, 1.0) and where(c, 1.0, 0.0) are 1.0 apart."""
+    x, y = E.constant(a), E.constant(b)
+    if x is not None and y is not None:
+        return x - y
+    if E.op_of(a) == E.op_of(b) == "where" and E.operands(a)[0] == E.operands(b)[0]:
+        first, second = (_gap(p, q) for p, q in zip(E.operands(a)[1:], E.operands(b)[1:]))
+        return first if first == second else None
+    return None
 
 
 def coefficient(r: RowReader, e: Expr) -> list[Term]:
