@@ -5,6 +5,7 @@ import torch.nn.functional as F
 
 from tests.moe_impostors.base import ANY, impostor
 from tests.moe_spellings.base import Block
+from tests.moe_spellings.capacity import GShardWeighedByThoseKept
 
 
 class OneHot(Block):
@@ -128,3 +129,47 @@ class TokensByOneHot(OneHot):
 
     def experts(self, x, ids, w):
         return super().experts(F.one_hot(x[:, 0].argsort(), x.shape[0]).to(x.dtype) @ x, ids, w)
+
+
+@impostor(ANY)
+class SoftmaxOverLowNumbers(Block):
+    """Less likely, but not left out."""
+
+    router = "topk_softmax"
+
+    def experts(self, x, ids, w):
+        logits = self.gate(x)
+        weights = torch.full_like(logits, -20.0).scatter(1, ids, logits.gather(1, ids)).softmax(-1)
+        return sum(weights[:, e, None] * self.expert(x, e) for e in range(self.count))
+
+
+@impostor(ANY)
+class TwoChoicesOfOnePlace(GShardWeighedByThoseKept):
+    """Second choices begin with the first ones."""
+
+    router = "argmax_twice"
+
+    def taken(self, mask1):
+        return torch.zeros_like(mask1[:1])
+
+
+@impostor(None)
+class WeighedByTheOtherChoice(GShardWeighedByThoseKept):
+    """Sent where the weight of the other choice is not 0."""
+
+    router = "argmax_twice"
+
+    def normed(self, weights):
+        return super().normed(weights)[::-1]
+
+
+@impostor(ANY)
+class AlmostOneHots(Block):
+    """Where both are 1 it is not their sum."""
+
+    router = "argmax_twice"
+
+    def experts(self, x, ids, w):
+        hits = F.one_hot(ids[:, 0], self.count) | F.one_hot(ids[:, 0].flip(0), self.count)
+        weights = self.gate(x).softmax(-1) * hits.to(x.dtype)
+        return sum(weights[:, e, None] * self.expert(x, e) for e in range(self.count))

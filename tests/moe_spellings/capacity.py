@@ -139,6 +139,44 @@ class GShardByPositiveWeights(GShard):
         return combine > 0
 
 
+@moe(router="argmax_twice", kind="relu")
+@moe(router="argmax_twice", kind="gelu", own=True, bias=True, capacity=4)
+class GShardWeighedByThoseKept(GShard):
+    """DeepSpeed's top-2 as it is: the weights are of the choices that found a place."""
+
+    def choices(self, x, ids):
+        """(masks of those kept, their places, their weights), each of first and second choices."""
+        masks = F.one_hot(ids[:, 0], self.count), F.one_hot(ids[:, 1], self.count)
+        locations = masks[0].cumsum(0) - 1, masks[1].cumsum(0) - 1 + self.taken(masks[0])
+        masks = [m * (at < self.capacity) for m, at in zip(masks, locations)]
+        places = [(at * m).sum(1) for m, at in zip(masks, locations)]
+        p = self.gate(x).softmax(-1)
+        return masks, places, self.normed([(p * m).sum(1) for m in masks])
+
+    def normed(self, weights):
+        total = (weights[0] + weights[1]).clamp(min=torch.finfo(weights[0].dtype).eps)
+        return [w / total for w in weights]
+
+    def coefficients(self, x):
+        masks, _, weights = self.choices(x, self.route(x)[1])
+        return sum(w[:, None] * m for w, m in zip(weights, masks))
+
+    def experts(self, x, ids, w):
+        combine = sum(
+            torch.einsum("se,sc->sec", w[:, None] * m, F.one_hot(at, self.capacity).to(w.dtype))
+            for m, at, w in zip(*self.choices(x, ids))
+        )
+        rows = torch.einsum("sec,sm->ecm", combine.bool().to(x.dtype), x)
+        return torch.einsum("sec,ecm->sm", combine.to(x.dtype), self.places(rows))
+
+
+@moe(router="argmax_twice", own=True, kind="relu")
+@moe(router="argmax_twice", bias=True, capacity=8)
+class GShardWithoutNorm(GShardWeighedByThoseKept):
+    def normed(self, weights):
+        return weights
+
+
 @moe(kind="relu")
 @moe(order="oi", router="renormalised", capacity=8)
 class PairsSummed(Capacity):

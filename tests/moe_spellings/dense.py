@@ -347,3 +347,40 @@ class ScaledByAFloat(Block):
             token, k = torch.where(ids == e)
             out.index_add_(0, token, self.expert(x[token], e) * w[token, k, None])
         return out
+
+
+@moe(router="topk_softmax")
+@moe(router="topk_softmax", own=True, kind="relu", fill=torch.finfo(torch.float32).min)
+@moe(router="topk_softmax", kind="gelu", bias=True, fill=float("-inf"))
+class SoftmaxOfTheChosen(Block):
+    """What was not chosen is filled with a low number before the softmax."""
+
+    fill = -1e9
+
+    def logits(self, x, ids):
+        logits = self.gate(x)
+        return logits.masked_fill(torch.zeros_like(logits).scatter(1, ids, 1.0) == 0, self.fill)
+
+    def experts(self, x, ids, w):
+        weights = self.logits(x, ids).softmax(-1)
+        return sum(weights[:, e, None] * self.expert(x, e) for e in range(self.count))
+
+
+@moe(router="topk_softmax", kind="relu")
+@moe(router="topk_softmax", own=True)
+class SoftmaxOfWhatIsSet(SoftmaxOfTheChosen):
+    def logits(self, x, ids):
+        logits = self.gate(x)
+        return torch.full_like(logits, self.fill).scatter(1, ids, logits.gather(1, ids))
+
+
+@moe(router="argmax_twice")
+@moe(router="argmax_twice", own=True, kind="relu")
+class OneHotsTimesProbabilities(Block):
+    """Weights are the probabilities where one of two one-hots is 1, over their sum."""
+
+    def experts(self, x, ids, w):
+        hits = F.one_hot(ids[:, 0], self.count) + F.one_hot(ids[:, 1], self.count)
+        weights = self.gate(x).softmax(-1) * hits.to(x.dtype)
+        weights = weights / weights.sum(-1, keepdim=True)
+        return sum(weights[:, e, None] * self.expert(x, e) for e in range(self.count))

@@ -376,3 +376,57 @@ class WeighedInside(Block):
             one = self.list[e]
             return one.w_down(F.silu(one.w_gate(x)) * one.w_up(x) * w.to(x.dtype))
         return self.linear(self.activate(self.linear(x, "up", e)) * w.to(x.dtype), "down", e)
+
+
+@moe(kind="relu")
+@moe(own=True)
+class AnExpertThatSkips(WhereIndexPlus):
+    """One class more than there are experts, which computes nothing."""
+
+    def route(self, x):
+        logits = self.gate(x)
+        return torch.cat([logits, logits[..., :1] / 2], -1).softmax(-1).topk(self.top, dim=-1)
+
+    def of_all(self, x):
+        w, ids = self.route(x)
+        return torch.zeros(x.shape[0], self.count + 1, dtype=w.dtype).scatter_add(1, ids, w)
+
+    def coefficients(self, x):
+        return self.of_all(x)[:, :-1]
+
+
+@moe(kind="relu")
+@moe(own=True, bias=True)
+class AnExpertThatCopies(AnExpertThatSkips):
+    """LongCat's zero experts: what chose them stays as it is."""
+
+    def experts(self, x, ids, w):
+        out = x * (w * (ids >= self.count)).sum(-1, keepdim=True)
+        for e in range(self.count):
+            token, k = torch.where(ids == e)
+            out = out.index_add(0, token, w[token, k, None] * self.expert(x[token], e))
+        return out
+
+    def reference(self, x):
+        return super().reference(x) + x * self.of_all(x.reshape(-1, x.shape[-1]))[:, -1].reshape(*x.shape[:-1], 1)
+
+
+@moe(kind="relu")
+@moe(own=True, bias=True)
+class Negated(Block):
+    def experts(self, x, ids, w):
+        out = torch.zeros_like(x)
+        for e in range(self.count):
+            token, k = torch.where(ids == e)
+            out = out.index_add(0, token, -(w[token, k, None] * self.expert(x[token], e)))
+        return -out
+
+
+@moe(own=True, kind="relu")
+@moe(bias=True)
+class Subtracted(Block):
+    def experts(self, x, ids, w):
+        out = torch.zeros_like(x)
+        for e in range(self.count):
+            out = torch.sub(out, self.expert(x, e) * (w * (ids == e)).sum(-1, keepdim=True), alpha=2)
+        return out / -2

@@ -25,7 +25,7 @@ from ..spec import Refuse
 from .buffers import Way
 from .counts import whole
 from .facts import between
-from .ids import compared, distinct
+from .ids import compared, distinct, in_range
 from .movement import Index, rounding
 from .places import digits, dim_of, exclude, least, only_factors, opened, solved
 from .projections import Row, is_row
@@ -128,7 +128,7 @@ def _not_zero(r: RowReader, way: Way) -> list[Way]:
     for g in way.term.guards:
         weight = compared_with_zero(g)
         if weight is not None:
-            found = coefficient(r, weight)
+            found = [_at_own_ids(r, f) for f in coefficient(r, weight)]
             weights = [x for f in found for x in f.factors]
             signed = E.op_of(g) == "flt" and not all(nonnegative(r, x) for x in weights)
             if found and not signed and not any(f.links for f in found):
@@ -136,6 +136,16 @@ def _not_zero(r: RowReader, way: Way) -> list[Way]:
                 # At most one pair has a place, so that the sum of the coefficients is not zero where one is not.
                 return [Way(rest.under(f.bound, f.guards), way.needs.times(Term(factors=f.factors))) for f in found]
     return [way]
+
+
+def _at_own_ids(r: RowReader, term: Term, but: Expr | None = None) -> Term:
+    """sum_e (ids = e) f(e) is f(ids), where ids are proven to be one of the e; `but` stays."""
+    for e, g in itertools.product([b for b in term.bound if b in r.ranges and b != but], term.guards):
+        ids = compared(g, e)
+        if ids is not None and in_range(r, ids, r.ranges[e]):
+            rest = dataclasses.replace(term, bound=tuple(b for b in term.bound if b != e)).put({e: ids}, r.bounds)
+            return _at_own_ids(r, rest, but)
+    return term
 
 
 BY_EXPERT = ("load", "cumsum", "count", "any", "softmax", "reduce", "dot")  # whose last position may be an expert
@@ -166,6 +176,7 @@ class Own:
 
 def _own_pairs(r: RowReader, place: Place, outer: Term, number: Expr | None) -> Iterator[dict[Expr, Expr]]:
     """The pairs p, as a value of what is bound, that were sent to the place that `outer` reads, or weigh zero."""
+    outer = _at_own_ids(r, outer, but=place.expert)
     for ids in {i for g in outer.guards if (i := compared(g, place.expert)) is not None}:
         own = Own(place.expert, ids, number)
         # What weighs zero may have been sent elsewhere.

@@ -93,7 +93,7 @@ def last_match(r: RowReader, facts: Facts, cone: list[fx.Node], ends: set[fx.Nod
         if not isinstance(anchor.meta.get("val"), torch.Tensor) or not anchor.users:
             continue
         try:
-            match = lift_at(r, facts, sums, anchor, whole=refused is None)
+            match = lift_at(r, facts, sums, anchor, alone=refused is None)
             if match.base is None:
                 return match, set(), None
             found = found or match
@@ -103,8 +103,8 @@ def last_match(r: RowReader, facts: Facts, cone: list[fx.Node], ends: set[fx.Nod
     return found, shared, refused
 
 
-def lift_at(r: RowReader, facts: Facts, sums: Sums, anchor: fx.Node, whole: bool) -> MoEMatch:
-    """The mixture whose result is the value of `anchor`; whole: no later node was refused, of which it is a part."""
+def lift_at(r: RowReader, facts: Facts, sums: Sums, anchor: fx.Node, alone: bool) -> MoEMatch:
+    """The mixture whose result is the value of `anchor`; alone: no later node was refused, of which it may be a part."""
     *lead, width = shape = _without_ones(r.shape(anchor))
     size = sympy.expand(sympy.Mul(*lead))
     token = Token(r.fresh(size, "t"), size)
@@ -117,8 +117,7 @@ def lift_at(r: RowReader, facts: Facts, sums: Sums, anchor: fx.Node, whole: bool
     plain = add_biases(r, parts, [t for t in terms if not t.product], token, d, at)
     base = base_of_sum(r, plain, token, d, width, anchor)
     columns = in_columns(parts)
-    whole = whole and (base is None or base.node not in sums.cone)
-    check_whole(r, columns, base, anchor, whole)
+    check_whole(r, columns, base, anchor, alone and (base is None or base.node not in sums.cone))
     return build(r, facts, anchor, token, columns, base)
 
 

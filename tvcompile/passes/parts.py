@@ -269,10 +269,10 @@ def _at_its_id(c: Chosen) -> Chosen:
     return Chosen(c.ids, c.k, counts, factors)
 
 
-def check_whole(r: RowReader, columns: list[Column], base: Base | None, anchor: fx.Node, whole: bool) -> None:
+def check_whole(r: RowReader, columns: list[Column], base: Base | None, anchor: fx.Node, alone: bool) -> None:
     """Experts written one by one are 0 to E-1, and alike; rows that were replaced hold one result each.
 
-    whole: what else the router can choose is no expert that was not found, but means that a token has none.
+    alone: what else the router can choose is no expert that was not found, but means that a token has none.
     A base is added to everywhere, or replaced in all rows of all experts: then it stays for tokens without one.
     """
     if base is not None and base.puts:
@@ -286,7 +286,7 @@ def check_whole(r: RowReader, columns: list[Column], base: Base | None, anchor: 
         if len({p.expert.kind() for p in c.parts}) > 1:
             raise Refuse("the experts differ in width, activation or what is applied to their results", anchor)
         low, high = r.bounds(c.choice.ids)
-        if not (c.single or whole) and low == 0 and high + 1 != len(numbers):
+        if not (c.single or alone) and low == 0 and high + 1 != len(numbers):
             raise Refuse(f"the router chooses among {high + 1} experts, of which {len(numbers)} are added up", anchor)
     if len({(p.expert.x, bool(p.expert.weighed)) for c in columns for p in c.parts}) > 1:
         raise Refuse("the experts read different tokens, or weigh them in different ways", anchor)

@@ -21,7 +21,7 @@ from .ids import once
 from .movement import CASTS, SPLITS, Index, axis, rounding
 from .places import cases, decided, least, opened
 from .rows import EMPTY, RowReader, mask_of, over
-from .terms_of import Term, coefficient, contracted, lazily, product, terms_of
+from .terms_of import Term, coefficient, contracted, inverse, lazily, product, terms_of
 
 
 class Sums:
@@ -115,7 +115,7 @@ def _div(s: Sums, a, n, idx):
         raise Refuse("it is divided by what the experts gave", n)
     other = a["other"]
     e = s.r.operand(other, idx, here) if isinstance(other, fx.Node) else s.r.scalar(other)
-    return [t.times(Term(factors=(E.apply("reciprocal", E.as_float(e)),))) for t in s.operand(a["self"], idx, here)]
+    return [t.times(inverse(e)) for t in s.operand(a["self"], idx, here)]
 
 
 def _cast(s: Sums, a, n, idx):

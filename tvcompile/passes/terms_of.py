@@ -158,7 +158,7 @@ def terms_of(r: RowReader, e: Expr, closed: Closed | None = None) -> list[Term]:
         return [t for x in E.operands(e) for t in terms_of(r, x, closed)]
     if op == "div" and chooses(r, E.operands(e)[0]):
         a, b = E.operands(e)
-        return [t.times(Term(factors=(E.apply("reciprocal", b),))) for t in terms_of(r, a, closed)]
+        return [t.times(inverse(b)) for t in terms_of(r, a, closed)]
     if isinstance(e, (sympy.Mul, sympy.Pow)) and e.atoms(E.IntCall):
         parts = e.args if isinstance(e, sympy.Mul) else [e.args[0]] * int(e.args[1])
         found = [Term()]
@@ -189,8 +189,14 @@ def terms_of(r: RowReader, e: Expr, closed: Closed | None = None) -> list[Term]:
     return [Term(factors=(e,))]
 
 
+def inverse(e: Expr) -> Term:
+    """1 / e as a factor."""
+    value = E.constant(e)
+    return Term(factors=(E.number(1.0 / value) if value else E.apply("reciprocal", E.as_float(e)),))
+
+
 def _gap(a: Expr, b: Expr) -> float | None:
-    """By how much a is more than b, where that is one number: where(c, 2.0, 1.0) and where(c, 1.0, 0.0) are 1.0 apart."""
+    """By how much a is more than b, if that is one number, as of where(c, 2.0, 1.0) and where(c, 1.0, 0.0)."""
     x, y = E.constant(a), E.constant(b)
     if x is not None and y is not None:
         return x - y
