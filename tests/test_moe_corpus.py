@@ -311,7 +311,7 @@ def test_a_mixture_that_is_refused_beside_one_that_is_fused_says_why():
 
     report = harness.run(Summed(chain), CORPUS["dense.MaskedSum"].make_inputs(torch.float32), True)
     assert len(moe_sites(report)) == 1
-    assert any("the router chooses among" in r.reason for r in moe_refusals(report)), report.refusals
+    assert any("a part of a weight" in r.reason for r in moe_refusals(report)), report.refusals
 
 
 def test_layers_whose_residual_begins_the_sum_are_two_sites():

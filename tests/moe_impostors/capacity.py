@@ -168,7 +168,7 @@ class SentWhereTheWeightIsNotZero(SentByWeight):
         return combine.bool()
 
 
-@impostor(ANY)
+@impostor(None)
 class SentByASumThatMayBeEmpty(SentByWeight):
     """The weight is a sum over the experts under a condition of its own."""
 

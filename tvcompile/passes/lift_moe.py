@@ -104,7 +104,10 @@ def last_match(r: RowReader, facts: Facts, cone: list[fx.Node], ends: set[fx.Nod
 
 
 def lift_at(r: RowReader, facts: Facts, sums: Sums, anchor: fx.Node, alone: bool) -> MoEMatch:
-    """The mixture whose result is the value of `anchor`; alone: no later node was refused, of which it may be a part."""
+    """The mixture whose result is the value of `anchor`.
+
+    alone: no later node was refused, of which it may be a part
+    """
     *lead, width = shape = _without_ones(r.shape(anchor))
     size = sympy.expand(sympy.Mul(*lead))
     token = Token(r.fresh(size, "t"), size)
