@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 from tests.moe_impostors.base import ANY, impostor
 from tests.moe_spellings.base import Block
-from tests.moe_spellings.capacity import GShardWeighedByThoseKept
+from tests.moe_spellings.capacity import GShardWeighedByThoseKept, SwitchSlicedOneHot
 
 
 class OneHot(Block):
@@ -173,3 +173,13 @@ class AlmostOneHots(Block):
         hits = F.one_hot(ids[:, 0], self.count) | F.one_hot(ids[:, 0].flip(0), self.count)
         weights = self.gate(x).softmax(-1) * hits.to(x.dtype)
         return sum(weights[:, e, None] * self.expert(x, e) for e in range(self.count))
+
+
+@impostor(ANY)
+class TheLastPlaceForAllBeyond(SwitchSlicedOneHot):
+    """What finds no place shares the last one."""
+
+    router = "top1"
+
+    def at_most(self, place, C):
+        return torch.where(place < C, place, torch.full_like(place, C - 1))

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from tests.moe_spellings.base import B, Block, S, moe
+from tests.moe_spellings.base import ACTIVATIONS, B, Block, S, moe
 
 
 @moe()
@@ -430,3 +430,22 @@ class Subtracted(Block):
         for e in range(self.count):
             out = torch.sub(out, self.expert(x, e) * (w * (ids == e)).sum(-1, keepdim=True), alpha=2)
         return out / -2
+
+
+@moe(kind="relu")
+@moe(own=True, kind="gelu")
+class IdleCasts(Block):
+    """Casts to the dtype that is there, also where the weight is on its way through the last projection."""
+
+    def experts(self, x, ids, w):
+        out = torch.zeros_like(x)
+        for e in range(self.count):
+            token, k = torch.where(ids == e)
+            if self.own:
+                h = ACTIVATIONS[self.kind](None, self.list[e].w_up(x[token])) * w[token, k, None].to(x.dtype)
+                y = self.list[e].w_down(h.to(x.dtype))
+            else:
+                h = self.activate(self.linear(x[token].to(x.dtype), "up", e)) * w[token, k, None].to(x.dtype)
+                y = self.linear(h.to(x.dtype), "down", e)
+            out = out.index_add(0, token, y.to(out.dtype))
+        return out

@@ -157,6 +157,7 @@ def canonicalize(gm: fx.GraphModule, fakes: Sequence, bodies: dict) -> tuple[fx.
             _UnderAutocast(traced, fake_mode_of(values)).run(*values)
     _keep_dynamo_facts(gm, traced)
     remove_asserted_types(traced.graph)
+    remove_idle_casts(traced.graph)
     functionalize_temporaries(traced.graph)
     merge_repeated(traced.graph)
     split_contractions(traced.graph)
@@ -218,6 +219,15 @@ def remove_asserted_types(graph: fx.Graph) -> None:
         given = dict(zip(("a", "size", "stride", "dtype"), node.args)) | node.kwargs
         val, asked = given.pop("a").meta["val"], {k: x for k, x in given.items() if x is not None}
         if asked.keys() <= {"dtype", "device", "layout"} and all(getattr(val, k) == x for k, x in asked.items()):
+            graph.erase_node(node)
+
+
+def remove_idle_casts(graph: fx.Graph) -> None:
+    """Erase `x.to(dtype)` of an x that has it: it is x itself."""
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.to.dtype):
+        x, dtype, *more = node.args
+        if x.meta["val"].dtype == dtype and not any(more) and not any(node.kwargs.values()):
+            node.replace_all_uses_with(x)
             graph.erase_node(node)
 
 

@@ -27,7 +27,7 @@ from .counts import whole
 from .facts import between
 from .ids import compared, distinct, in_range
 from .movement import Index, rounding
-from .places import digits, dim_of, exclude, least, only_factors, opened, solved
+from .places import digits, dim_of, exclude, flat, least, only_factors, opened, solved
 from .projections import Row, is_row
 from .routing import unscattered, without_rows_of
 from .rows import RowReader, over as positions_of
@@ -169,9 +169,9 @@ class Own:
 
     def all(self, r: RowReader, guards: Sequence[Expr], more: Collection[Expr] = ()) -> set[Expr]:
         """Guards there, with what they say of each other used."""
-        put = [_in_range_of_place(r, self.at(r, g)) for g in guards]
+        put = flat(_in_range_of_place(r, self.at(r, g)) for g in guards)
         first = {opened(r, g, more) for g in put} | set(more)
-        return {g for g in (_in_range_of_place(r, opened(r, x, first)) for x in put) if g is not E.TRUE}
+        return {g for g in flat(_in_range_of_place(r, opened(r, x, first)) for x in put) if g is not E.TRUE}
 
 
 def _own_pairs(r: RowReader, place: Place, outer: Term, number: Expr | None) -> Iterator[dict[Expr, Expr]]:
@@ -204,7 +204,7 @@ def _sent(r: RowReader, place: Place, pair: dict, own: Own, known: set[Expr], ou
 
 
 def _in_range_of_place(r: RowReader, g: Expr) -> Expr:
-    """c = min(x, n) is c = x where c < n."""
+    """c = min(x, n) is c = x where c < n, and c = where(keep, x, n) is keep and c = x."""
     if E.op_of(g) != "eq":
         return g
     for c in sympy.Add.make_args(E.operands(g)[0]):
@@ -213,6 +213,10 @@ def _in_range_of_place(r: RowReader, g: Expr) -> Expr:
         if value is not None and E.op_of(value) in ("clamp_max", "min"):
             if E.at_most(r.ranges[c], E.operands(value)[1]):
                 return E.eq(c, E.operands(value)[0])
+        if value is not None and E.op_of(value) == "where":
+            keep, x, beyond = E.operands(value)
+            if E.at_most(r.ranges[c], beyond):
+                return E.and_(keep, E.eq(c, x))
     return g
 
 
