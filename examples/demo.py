@@ -48,8 +48,14 @@ def chosen_model() -> tuple[str, str]:
 def encoder() -> None:
     """(a) Embed a page of sentences, a padded batch of different lengths."""
     name, source = chosen_model()
-    model = transformers.AutoModel.from_pretrained(source, attn_implementation="eager").eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    try:
+        model = transformers.AutoModel.from_pretrained(source, attn_implementation="eager").eval()
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise SystemExit(
+            f"{source} is no encoder: expected a folder with its config, weights and tokenizer, or the id "
+            f"of one on the hub.\n{error}"
+        ) from None
     sentences = (Path(__file__).parent / "page.txt").read_text(encoding="utf-8").splitlines()
     batch = tokenizer(sentences, padding=True, return_tensors="pt")
     real = batch["attention_mask"].unsqueeze(-1)

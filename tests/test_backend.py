@@ -196,6 +196,11 @@ def test_unknown_option_lists_the_known_ones():
         torch.compile(causal, backend="tv", options={"tv.strikt": True})(*qkv())
 
 
+def test_strict_is_true_or_false():
+    with pytest.raises(Exception, match="tv.strict must be True or False; got 'no'"):
+        torch.compile(causal, backend="tv", options={"tv.strict": "no"})(*qkv())
+
+
 def test_inductor_options_pass_through():
     with pytest.raises(Exception, match="no_such_inductor_option"):
         torch.compile(causal, backend="tv", options={"no_such_inductor_option": 1})(*qkv())

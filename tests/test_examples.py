@@ -117,6 +117,13 @@ def test_the_demo_runs_with_a_model_of_the_users_own(tmp_path):
         assert all(words in line for line in fused_lines(second) + fused_lines(third)), output
 
 
+def test_the_demo_says_what_it_expects_of_a_model(tmp_path):
+    environment = {**os.environ, "MODEL": str(tmp_path / "none"), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, str(EXAMPLES / "demo.py")], env=environment, capture_output=True, text=True)
+    assert done.returncode != 0 and "expected a folder with its config" in done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
+
+
 def split_jobs(output: str) -> list[str]:
     """The output of jobs (a), (b) and (c)."""
     marks = [output.index(f"({letter}) ") for letter in "abc"]

@@ -35,6 +35,8 @@ class Options:
     tune: str = "none"
 
     def __post_init__(self):
+        if not isinstance(self.strict, bool):
+            raise ValueError(f"tv.strict must be True or False; got {self.strict!r}")
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(
