@@ -165,8 +165,9 @@ def test_sizes(K, H, F, H_out):
 
 
 @pytest.mark.parametrize("weigh", ["output", "input"])
-def test_dropped_pairs_and_experts_without_tokens(weigh):
-    ids = torch.full((12, 2), -1)
+@pytest.mark.parametrize("dropped", [-1, 4, 9])
+def test_dropped_pairs_and_experts_without_tokens(weigh, dropped):
+    ids = torch.full((12, 2), dropped)
     ids[::2, 0], ids[1::3, 1] = 3, 1
     compare(f"{SPECS['chunk']}; weigh={weigh}", ids=ids)
     compare(f"{SPECS['chunk']}; weigh={weigh}", T=3, ids=torch.full((3, 2), -1))
