@@ -314,6 +314,12 @@ def test_a_mixture_that_is_refused_beside_one_that_is_fused_says_why():
     assert any("a part of a weight" in r.reason for r in moe_refusals(report)), report.refusals
 
 
+def test_half_of_the_experts_is_no_mixture():
+    spelling = CORPUS["layers.SummedInPairs.own"]
+    report = harness.run(spelling.build(torch.float32), spelling.make_inputs(torch.float32), True)
+    assert [" E=4," in site.shapes for site in moe_sites(report)] == [True], report
+
+
 def test_layers_whose_residual_begins_the_sum_are_two_sites():
     blocks = [CORPUS["layers.ResidualThenDense.own"].build(torch.float32) for _ in range(2)]
     inputs = CORPUS["dense.MaskedSum"].make_inputs(torch.float32)

@@ -126,6 +126,16 @@ class ResidualThenDense(SharedThenDense):
         return Block.reference(self, x) + x
 
 
+@moe(own=True)
+@moe(kind="relu")
+class SummedInPairs(ResidualThenDense):
+    """Half of the experts are a sum of their own, and are no mixture beside the other half."""
+
+    def experts(self, x, ids, w):
+        y = [(w * (ids == e)).sum(-1, keepdim=True) * self.expert(x, e) for e in range(self.count)]
+        return (x + y[2] + y[3]) + (y[0] + y[1])
+
+
 for mixin, shape in ((Shared, (B, S, H)), (Losses, (B, S, H)), (Residual, (B, S, H)), (TokensFirst, (T, H))):
     for form in FORMS:
         name = f"{mixin.__name__}{form.__name__}"

@@ -226,7 +226,7 @@ def remove_idle_casts(graph: fx.Graph) -> None:
     """Erase `x.to(dtype)` of an x that has it: it is x itself."""
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten.to.dtype):
         x, dtype, *more = node.args
-        if x.meta["val"].dtype == dtype and not any(more) and not any(node.kwargs.values()):
+        if "val" in x.meta and x.meta["val"].dtype == dtype and not any(more) and not any(node.kwargs.values()):
             node.replace_all_uses_with(x)
             graph.erase_node(node)
 

@@ -93,7 +93,7 @@ def last_match(r: RowReader, facts: Facts, cone: list[fx.Node], ends: set[fx.Nod
         if not isinstance(anchor.meta.get("val"), torch.Tensor) or not anchor.users:
             continue
         try:
-            match = lift_at(r, facts, sums, anchor, alone=refused is None)
+            match = lift_at(r, facts, sums, anchor, alone=refused is None and found is None)
             if match.base is None:
                 return match, set(), None
             found = found or match
@@ -106,7 +106,7 @@ def last_match(r: RowReader, facts: Facts, cone: list[fx.Node], ends: set[fx.Nod
 def lift_at(r: RowReader, facts: Facts, sums: Sums, anchor: fx.Node, alone: bool) -> MoEMatch:
     """The mixture whose result is the value of `anchor`.
 
-    alone: no later node was refused, of which it may be a part
+    alone: it is no part of a later node that was found or refused
     """
     *lead, width = shape = _without_ones(r.shape(anchor))
     size = sympy.expand(sympy.Mul(*lead))
