@@ -196,10 +196,13 @@ def inverse(e: Expr) -> Term:
 
 
 def _gap(a: Expr, b: Expr) -> float | None:
-    """By how much a is more than b, if that is one number, as of where(c, 2.0, 1.0) and where(c, 1.0, 0.0)."""
+    """By how much a is more than b >= 0, if that is one number, as of where(c, 2.0, 1.0) and where(c, 1.0, 0.0).
+
+    Of counts only: with other numbers, a sum of the two would be less precise than a.
+    """
     x, y = E.constant(a), E.constant(b)
     if x is not None and y is not None:
-        return x - y
+        return x - y if x in range(1024) and y in range(1024) and x >= y else None
     if E.op_of(a) == E.op_of(b) == "where" and E.operands(a)[0] == E.operands(b)[0]:
         first, second = (_gap(p, q) for p, q in zip(E.operands(a)[1:], E.operands(b)[1:]))
         return first if first == second else None

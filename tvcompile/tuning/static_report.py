@@ -128,7 +128,7 @@ def short(config: Any) -> str:
     given = dataclasses.asdict(config)
     tile = "x".join(str(given[k]) for k in ("BLOCK_M", "BLOCK_N", "BLOCK_K") if k in given)
     words = [tile, f"w{config.num_warps}", f"s{config.num_stages}"]
-    words += [name for name in ("descriptors", "specialize") if given[name]]
+    words += [name for name in ("descriptors", "specialize", "halved") if given.get(name)]
     words += ["no hoist"] * (not given.get("hoist", True)) + [f"splits {n}" for n in [given.get("splits", 1)] if n > 1]
     return " ".join(words)
 
