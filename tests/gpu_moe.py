@@ -57,6 +57,9 @@ def cases(arch: str) -> Iterator[tuple[str, Launch]]:
     # What reads the weights by other ways.
     for layout in ("interleave", "separate") if arch in ("sm80", "sm90", "sm100") else ():
         yield f"experts_up {layout}", found(4096, False, SILU + layout, transposed=False)["experts_up"][0]
+    if arch in ("sm80", "sm86"):
+        few = {"E": 40, "K": 8, "H": 1536, "F": 512}  # 8 trips, which LLVM would unroll
+        yield "experts_rows of few trips", found(4096, False, **few)["experts_rows"][0]
     for transposed in (False, True) if arch in ("sm86", "sm100", "sm120") else ():
         made = found(4096, True, SILU + "separate", transposed=transposed)["experts_rows"]
         yield f"experts_rows separate backward, transposed={transposed}", made[0]

@@ -314,6 +314,47 @@ def test_a_mixture_that_is_refused_beside_one_that_is_fused_says_why():
     assert any("a part of a weight" in r.reason for r in moe_refusals(report)), report.refusals
 
 
+class ByANumber(torch.nn.Module):
+    """Results, or their weights, with a number in them that may change: a size, a float argument."""
+
+    def __init__(self, how, weigh):
+        super().__init__()
+        self.block, self.how, self.weigh = CORPUS["dense.MaskedSum.own"].build(torch.float32), how, weigh
+
+    def forward(self, x, number):
+        x = x.reshape(-1, x.shape[-1])
+        w, ids = self.block.route(x)
+        number, out = len(x) if number is None else number, torch.zeros_like(x)
+        w = w if self.weigh else torch.ones_like(w)
+        for e in range(self.block.count):
+            w_e = (w * (ids == e)).sum(-1, keepdim=True)
+            y = self.block.expert(x, e)
+            out = (
+                torch.sub(out, y * w_e, alpha=number)
+                if self.how == "alpha"
+                else out + y * (w_e / number if self.how == "weights" else w_e)
+            )
+        return out / number if self.how == "results" else out
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+@pytest.mark.parametrize("number", [None, 0.7])
+@pytest.mark.parametrize("weigh", [True, False])
+@pytest.mark.parametrize("how", ["results", "weights", "alpha"])
+def test_numbers_that_may_change(how, weigh, number, dynamic):
+    report = harness.run(
+        ByANumber(how, weigh), (*CORPUS["dense.MaskedSum"].make_inputs(torch.float32), number), True, dynamic=dynamic
+    )
+    assert len(moe_sites(report)) == 1, report
+
+
+def test_results_that_are_divided_by_0():
+    report = harness.run(
+        ByANumber("weights", True), (*CORPUS["dense.MaskedSum"].make_inputs(torch.float32), 0.0), False, dynamic=False
+    )
+    assert not moe_sites(report)
+
+
 def test_half_of_the_experts_is_no_mixture():
     spelling = CORPUS["layers.SummedInPairs.own"]
     report = harness.run(spelling.build(torch.float32), spelling.make_inputs(torch.float32), True)

@@ -23,6 +23,8 @@ COMPLETE = {
     "--dtype float16 --op attention": 200,
     "--dtype float32 --op attention --pass fwd decode --arch sm80 sm86 sm89 sm90 sm100 sm120": 90,
     "--dtype float32 --op attention --pass dq dkdv --arch sm80 sm86 sm89 sm90 sm100 sm120": 60,
+    "--dtype bfloat16 float16 --op moe": 240,
+    "--dtype float32 --op moe": 120,
 }
 
 

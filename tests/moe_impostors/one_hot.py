@@ -164,6 +164,17 @@ class WeighedByTheOtherChoice(GShardWeighedByThoseKept):
 
 
 @impostor(ANY)
+class WeightsThatCancel(Block):
+    """Of the two terms of a weight each is 10^8, and their sum is 8."""
+
+    def experts(self, x, ids, w):
+        ids = self.gate(x).argmax(-1), self.gate(x.flip(0)).argmax(-1)
+        hits = [F.one_hot(i, self.count).to(x.dtype) for i in ids]
+        weights = hits[0] * 1e8 + hits[1] * -99999992.0
+        return sum(weights[:, e, None] * self.expert(x, e) for e in range(self.count))
+
+
+@impostor(ANY)
 class AlmostOneHots(Block):
     """Where both are 1 it is not their sum."""
 

@@ -225,8 +225,9 @@ def remove_asserted_types(graph: fx.Graph) -> None:
 def remove_idle_casts(graph: fx.Graph) -> None:
     """Erase `x.to(dtype)` of an x that has it: it is x itself."""
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten.to.dtype):
-        x, dtype, *more = node.args
-        if "val" in x.meta and x.meta["val"].dtype == dtype and not any(more) and not any(node.kwargs.values()):
+        given = dict(zip(("self", "dtype", "non_blocking", "copy", "memory_format"), node.args)) | node.kwargs
+        x, dtype = given.pop("self"), given.pop("dtype")
+        if "val" in x.meta and x.meta["val"].dtype == dtype and not any(given.values()):
             node.replace_all_uses_with(x)
             graph.erase_node(node)
 

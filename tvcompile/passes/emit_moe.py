@@ -93,11 +93,12 @@ class _Choice:
     def weights(self, x: fx.Node) -> fx.Node:
         values = [self.write(factor) for factor in self.c.factors]
         number = math.prod(float(v) for v in values if not isinstance(v, fx.Node))
-        result = self.w.call(aten.full.default, [1, 1], number, dtype=x.meta["val"].dtype, device=self.device)
         nodes = [v for v in values if isinstance(v, fx.Node)]
-        if nodes:
-            result = functools.reduce(lambda a, b: self.w.call(operator.mul, a, b), nodes)
-            result = result if number == 1.0 else self.w.call(operator.mul, result, number)
+        if not any(isinstance(n.meta["val"], torch.Tensor) for n in nodes):
+            ones = self.w.call(aten.full.default, [1, 1], 1.0, dtype=x.meta["val"].dtype, device=self.device)
+            nodes = [ones, *nodes]
+        result = functools.reduce(lambda a, b: self.w.call(operator.mul, a, b), nodes)
+        result = result if number == 1.0 else self.w.call(operator.mul, result, number)
         return self._whole(result)
 
     def _whole(self, node: fx.Node) -> fx.Node:
@@ -131,6 +132,8 @@ class _Choice:
         args = [self.write(a) for a in E.operands(e)]
         if op in E.CASTS or op == "int":
             return self.w.cast(args[0], torch.int64 if op == "int" else getattr(torch, op))
+        if op == "reciprocal":
+            return self.w.call(operator.truediv, 1.0, *args)
         if op is not None:
             return self.w.call(CALLS[op] if op in CALLS else getattr(aten, op).default, *args)
         result = args[0]

@@ -18,17 +18,8 @@ from .places import flat
 from .rows import RowReader
 
 ALWAYS = ("softmax", "sigmoid", "exp", "abs", "relu")
-KEEP = (
-    "mul",
-    "add",
-    "div",
-    "reciprocal",
-    "sqrt",
-    "min",
-    "where",
-    "clamp_max",
-    *E.CASTS,
-)  # of parts that are not negative
+# Of parts that are not negative:
+KEEP = ("mul", "add", "div", "reciprocal", "sqrt", "min", "where", "clamp_max", *E.CASTS)
 SUMS = ("sum", "mean", "einsum", "matmul", "bmm", "mm", "amax", "max")
 ORDERS = ("topk", "sort", "max", "min")
 

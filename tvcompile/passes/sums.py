@@ -87,21 +87,18 @@ class Sums:
 
 def _add(sign: float):
     def rule(s: Sums, a, n, idx):
-        here, scale = s.r.position[n], sign * a.get("alpha", 1)
-        if not isinstance(scale, float):
-            raise Refuse("results of experts are scaled by a number that may change as they are added", n)
-        added = s.operand(a["other"], idx, here)
-        return s.operand(a["self"], idx, here) + (added if scale == 1 else _times(added, scale))
+        here, scale = s.r.position[n], E.as_float(s.r.scalar(a.get("alpha", 1)))
+        return s.operand(a["self"], idx, here) + _times(_times(s.operand(a["other"], idx, here), scale), E.number(sign))
 
     return rule
 
 
-def _times(terms: list[Term], number: float) -> list[Term]:
-    return [t.times(Term(factors=(E.number(number),))) for t in terms]
+def _times(terms: list[Term], factor: Expr) -> list[Term]:
+    return terms if E.constant(factor) == 1 else [t.times(Term(factors=(factor,))) for t in terms]
 
 
 def _neg(s: Sums, a, n, idx):
-    return _times(s.operand(a["self"], idx, s.r.position[n]), -1.0)
+    return _times(s.operand(a["self"], idx, s.r.position[n]), E.number(-1.0))
 
 
 def _mul(s: Sums, a, n, idx):

@@ -192,7 +192,9 @@ def terms_of(r: RowReader, e: Expr, closed: Closed | None = None) -> list[Term]:
 def inverse(e: Expr) -> Term:
     """1 / e as a factor."""
     value = E.constant(e)
-    return Term(factors=(E.number(1.0 / value) if value else E.apply("reciprocal", E.as_float(e)),))
+    if value == 0:
+        raise Refuse("what the experts gave, or their weight, is divided by 0")
+    return Term(factors=(E.apply("reciprocal", E.as_float(e)) if value is None else E.number(1.0 / value),))
 
 
 def _gap(a: Expr, b: Expr) -> float | None:

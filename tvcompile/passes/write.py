@@ -37,7 +37,11 @@ class Writer:
         return node
 
     def cast(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
-        return node if node.meta["val"].dtype == dtype else self.call(aten.to.dtype, node, dtype)
+        """A tensor in the dtype; a number of the program, which has none, as a float if it is one that is asked for."""
+        val = node.meta["val"]
+        if isinstance(val, torch.Tensor):
+            return node if val.dtype == dtype else self.call(aten.to.dtype, node, dtype)
+        return self.call(torch.sym_float, node) if isinstance(val, torch.SymInt) and dtype.is_floating_point else node
 
     def size(self, e: Expr, sources: Sequence[fx.Node]):
         """A size formula as a number or a node."""

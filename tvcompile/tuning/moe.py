@@ -42,6 +42,8 @@ class Config:
     def __post_init__(self) -> None:
         if any(n & (n - 1) or n < 16 for n in (self.BLOCK_M, self.BLOCK_N, self.BLOCK_K)):
             raise ValueError(f"blocks are powers of two, at least 16: {self}")
+        if self.halved and self.BLOCK_K < 32:
+            raise ValueError(f"half of BLOCK_K is at least 16: {self}")
 
 
 @dataclasses.dataclass(frozen=True)
