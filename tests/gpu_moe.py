@@ -60,6 +60,9 @@ def cases(arch: str) -> Iterator[tuple[str, Launch]]:
     if arch in ("sm80", "sm86"):
         few = {"E": 40, "K": 8, "H": 1536, "F": 512}  # 8 trips, which LLVM would unroll
         yield "experts_rows of few trips", found(4096, False, **few)["experts_rows"][0]
+    if arch == "sm100":
+        even = found(4096, False, K=8, F=1024)["experts_up"][0]  # offsets that are or-ed rather than added
+        yield "experts_up of a power of two", even
     for transposed in (False, True) if arch in ("sm86", "sm100", "sm120") else ():
         made = found(4096, True, SILU + "separate", transposed=transposed)["experts_rows"]
         yield f"experts_rows separate backward, transposed={transposed}", made[0]

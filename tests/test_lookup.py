@@ -69,13 +69,27 @@ def test_more_than_a_bound_or_not_known(table):
     assert {n: blocks(dataclasses.replace(SM90, rows=n)) for n in (0, 64, 65)} == {0: [16], 64: [], 65: [16]}
 
 
+@pytest.mark.parametrize("N", [2048, 2816])
 @pytest.mark.parametrize("rows", [0, 16, 8192])
-def test_experts_of_a_power_of_two_features_are_not_specialized_on_sm100(rows):
-    """The formula's config spills four registers there."""
-    asked = moe.Ask(Device.typical("sm100", 148), "up", "bfloat16", rows, 64, 2048, 2048, 8)
-    assert not choose(asked)[0].config.specialize
-    other = dataclasses.replace(asked, N=2816)
-    assert choose(other)[0].config.specialize is (rows != 16)
+def test_experts_are_specialized_on_sm100(rows, N):
+    asked = moe.Ask(Device.typical("sm100", 148), "up", "bfloat16", rows, 64, N, 2048, 8)
+    assert choose(asked)[0].config.specialize is (rows != 16)
+
+
+@pytest.mark.parametrize("rows, block", [(0, 64), (1, 16), (8, 16), (9, 32), (16, 32), (17, 64), (8192, 64)])
+def test_rows_where_experts_in_float32_would_spill(rows, block):
+    """The formula's config of BLOCK_K 32 takes more registers there than there are."""
+    asked = moe.Ask(Device.typical("sm120"), "dact", "float32", rows, 64, 1408, 2048, 8)
+    config = choose(asked)[0].config
+    assert (config.BLOCK_M, config.BLOCK_N, config.BLOCK_K, config.num_warps) == (block, 64, 16, 4)
+    asked = moe.Ask(Device.typical("sm100"), "up", "float32", rows, 64, 2048, 2048, 8)
+    config = choose(asked)[0].config
+    assert (config.BLOCK_M, config.num_warps) == (block, 2 if block == 32 else 4)
+
+
+def test_half_of_a_trip_is_long_enough_for_tensor_cores():
+    with pytest.raises(ValueError, match="half of BLOCK_K is at least 16"):
+        moe.Config(64, 64, 16, 4, 2, halved=True)
 
 
 def test_one_of_several_values_and_nothing_but_these_edits(table):

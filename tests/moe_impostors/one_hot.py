@@ -164,6 +164,17 @@ class WeighedByTheOtherChoice(GShardWeighedByThoseKept):
 
 
 @impostor(ANY)
+class MoreWhereTwoAgree(Block):
+    """1 for each of two choices, and 3 where both are one."""
+
+    def experts(self, x, ids, w):
+        ids = self.gate(x).argmax(-1), self.gate(x.flip(0)).argmax(-1)
+        first, second = (F.one_hot(i, self.count).to(x.dtype) for i in ids)
+        weights = first + second + first * second
+        return sum(weights[:, e, None] * self.expert(x, e) for e in range(self.count))
+
+
+@impostor(ANY)
 class WeightsThatCancel(Block):
     """Of the two terms of a weight each is 10^8, and their sum is 8."""
 

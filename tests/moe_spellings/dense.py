@@ -376,11 +376,14 @@ class SoftmaxOfWhatIsSet(SoftmaxOfTheChosen):
 
 @moe(router="argmax_twice")
 @moe(router="argmax_twice", own=True, kind="relu")
+@moe(router="argmax_twice", kind="gelu", counted=torch.float32)
 class OneHotsTimesProbabilities(Block):
     """Weights are the probabilities where one of two one-hots is 1, over their sum."""
 
+    counted = torch.int64
+
     def experts(self, x, ids, w):
-        hits = F.one_hot(ids[:, 0], self.count) + F.one_hot(ids[:, 1], self.count)
-        weights = self.gate(x).softmax(-1) * hits.to(x.dtype)
+        first, second = (F.one_hot(ids[:, k], self.count).to(self.counted) for k in range(2))
+        weights = self.gate(x).softmax(-1) * (first + second).to(x.dtype)
         weights = weights / weights.sum(-1, keepdim=True)
         return sum(weights[:, e, None] * self.expert(x, e) for e in range(self.count))

@@ -419,7 +419,7 @@ class Negated(Block):
         for e in range(self.count):
             token, k = torch.where(ids == e)
             out = out.index_add(0, token, -(w[token, k, None] * self.expert(x[token], e)))
-        return -out
+        return out * -1.0
 
 
 @moe(own=True, kind="relu")
