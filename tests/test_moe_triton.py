@@ -115,6 +115,13 @@ def compare(spec, dtype=torch.float32, config=small, save=True, **sizes):
     assert not wrong, wrong
 
 
+def test_an_expert_that_32_bits_cannot_count_is_copied():
+    near = torch.empty(256, 7168, 4096, device="meta")
+    far = torch.empty(7168, 4096, 256, device="meta").permute(2, 0, 1)
+    assert moe_triton.alike([near])[0] is near and moe_triton.alike([near.mT])[0].stride() == near.mT.stride()
+    assert moe_triton.alike([far])[0].stride() == near.stride()
+
+
 @pytest.mark.parametrize(
     "weigh, dtype", [("output", torch.float32), ("output", torch.float16), ("input", torch.float16)]
 )

@@ -9,14 +9,16 @@
 One program makes BLOCK_M rows of one expert times BLOCK_N columns; routing.py says which rows. BLOCK_N counts the
 columns of g and u together: both come from one pass over x, as one sum that is split, or else as two.
 The rows are gathered while they are loaded, so no sorted copy of x is made. Rows beyond an expert's last repeat it and
-are not stored. Weights are read at one moving pointer plus fixed 32-bit offsets, or by descriptors; in which order
-their memory lies is told by strides. Not here: float64.
+are not stored. Weights are read by pointers or by descriptors; in which order their memory lies is told by strides.
+The loops: grouped_products.py. Not here: float64.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from .grouped_products import gathered, rows_times, unknown, within
 
 GROUP = tl.constexpr(8)  # blocks of rows that go over the columns together, so that L2 holds what they share
 
@@ -58,143 +60,6 @@ def distance(first, second, ALIGNED: tl.constexpr):
     if ALIGNED:
         n = tl.multiple_of(n, 16 // SIZE)
     return n
-
-
-@triton.jit
-def weights_at(
-    ptr, strides, columns_at, K: tl.constexpr, N: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, DESCRIPTORS: tl.constexpr, WIDE: tl.constexpr, TWO: tl.constexpr,
-):  # fmt: skip
-    """How weight_tile reads W [K,N] at ptr in columns of these offsets; WIDE: they lie next to each other.
-
-    TWO: by a descriptor of both halves [2,N,K], whose parts are one tile. (Of [K,2,N] it would go through registers.)
-    """
-    if DESCRIPTORS:
-        if TWO:
-            at = tl.make_tensor_descriptor(ptr, [2, N, K], [N * strides[2], strides[2], 1], [2, BLOCK_N // 2, BLOCK_K])
-        elif WIDE:
-            at = tl.make_tensor_descriptor(ptr, [K, N], [strides[1], 1], [BLOCK_K, BLOCK_N])
-        else:
-            at = tl.make_tensor_descriptor(ptr, [N, K], [strides[2], 1], [BLOCK_N, BLOCK_K])
-    else:
-        at = tl.arange(0, BLOCK_K)[:, None] * strides[1] + columns_at[None, :]
-    return at
-
-
-@triton.jit
-def within(columns, N: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr):
-    """Columns of W to read for columns in blocks of BLOCK: beyond the last it is repeated, which takes no mask.
-
-    Not where they lie next to each other: such are loaded several at once.
-    """
-    return columns if WIDE or N % BLOCK == 0 else tl.minimum(columns, N - 1)
-
-
-@triton.jit
-def weight_tile(
-    ptr, at, k, rows, first, there, K: tl.constexpr, WHOLE: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DESCRIPTORS: tl.constexpr, WIDE: tl.constexpr, TWO: tl.constexpr,
-):  # fmt: skip
-    """Rows [k, k + BLOCK_K) of W in its columns from `first` on, zero outside.
-
-    ptr: where row k lies; rows: 0 to BLOCK_K [BLOCK_K,1]; WHOLE: whether there are as many
-    there [BLOCK_K,BLOCK_N]: which columns to load, None for all
-    """
-    if DESCRIPTORS:
-        if TWO:
-            tile = tl.reshape(at.load([0, first, k]), [BLOCK_N, BLOCK_K]).T
-        elif WIDE:
-            tile = at.load([k, first])
-        else:
-            tile = at.load([first, k]).T
-    elif WHOLE and there is None:
-        tile = tl.load(ptr + at)
-    elif WHOLE:
-        tile = tl.load(ptr + at, mask=there, other=0.0)
-    elif there is None:
-        tile = tl.load(ptr + at, mask=k + rows < K, other=0.0)
-    else:
-        tile = tl.load(ptr + at, mask=(k + rows < K) & there, other=0.0)
-    return tile
-
-
-@triton.jit
-def gathered(ptr, rows, stride, S, K: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr):
-    """How rows_times reads these rows of the [S,K] tensor at ptr."""
-    if ROWS == "gather":
-        at = tl.make_tensor_descriptor(ptr, [S, K], [stride, 1], [1, BLOCK_K])
-    else:
-        at = rows.to(tl.int64)[:, None] * stride
-    return at
-
-
-@triton.jit
-def unknown(K: tl.constexpr, end):
-    """K, for an end > 0 that only memory knows: LLVM unrolls loops of few trips, which takes registers."""
-    return K + tl.minimum(end, 0)
-
-
-@triton.jit
-def apart(acc):
-    """acc, by no instruction: Triton doesn't see that the products before and after it are of one sum.
-
-    Where it sees that, it gives each warp a strip of the result, which reads more from shared memory than a square.
-    """
-    return tl.trans(tl.trans(acc).to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def rows_times(
-    acc, other, a_ptr, a_at, row_at, w_ptr, v_ptr, strides, first, columns_at, there, stop,
-    K: tl.constexpr, TURN: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, WIDE: tl.constexpr, TWO: tl.constexpr, ROWS: tl.constexpr,
-    SPECIALIZE: tl.constexpr, HALVED: tl.constexpr,
-):  # fmt: skip
-    """(acc + A W, other + A V) for rows of A [.,K] and columns from `first` on; without `other` A W is given twice.
-
-    stop   K, which LLVM may not know (unknown)
-    TURN   after how many of its K rows W goes on at v_ptr, K for a W that does not
-    columns_at: offsets of the columns [BLOCK_N]; there: which of them to load, None for all
-    ROWS   where they are: "offsets" a_at from a_ptr; of a descriptor, "block": from row_at on, "gather": rows row_at
-    SPECIALIZE   whether loads and products run in warps of their own
-    HALVED       whether a trip takes its BLOCK_K in two steps, whose loads share addresses; only by pointers
-    """
-    STEPS: tl.constexpr = 2 if HALVED else 1
-    STEP: tl.constexpr = BLOCK_K // STEPS
-    WHOLE: tl.constexpr = K % BLOCK_K == 0
-    w_at = weights_at(w_ptr, strides, columns_at, K, N, STEP, BLOCK_N, DESCRIPTORS, WIDE, TWO)
-    if other is not None:
-        v_at = weights_at(v_ptr, strides, columns_at, K, N, STEP, BLOCK_N, DESCRIPTORS, WIDE, TWO)
-    # All that does not move, before the loop: two products that share an operation in it are seen as one sum again.
-    columns, rows = tl.arange(0, STEP)[None, :], tl.arange(0, STEP)[:, None]
-    if ROWS == "offsets":
-        a_at += columns
-    if there is not None:
-        there = tl.broadcast_to(there[None, :], [STEP, BLOCK_N])
-    for start in tl.range(0, stop, BLOCK_K, warp_specialize=SPECIALIZE):
-        if TURN < K:
-            w_ptr = tl.where(start == TURN, v_ptr, w_ptr)
-        for i in tl.static_range(STEPS):
-            k = start + i * STEP
-            if ROWS == "block":
-                a = a_at.load([row_at, k])
-            elif ROWS == "gather":
-                a = a_at.gather(row_at, k)
-            elif WHOLE:
-                a = tl.load(a_ptr + a_at)
-            else:
-                a = tl.load(a_ptr + a_at, mask=k + columns < K, other=0.0)
-            w = weight_tile(w_ptr, w_at, k, rows, first, there, K, WHOLE, BLOCK_N, STEP, DESCRIPTORS, WIDE, TWO)
-            acc = tl.dot(a, w, acc, input_precision=PRECISION)
-            if other is not None:
-                v = weight_tile(v_ptr, v_at, k, rows, first, there, K, WHOLE, BLOCK_N, STEP, DESCRIPTORS, WIDE, TWO)
-                other = tl.dot(a, v, other, input_precision=PRECISION)
-                v_ptr += STEP * strides[1]
-            a_ptr += STEP
-            w_ptr += STEP * strides[1]
-            if HALVED:
-                acc = apart(acc)
-    return acc, acc if other is None else other  # triton 3.6 gives no None back
 
 
 @triton.jit
@@ -306,8 +171,8 @@ def experts_up(
         acc = tl.zeros([BLOCK_M, TILE], tl.float32)
         other = tl.zeros([BLOCK_M, TILE], tl.float32) if PAIR and not FOLDED else None
         acc, other = rows_times(
-            acc, other, x_ptr, a_at, tokens, w_ptr, v_ptr, up_strides, first, columns_at,
-            n < N if WIDE and N % COLUMNS != 0 else None, H, H, H, N, TILE, BLOCK_K, PRECISION, DESCRIPTORS, WIDE,
+            acc, other, x_ptr, a_at, 0, tokens, w_ptr, v_ptr, up_strides, first, columns_at,
+            n < N if WIDE and N % COLUMNS != 0 else None, end, H, N, TILE, BLOCK_K, PRECISION, DESCRIPTORS, WIDE,
             LAYOUT == "chunk" and not WIDE, ROWS, SPECIALIZE, HALVED,
         )  # fmt: skip
         if FOLDED:
@@ -347,20 +212,22 @@ def experts_rows(
         n = within(first + tl.arange(0, BLOCK_N), N, BLOCK_N, WIDE)
         there = n < N if WIDE and N % BLOCK_N != 0 else None
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        # Two sets are one sum by pointers, if it comes to the second after whole trips.
-        RUN: tl.constexpr = SETS if ROWS == "offsets" and not DESCRIPTORS and K % BLOCK_K == 0 else 1
+        # By pointers a loop over the sets: those of two have no room in registers next to each other.
+        RUN: tl.constexpr = SETS if ROWS == "offsets" and not DESCRIPTORS else 1
+        stop = unknown(RUN, end) if RUN > 1 else 1
         for s in tl.static_range(0, SETS, RUN):
-            if ROWS == "block":
-                a_at = tl.make_tensor_descriptor(a_ptr + s * K, [n_rows, K], [SETS * K, 1], [BLOCK_M, BLOCK_K])
-            else:
-                a_at = last.to(tl.int64)[:, None] * (SETS * K) + s * K
-            w_ptr = expert(ws[s], e, w_strides)
-            next_ptr = expert(ws[SETS - 1], e, w_strides)
-            stop = unknown(RUN * K, end) if HALVED else RUN * K
-            acc, _ = rows_times(
-                acc, None, a_ptr, a_at, first_row, w_ptr, next_ptr, w_strides, first, n * w_strides[2], there, stop,
-                RUN * K, K, N, BLOCK_N, BLOCK_K, PRECISION, DESCRIPTORS, WIDE, False, ROWS, SPECIALIZE, HALVED,
-            )  # fmt: skip
+            for i in tl.range(s, s + stop):
+                if ROWS == "block":
+                    a_at = tl.make_tensor_descriptor(a_ptr + i * K, [n_rows, K], [SETS * K, 1], [BLOCK_M, BLOCK_K])
+                else:
+                    a_at = last.to(tl.int64)[:, None] * (SETS * K)
+                w_ptr = expert(ws[0], e, w_strides)
+                if SETS > 1:
+                    w_ptr = tl.where(i == 0, w_ptr, expert(ws[SETS - 1], e, w_strides))
+                acc, _ = rows_times(
+                    acc, None, a_ptr, a_at, i * K, first_row, w_ptr, w_ptr, w_strides, first, n * w_strides[2], there,
+                    end, K, N, BLOCK_N, BLOCK_K, PRECISION, DESCRIPTORS, WIDE, False, ROWS, SPECIALIZE, HALVED,
+                )  # fmt: skip
         pairs = tl.load(order_ptr + last)
         w = None if weights_ptr is None else tl.load(weights_ptr + pairs).to(tl.float32)[:, None]
         dots = tl.zeros([BLOCK_M], tl.float32)

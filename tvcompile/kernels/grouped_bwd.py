@@ -15,7 +15,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .grouped import braid, expert, gathered, halves, place, rows_times, sides, store_tile, within
+from .grouped import braid, expert, halves, place, sides, store_tile
+from .grouped_products import gathered, rows_times, within
 
 
 @triton.jit
@@ -87,9 +88,9 @@ def experts_dact(
         columns = first + tl.arange(0, BLOCK_N)
         columns_at = within(columns, F, BLOCK_N, WIDE) * down_strides[2]
         acc, _ = rows_times(
-            acc, None, g_ptr, g_at, tokens, w_ptr, w_ptr, down_strides, first, columns_at,
-            columns < F if WIDE and F % BLOCK_N != 0 else None, H_out,
-            H_out, H_out, F, BLOCK_N, BLOCK_K, PRECISION, DESCRIPTORS, WIDE, False, ROWS, SPECIALIZE, HALVED,
+            acc, None, g_ptr, g_at, 0, tokens, w_ptr, w_ptr, down_strides, first, columns_at,
+            columns < F if WIDE and F % BLOCK_N != 0 else None, end, H_out,
+            F, BLOCK_N, BLOCK_K, PRECISION, DESCRIPTORS, WIDE, False, ROWS, SPECIALIZE, HALVED,
         )  # fmt: skip
         # A quarter at a time: of whole tiles of g, u, the slopes and the results there would be more than registers.
         pairs = tl.load(order_ptr + last)
@@ -165,7 +166,7 @@ def experts_outer(
                 a = (a.to(tl.float32) * tl.load(w_ptr + r, mask=r < end, other=0.0).to(tl.float32)[None, :]).to(b.dtype)
             acc = tl.dot(a, b, acc, input_precision=PRECISION)
     out_ptr = expert(outs, e, out_strides)
-    at = out_ptr + i[:, None] * out_strides[1] + j[None, :] * out_strides[2]
+    at = out_ptr + i.to(tl.int64)[:, None] * out_strides[1] + j.to(tl.int64)[None, :] * out_strides[2]
     tl.store(at, acc.to(out_ptr.dtype.element_ty), mask=(i < M)[:, None] & (j < N)[None, :])
 
 

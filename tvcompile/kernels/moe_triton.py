@@ -130,10 +130,15 @@ def strides(p: Experts, tensors: Sequence[Tensor]) -> tuple:
 
 
 def alike(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Tensors of one layout in memory: kernels take its strides once."""
-    if len({t.stride() for t in tensors}) > 1:
+    """Tensors of one layout in memory, whose strides kernels take once, and with 32 bits for two experts' elements."""
+    if len({t.stride() for t in tensors}) > 1 or any(far(t) for t in tensors):
         return [t.contiguous() for t in tensors]
     return list(tensors)
+
+
+def far(t: Tensor) -> bool:
+    """Whether the last two dims of a tensor span 2^30 elements, as those of weights [K,N,E] of many experts may."""
+    return sum((n - 1) * s for n, s in zip(t.shape[-2:], t.stride()[-2:])) >= 2**30
 
 
 def rows_next(x: Tensor) -> Tensor:
