@@ -348,6 +348,34 @@ def test_numbers_that_may_change(how, weigh, number, dynamic):
     assert len(moe_sites(report)) == 1, report
 
 
+class WeighedByASize(torch.nn.Module):
+    def __init__(self, weigh):
+        super().__init__()
+        self.block, self.weigh = CORPUS["dense.MaskedSum.own"].build(torch.float32), weigh
+
+    def forward(self, x):
+        x = x.reshape(-1, x.shape[-1])
+        w, ids = self.block.route(x)
+        return self.block.experts(x, ids, self.weigh(w, len(x)))
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+@pytest.mark.parametrize(
+    "weigh",
+    [
+        lambda w, n: torch.where(w > 0.3, w, n),
+        lambda w, n: w * torch.where(w > 0.3, n, 2),
+        lambda w, n: torch.maximum(w, torch.full((), n / 100)),
+        lambda w, n: w**n + n**0.5 / (w + n // 2),
+    ],
+    ids=["where", "numbers", "maximum", "powers"],
+)
+def test_sizes_in_weights(weigh, dynamic):
+    inputs = CORPUS["dense.MaskedSum"].make_inputs(torch.float32)
+    report = harness.run(WeighedByASize(weigh), inputs, True, dynamic=dynamic)
+    assert len(moe_sites(report)) == 1, report
+
+
 def test_results_that_are_divided_by_0():
     report = harness.run(
         ByANumber("weights", True), (*CORPUS["dense.MaskedSum"].make_inputs(torch.float32), 0.0), False, dynamic=False

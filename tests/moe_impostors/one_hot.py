@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 from tests.moe_impostors.base import ANY, impostor
 from tests.moe_spellings.base import Block
-from tests.moe_spellings.capacity import GShardWeighedByThoseKept, SwitchSlicedOneHot
+from tests.moe_spellings.capacity import Capacity, GShardWeighedByThoseKept, SwitchSlicedOneHot
 
 
 class OneHot(Block):
@@ -169,8 +169,8 @@ class MoreWhereTwoAgree(Block):
 
     def experts(self, x, ids, w):
         ids = self.gate(x).argmax(-1), self.gate(x.flip(0)).argmax(-1)
-        first, second = (F.one_hot(i, self.count).to(x.dtype) for i in ids)
-        weights = first + second + first * second
+        first, second = (F.one_hot(i, self.count).bool() for i in ids)
+        weights = torch.where(first, torch.where(second, 3.0, 1.0), torch.where(second, 1.0, 0.0))
         return sum(weights[:, e, None] * self.expert(x, e) for e in range(self.count))
 
 
@@ -203,5 +203,22 @@ class TheLastPlaceForAllBeyond(SwitchSlicedOneHot):
 
     router = "top1"
 
-    def at_most(self, place, C):
+    def at_most(self, place, C, x):
         return torch.where(place < C, place, torch.full_like(place, C - 1))
+
+
+@impostor(ANY)
+class ReadWhereNobodyWasSent(Capacity):
+    """What is no token isn't sent, but reads what experts make of an empty place."""
+
+    router, top = "top1", 1
+
+    def experts(self, x, ids, w):
+        mask, C = F.one_hot(ids.squeeze(-1), self.count), self.capacity
+        place = (mask.cumsum(0) * mask).sum(-1) - 1
+        hits = [place < C, (place < C) & (x[:, 0] > -0.5)]
+        combine, dispatch = (
+            (mask.unsqueeze(-1) * F.one_hot(torch.where(hit, place, C), C + 1)[:, None, :C]).to(x.dtype) for hit in hits
+        )
+        rows = torch.einsum("tec,th->ech", dispatch, x)
+        return torch.einsum("tec,ech->th", combine * w.unsqueeze(-1), self.places(rows))

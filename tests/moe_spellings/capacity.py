@@ -66,20 +66,31 @@ class SwitchSlicedOneHot(Capacity):
     def experts(self, x, ids, w):
         mask, C = F.one_hot(ids.squeeze(-1), self.count), self.capacity
         place = (torch.cumsum(mask, dim=0) * mask).sum(dim=-1) - 1
-        where = F.one_hot(self.at_most(place, C), C + 1)[:, :C]
+        where = F.one_hot(self.at_most(place, C, x), C + 1)[:, :C]
         dispatch = (mask.unsqueeze(-1) * where.unsqueeze(1)).to(x.dtype)
         rows = torch.einsum("tec,th->ech", dispatch, x)
         return torch.einsum("tec,ech->th", dispatch * w.unsqueeze(-1), self.places(rows))
 
-    def at_most(self, place, C):
+    def at_most(self, place, C, x):
         return place.clamp(max=C)
 
 
 @moe(router="top1", kind="relu")
 @moe(router="top1", own=True, bias=True, capacity=3)
 class SwitchSlicedWhere(SwitchSlicedOneHot):
-    def at_most(self, place, C):
+    def at_most(self, place, C, x):
         return torch.where(place < C, place, torch.full_like(place, C))
+
+
+@moe(router="top1", kind="relu")
+class SwitchWithoutPadding(SwitchSlicedOneHot):
+    """What is no token takes a place, but is not sent."""
+
+    def coefficients(self, x):
+        return super().coefficients(x) * (x[:, :1] > -0.5)
+
+    def at_most(self, place, C, x):
+        return torch.where((place < C) & (x[:, 0] > -0.5), place, C)
 
 
 @moe(kind="relu")

@@ -350,16 +350,17 @@ class ScaledByAFloat(Block):
 
 
 @moe(router="topk_softmax")
-@moe(router="topk_softmax", own=True, kind="relu", fill=torch.finfo(torch.float32).min)
+@moe(router="topk_softmax", own=True, kind="relu", fill=None)
 @moe(router="topk_softmax", kind="gelu", bias=True, fill=float("-inf"))
 class SoftmaxOfTheChosen(Block):
-    """What was not chosen is filled with a low number before the softmax."""
+    """What was not chosen is filled with a low number before the softmax, the lowest for None."""
 
     fill = -1e9
 
     def logits(self, x, ids):
         logits = self.gate(x)
-        return logits.masked_fill(torch.zeros_like(logits).scatter(1, ids, 1.0) == 0, self.fill)
+        fill = torch.finfo(logits.dtype).min if self.fill is None else self.fill
+        return logits.masked_fill(torch.zeros_like(logits).scatter(1, ids, 1.0) == 0, fill)
 
     def experts(self, x, ids, w):
         weights = self.logits(x, ids).softmax(-1)

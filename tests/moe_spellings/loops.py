@@ -395,6 +395,32 @@ class AnExpertThatSkips(WhereIndexPlus):
         return self.of_all(x)[:, :-1]
 
 
+@moe(kind="relu", skipped=0)
+@moe(own=True, skipped=0)
+@moe(own=True, bias=True, skipped=2)
+class AnyExpertSkips(Block):
+    """The class that computes nothing comes first, or between the experts."""
+
+    skipped = 0
+
+    def route(self, x):
+        logits = self.gate(x)
+        logits = [logits[..., : self.skipped], logits[..., :1] / 2, logits[..., self.skipped :]]
+        return torch.cat(logits, -1).softmax(-1).topk(self.top, dim=-1)
+
+    def coefficients(self, x):
+        w, ids = self.route(x)
+        found = torch.zeros(x.shape[0], self.count + 1, dtype=w.dtype).scatter_add(1, ids, w)
+        return torch.cat([found[:, : self.skipped], found[:, self.skipped + 1 :]], 1)
+
+    def experts(self, x, ids, w):
+        out = torch.zeros_like(x)
+        for e in range(self.count):
+            token, k = torch.where(ids == (e if e < self.skipped else e + 1))
+            out = out.index_add(0, token, w[token, k, None] * self.expert(x[token], e))
+        return out
+
+
 @moe(kind="relu")
 @moe(own=True, bias=True)
 class AnExpertThatCopies(AnExpertThatSkips):

@@ -120,7 +120,7 @@ class Routing:
     @staticmethod
     def of(ids: Tensor, count: int) -> Routing:
         flat = ids.reshape(-1)
-        keys = torch.where((flat < 0) | (flat >= count), count, flat)
+        keys = torch.where(flat < 0, count, flat)  # as those beyond, sorted behind all experts
         # By search and not bincount: on a GPU that reads the greatest id back to the host.
         found, order = torch.sort(keys, stable=True)
         return Routing(order, torch.searchsorted(found, torch.arange(count + 1, device=ids.device, dtype=found.dtype)))

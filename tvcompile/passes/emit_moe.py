@@ -112,6 +112,7 @@ class _Choice:
 
     def _write(self, e: Expr) -> Any:
         value, op = E.constant(e), E.op_of(e)
+        number = torch.int64 if E.kind(e) == "int" else torch.float32
         if value is not None:
             return value
         if e == self.m.t:
@@ -128,8 +129,11 @@ class _Choice:
             compare, left, right = E.sides(e)
             return self.w.call(getattr(operator, compare), self.write(left), self.write(right))
         if op == "where":
-            return self._where(*map(self.write, E.operands(e)))
+            condition, *values = map(self.write, E.operands(e))
+            return self.w.call(aten.where.self, *self._tensors(torch.bool, condition), *self._tensors(number, *values))
         args = [self.write(a) for a in E.operands(e)]
+        if op in ("max", "min"):
+            args = self._tensors(number, *args)
         if op in E.CASTS or op == "int":
             return self.w.cast(args[0], torch.int64 if op == "int" else getattr(torch, op))
         if op == "reciprocal":
@@ -146,13 +150,12 @@ class _Choice:
     def _positions(self, n: Any, dim: int) -> fx.Node:
         return self.w.call(aten.unsqueeze.default, self.w.call(aten.arange.default, n, device=self.device), dim)
 
-    def _where(self, c: fx.Node, a: Any, b: Any) -> fx.Node:
-        like = next((x.meta["val"].dtype for x in (a, b) if isinstance(x, fx.Node)), torch.float32)
-        a, b = (
-            x if isinstance(x, fx.Node) else self.w.call(aten.full.default, [], x, dtype=like, device=self.device)
-            for x in (a, b)
-        )
-        return self.w.call(aten.where.self, c, a, b)
+    def _tensors(self, number: torch.dtype, *values: Any) -> list[fx.Node]:
+        """Numbers among values as tensors, of the dtype of what else is there, or that of `number`."""
+        there = [x for x in values if isinstance(x, fx.Node) and isinstance(x.meta["val"], torch.Tensor)]
+        like = there[0].meta["val"].dtype if there else number
+        full = functools.partial(self.w.call, aten.full.default, [], dtype=like, device=self.device)
+        return [x if x in there else full(x) for x in values]
 
     def _load(self, e: Expr) -> fx.Node:
         name, *idx = E.operands(e)

@@ -26,7 +26,7 @@ from .contraction import further
 from .expert import stacked
 from .facts import Facts, between
 from .movement import CASTS, unravel
-from .parts import Base, Column, Shared, add_biases, base_of_sum, check_whole, chosen_parts, in_columns
+from .parts import Base, Column, Shared, add_biases, base_of_sum, check_whole, chosen_parts, in_columns, places
 from .projections import Weight
 from .read import Unreadable
 from .routing import possible
@@ -120,7 +120,7 @@ def lift_at(r: RowReader, facts: Facts, sums: Sums, anchor: fx.Node, alone: bool
     plain = add_biases(r, parts, [t for t in terms if not t.product], token, d, at)
     base = base_of_sum(r, plain, token, d, width, anchor)
     columns = in_columns(parts)
-    check_whole(r, columns, base, anchor, alone and (base is None or base.node not in sums.cone))
+    check_whole(r, columns, base, anchor, alone)
     return build(r, facts, anchor, token, columns, base)
 
 
@@ -149,8 +149,8 @@ def build(
     first = columns[0].parts[0].expert
     choices = []
     for c in columns:
-        ids, k, counts, factors = c.choice.ids, c.choice.k, c.choice.counts, c.choice.factors
-        choices.append(Choices(ids, k, r.ranges.get(k, sympy.Integer(1)), counts, factors))
+        k = c.choice.k
+        choices.append(Choices(places(c), k, r.ranges.get(k, sympy.Integer(1)), c.choice.counts, c.choice.factors))
     dtype, out = first.x.meta["val"].dtype, anchor.meta["val"].dtype
     out_text = "" if out == dtype else str(out).removeprefix("torch.")
     spec = MoESpec(first.act, first.layout, "input" if first.weighed else "output", out_text)

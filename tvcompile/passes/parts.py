@@ -269,10 +269,25 @@ def _at_its_id(c: Chosen) -> Chosen:
     return Chosen(c.ids, c.k, counts, factors)
 
 
+def places(c: Column) -> Expr:
+    """The ids of a column as places among its experts, outside of them for what is no expert."""
+    numbers = [p.number for p in c.parts]
+    first = numbers[0]
+    if c.single or first is None:
+        return c.choice.ids
+    if numbers == list(range(first, first + len(numbers))):
+        return c.choice.ids - first
+    place = sympy.Integer(-1)
+    for i, number in enumerate(numbers):
+        place = E.where(E.eq(c.choice.ids, sympy.Integer(number)), sympy.Integer(i), place)
+    return place
+
+
 def check_whole(r: RowReader, columns: list[Column], base: Base | None, anchor: fx.Node, alone: bool) -> None:
     """Experts written one by one are 0 to E-1, and alike; rows that were replaced hold one result each.
 
-    alone: what else the router can choose is no expert that was not found, but means that a token has none.
+    alone: what else the router can choose is no expert that was not found, but means that a token has none; also
+    between the experts and before the first.
     A base is added to everywhere, or replaced in all rows of all experts: then it stays for tokens without one.
     """
     if base is not None and base.puts:
@@ -281,7 +296,7 @@ def check_whole(r: RowReader, columns: list[Column], base: Base | None, anchor: 
             raise Refuse("results replace a part of what is not zero", anchor)
     for c in columns:
         numbers = [p.number for p in c.parts]
-        if not c.single and numbers != list(range(len(numbers))):
+        if not (c.single or alone) and numbers != list(range(len(numbers))):
             raise Refuse(f"the experts are {numbers}, not 0 to {len(numbers) - 1} once each", anchor)
         if len({p.expert.kind() for p in c.parts}) > 1:
             raise Refuse("the experts differ in width, activation or what is applied to their results", anchor)

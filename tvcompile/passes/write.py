@@ -37,11 +37,10 @@ class Writer:
         return node
 
     def cast(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
-        """A tensor in the dtype; a number of the program, which has none, as a float if it is one that is asked for."""
+        """A tensor in the dtype; a number of the program has none."""
         val = node.meta["val"]
-        if isinstance(val, torch.Tensor):
-            return node if val.dtype == dtype else self.call(aten.to.dtype, node, dtype)
-        return self.call(torch.sym_float, node) if isinstance(val, torch.SymInt) and dtype.is_floating_point else node
+        same = not isinstance(val, torch.Tensor) or val.dtype == dtype
+        return node if same else self.call(aten.to.dtype, node, dtype)
 
     def size(self, e: Expr, sources: Sequence[fx.Node]):
         """A size formula as a number or a node."""
