@@ -149,9 +149,11 @@ def test_trips_of_two_steps(spec, transposed, H, F, H_out):
     compare(spec, config=halved, transposed=transposed, H=H, F=F, H_out=H_out)
 
 
+@pytest.mark.parametrize("config", [small, halved])
+@pytest.mark.parametrize("F", [96, 40])
 @pytest.mark.parametrize("stacked", [True, False])
-def test_two_sets_of_weights_are_one_sum(stacked):
-    compare(SPECS["separate"], F=96, stacked=stacked, transposed=stacked)
+def test_two_sets_of_weights_are_one_sum(stacked, F, config):
+    compare(SPECS["separate"], F=F, stacked=stacked, transposed=stacked, config=config)
 
 
 @pytest.mark.parametrize("transposed", [False, True])

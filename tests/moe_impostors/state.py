@@ -114,6 +114,17 @@ class FirstExpertSkipped(Masked):
         return range(1, self.count)
 
 
+@impostor(ANY)
+class AnExpertAcrossTokens(Masked):
+    """The others alone are no mixture that skips an expert."""
+
+    def order_of_experts(self):
+        return (0, 2, 3, 1)
+
+    def one(self, x, e):
+        return super().one(x, e).cumsum(0) if e == 1 else super().one(x, e)
+
+
 @impostor(None)
 class ExpertTwice(Loop):
     def order_of_experts(self):

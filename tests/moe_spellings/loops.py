@@ -396,8 +396,8 @@ class AnExpertThatSkips(WhereIndexPlus):
 
 
 @moe(kind="relu", skipped=0)
-@moe(own=True, skipped=0)
 @moe(own=True, bias=True, skipped=2)
+@moe(own=True, skipped=0)
 class AnyExpertSkips(Block):
     """The class that computes nothing comes first, or between the experts."""
 
