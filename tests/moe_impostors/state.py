@@ -114,15 +114,25 @@ class FirstExpertSkipped(Masked):
         return range(1, self.count)
 
 
-@impostor(ANY)
+@impostor(None)
 class AnExpertAcrossTokens(Masked):
-    """The others alone are no mixture that skips an expert."""
+    """The others may be a mixture of their own, to which this one is added."""
+
+    own = True
 
     def order_of_experts(self):
         return (0, 2, 3, 1)
 
     def one(self, x, e):
         return super().one(x, e).cumsum(0) if e == 1 else super().one(x, e)
+
+
+@impostor(None)
+class AnExpertAcrossTokensOfATable(AnExpertAcrossTokens):
+    """The same, of ids that could be any."""
+
+    def experts(self, x, ids, w):
+        return super().experts(x, torch.tensor([2, 0, 3, 1])[ids], w)
 
 
 @impostor(None)

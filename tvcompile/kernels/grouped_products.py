@@ -172,14 +172,14 @@ def rows_times_halved(
     if there is not None:
         there = tl.broadcast_to(there[None, :], [HALF, BLOCK_N])
     by = unknown(BLOCK_K, end)
-    first, second = begin, begin
+    even, odd = begin, begin
     for _ in tl.range(0, unknown(K, end), BLOCK_K):
         for i in tl.static_range(2):
-            k = second if i else first
+            k = odd if i else even
             a = load_where(a_at + k + i * HALF, None if WHOLE else k + i * HALF + columns < begin + K, None)
             at = w_at + k * strides[1] + i * HALF * strides[1]
             w = load_where(at, None if WHOLE else k + i * HALF + rows < begin + K, there)
             acc = apart(tl.dot(a, w, acc, input_precision=PRECISION))
-        first += by
-        second += by
+        even += by
+        odd += by
     return acc
