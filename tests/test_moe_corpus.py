@@ -376,6 +376,39 @@ def test_sizes_in_weights(weigh, dynamic):
     assert len(moe_sites(report)) == 1, report
 
 
+class InFloat32(torch.nn.Module):
+    """Results of experts in bfloat16, summed in float32."""
+
+    def __init__(self, use):
+        super().__init__()
+        self.block, self.use = CORPUS["dense.MaskedSum.own"].build(torch.bfloat16), use
+
+    def forward(self, x):
+        x = x.reshape(-1, x.shape[-1])
+        w, ids = self.block.route(x)
+        return self.use(self.block.experts(x, ids, w.float()), x)
+
+
+@pytest.mark.parametrize(
+    "use, out",
+    [
+        (lambda y, x: y.bfloat16() * 2, ""),
+        (lambda y, x: y.type_as(x) + x, ""),
+        (lambda y, x: y.half() + x, "float16"),
+        (lambda y, x: (y.bfloat16() * 2, y), "float32"),
+        (lambda y, x: y.double() + x, "float32"),
+        (lambda y, x: y.int() + x, "float32"),
+        (lambda y, x: y.to(torch.float8_e4m3fn).float() + x, "float32"),
+        (lambda y, x: x.to(y).type_as(x) + y, "float32"),
+    ],
+    ids=["rounded", "type_as", "half", "kept", "double", "int", "float8", "asked"],
+)
+def test_results_are_rounded_once_where_nothing_else_sees_them(use, out):
+    inputs = CORPUS["dense.MaskedSum"].make_inputs(torch.bfloat16)
+    (site,) = moe_sites(harness.run(InFloat32(use), inputs, True))
+    assert MoESpec.parse(site.spec).out == out
+
+
 def test_results_that_are_divided_by_0():
     report = harness.run(
         ByANumber("weights", True), (*CORPUS["dense.MaskedSum"].make_inputs(torch.float32), 0.0), False, dynamic=False

@@ -15,7 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 import tvcompile.kernels
 from tests.harness import tolerated
 from tvcompile import expr, syntax
-from tvcompile.kernels import cpu_experts
+from tvcompile.kernels import cpu_products
 from tvcompile.kernels.experts import Experts, Routing, moe_ref
 from tvcompile.moe_spec import LAYOUTS, MoESpec
 from tvcompile.tuning.cpu import ExpertConfig
@@ -137,8 +137,8 @@ def test_it_is_as_precise_as_eager(layout, stacked, bias, weigh, dtype):
 @pytest.mark.parametrize("layout, stacked, bias, weigh", GRID[1::3])
 def test_products_in_either_dtype(layout, stacked, bias, weigh, dtype, faster, contiguous, monkeypatch):
     """Whatever this machine is faster in: in x's dtype, or in float32 with few numbers widened at a time."""
-    monkeypatch.setattr(cpu_experts, "float32_is_faster", lambda _: faster)
-    monkeypatch.setattr(cpu_experts, "WIDE", 100)
+    monkeypatch.setattr(cpu_products, "float32_is_faster", lambda _: faster)
+    monkeypatch.setattr(cpu_products, "WIDE", 100)
     x, ids, w, up, down, *biases = arguments(layout, stacked, bias, dtype, tokens=400)
     if contiguous:
         up, down = ([t.detach().contiguous().requires_grad_() for t in ts] for ts in (up, down))
@@ -146,8 +146,8 @@ def test_products_in_either_dtype(layout, stacked, bias, weigh, dtype, faster, c
 
 
 def test_memory_first_used_in_inference_mode_serves_others(monkeypatch):
-    monkeypatch.setattr(cpu_experts, "float32_is_faster", lambda _: True)
-    monkeypatch.setattr(cpu_experts, "HELD", cpu_experts.Held())
+    monkeypatch.setattr(cpu_products, "float32_is_faster", lambda _: True)
+    monkeypatch.setattr(cpu_products, "HELD", cpu_products.Held())
     args = arguments(dtype=torch.bfloat16, tokens=400)
     with torch.inference_mode():
         OP(*args, SILU, False)
@@ -156,7 +156,7 @@ def test_memory_first_used_in_inference_mode_serves_others(monkeypatch):
 
 def test_only_narrow_numbers_are_widened():
     """A machine may be faster in float32 than in float64."""
-    assert not any(map(cpu_experts.float32_is_faster, (torch.float32, torch.float64)))
+    assert not any(map(cpu_products.float32_is_faster, (torch.float32, torch.float64)))
 
 
 def check_precise(args, spec, dtype):

@@ -18,9 +18,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
-import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 
 import sympy
@@ -32,7 +29,7 @@ from .. import expr as E
 from ..derive import derivative, underivable
 from ..expr import Expr
 from . import mods
-from .cpu import product_dtype
+from .cpu_products import float32_is_faster, multiply, times
 from .experts import ExpertGradients, ExpertKernel, ExpertNeed, Experts, Routing, Wanted, activate
 
 
@@ -43,103 +40,6 @@ def supports(need: ExpertNeed) -> str | None:
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
-
-
-WIDE = 1 << 21  # numbers of a weight or a gradient that are held in float32 at once
-FEW = 48  # rows; for fewer, reading the weights takes the time
-
-
-def times(out: Tensor, rows: Tensor, W: Tensor) -> None:
-    """out [n,N] = rows [n,M] W [M,N]"""
-    dtype = dtype_of_products(rows.dtype, len(rows))
-    if dtype != torch.float32 or not torch.backends.mkldnn.is_available():
-        multiply(out, rows, W)
-        return
-    rows = rows.to(dtype)
-    if W.dtype != dtype and W.shape[0] > W.shape[1]:
-        total = torch.zeros(out.shape, dtype=dtype)
-        for part, w in widened(W.mT):
-            total.addmm_(rows[:, part], w.mT)
-        out.copy_(total)
-        return
-    for part, w in widened(W):
-        # torch.mm takes another library, which needs up to five times as long for few rows.
-        out[:, part] = torch.ops.mkldnn._linear_pointwise(rows, w.mT, None, "none", [], "")
-
-
-def multiply(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out = a b"""
-    dtype = dtype_of_products(a.dtype, a.shape[1])
-    if dtype == out.dtype:
-        torch.mm(a, b, out=out)
-        return
-    if out.stride(0) == 1:
-        out, a, b = out.mT, b.mT, a.mT
-    a, b = a.to(dtype), b.to(dtype)
-    N = b.shape[1]
-    step = max(1, WIDE // max(1, N))
-    memory = held(N * min(step, len(a))).view(-1, N)
-    for i in range(0, len(a), step):
-        rows = slice(i, i + step)
-        out[rows] = torch.mm(a[rows], b, out=memory[: len(a[rows])])
-
-
-def dtype_of_products(dtype: torch.dtype, count: int) -> torch.dtype:
-    """What products of `count` rows, or sums over them, are made in."""
-    return torch.float32 if count >= FEW and float32_is_faster(dtype) else product_dtype(dtype)
-
-
-class Held(threading.local):
-    memory = torch.empty(0)
-
-
-HELD = Held()
-
-
-def held(count: int) -> Tensor:
-    """Memory for so many float32 numbers, the thread's own: to take new memory takes as long as a product does."""
-    if HELD.memory.numel() < count:
-        with torch.inference_mode(False):  # which may ask first, and would keep it to itself
-            HELD.memory = torch.empty(count, dtype=torch.float32)
-    return HELD.memory[:count]
-
-
-def widened(W: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """(columns, W [M,n] of these in float32): all of them, or so many that they stay in the caches."""
-    M, N = W.shape
-    if W.dtype == torch.float32:
-        yield slice(None), W
-        return
-    step = max(1, WIDE // max(1, M))
-    memory = held(M * min(step, N))
-    for i in range(0, N, step):
-        part = W[:, i : i + step]
-        n = part.shape[1]
-        w = memory[: n * M].view(n, M).mT if W.stride(0) == 1 else memory[: n * M].view(M, n)
-        yield slice(i, i + n), w.copy_(part)
-
-
-@functools.lru_cache(maxsize=4)
-def float32_is_faster(dtype: torch.dtype) -> bool:
-    """Does this machine multiply numbers of `dtype` faster as float32, what that takes included? Measured once.
-
-    Without tiles (AMX), instructions for bfloat16 gain nothing on some processors.
-    """
-    if dtype.itemsize >= 4 or product_dtype(dtype) != dtype:
-        return False
-    a, b = torch.ones(128, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
-
-    def wide() -> None:
-        for _, w in widened(b.mT):
-            torch.ops.mkldnn._linear_pointwise(a.float(), w.mT, None, "none", [], "").to(dtype)
-
-    ways: tuple[Callable[[], object], ...] = (wide, lambda: torch.mm(a, b.mT))
-    times: list[list[float]] = [[], []]
-    for _, (way, taken) in itertools.product(range(6), zip(ways, times)):
-        start = time.perf_counter()
-        way()
-        taken.append(time.perf_counter() - start)
-    return min(times[0]) < 0.9 * min(times[1])
 
 
 def products(
@@ -227,8 +127,11 @@ def chunks(rows: Tensor, most: int) -> Iterator[slice]:
         yield slice(i, i + step)
 
 
-def gather_sum(p: Experts, routing: Routing, rows: Tensor, weighed: bool) -> Tensor:
-    """[T,Y]: sum_k of the rows of (t, k) in rows [T*K,Y], times weights[t,k] if `weighed`; in the order of k."""
+def gather_sum(p: Experts, routing: Routing, rows: Tensor, weighed: bool, out_dtype: torch.dtype) -> Tensor:
+    """[T,Y]: sum_k of the rows of (t, k) in rows [T*K,Y], times weights[t,k] if `weighed`; in the order of k.
+
+    Added up in the compute dtype.
+    """
     dtype, (T, K) = compute_dtype(rows.dtype), p.ids.shape
     place = torch.empty_like(routing.order)
     place[routing.order] = torch.arange(place.shape[0])  # len() would fix the number of tokens in a graph
@@ -238,8 +141,8 @@ def gather_sum(p: Experts, routing: Routing, rows: Tensor, weighed: bool) -> Ten
         weights = p.weights.to(dtype).masked_fill(dropped, 0.0)
     if not p.config.chunk:
         found = rows[place].to(dtype)
-        return (found if weights is None else found * weights[..., None]).sum(1)
-    out = rows.new_zeros(T, rows.shape[1], dtype=dtype)
+        return (found if weights is None else found * weights[..., None]).sum(1).to(out_dtype)
+    out = rows.new_zeros(T, rows.shape[1], dtype=out_dtype)
     bags = torch.arange(len(rows)).view(T, K)
     for part in chunks(out, p.config.chunk) if rows.numel() else ():
         found = rows.index_select(0, place[part].flatten()).to(dtype)
@@ -256,8 +159,8 @@ def forward(p: Experts, save: bool) -> tuple[Tensor, Tensor]:
     run = products if p.config.chunk else OPAQUE_PRODUCTS
     pre = project(p, routing, run)
     y = run(activations(p, pre), None, routing.offsets, p.count, p.down, p.down_bias)
-    out = gather_sum(p, routing, y, p.spec.weigh == "output")
-    return out.to(p.out_dtype), pre if save else pre.new_empty(0)
+    out = gather_sum(p, routing, y, p.spec.weigh == "output", p.out_dtype)
+    return out, pre if save else pre.new_empty(0)
 
 
 def project(p: Experts, routing: Routing, run: Callable[..., Tensor] = products) -> Tensor:
@@ -287,24 +190,24 @@ def backward(p: Experts, grad_out: Tensor, hidden: Tensor, wanted: Wanted) -> Ex
     routing = Routing.of(p.ids, p.count)
     sums = _unwritten(p, routing, wanted)
     dw = p.x.new_zeros(T * K, dtype=compute_dtype(p.x.dtype))
-    dX = p.x.new_zeros((T * K, p.x.shape[1]) if wanted.x else 0)
+    again = wanted.x or wanted.weights and p.spec.weigh == "input"
+    dX = p.x.new_empty((T * K, p.x.shape[1]) if again else 0)
+    dX[routing.offsets[-1] :] = 0
     hidden = hidden if hidden.numel() else project(p, routing)
     for batch in Batch.all(p, routing):
-        dpre = _through_down(p, batch, hidden[batch.at], grad_out, dw[batch.at], wanted, sums)
-        d_rows = _through_up(p, batch, dpre, wanted, sums)
-        if wanted.x:
-            dX[batch.at] = d_rows
+        d_rows = dX[batch.at] if again else None
+        _through_experts(p, batch, hidden[batch.at], grad_out, dw[batch.at], d_rows, wanted, sums)
         if d_rows is not None and p.spec.weigh == "input":
             dw[batch.at] = (d_rows.to(dw.dtype) * p.x[batch.tokens]).sum(-1)
     if wanted.x:
-        sums.x.copy_(gather_sum(p, routing, dX, p.spec.weigh == "input"))
+        sums = dataclasses.replace(sums, x=gather_sum(p, routing, dX, p.spec.weigh == "input", p.x.dtype))
     if wanted.weights:
         sums.weights.view(-1)[routing.order] = dw.to(p.weights.dtype)
     return sums
 
 
 def _unwritten(p: Experts, routing: Routing, wanted: Wanted) -> ExpertGradients:
-    """Memory for the gradients, zero for experts without pairs."""
+    """Memory for the gradients but that of x, zero for experts without pairs."""
 
     def like(t: Tensor, want: bool) -> Tensor:
         return torch.empty_like(t) if want else t.new_empty(0)
@@ -316,7 +219,7 @@ def _unwritten(p: Experts, routing: Routing, wanted: Wanted) -> ExpertGradients:
             for t in p.of_expert(ts, e):
                 t.zero_()
     weights = p.weights.new_empty(p.weights.shape if wanted.weights else 0)
-    return ExpertGradients(like(p.x, wanted.x), weights, *found)
+    return ExpertGradients(p.x.new_empty(0), weights, *found)
 
 
 @functools.lru_cache(maxsize=256)
@@ -325,43 +228,76 @@ def _slopes(act: Expr, gated: bool) -> Expr:
     return sympy.Tuple(act, derivative(act, E.UP), *([derivative(act, E.GATE)] * gated))
 
 
+def _through_experts(
+    p: Experts,
+    batch: Batch,
+    pre: Tensor,
+    grad_out: Tensor,
+    dw: Tensor,
+    d_rows: Tensor | None,
+    wanted: Wanted,
+    sums: ExpertGradients,
+) -> None:
+    """Writes dw and d_rows = dpre up^T [n,H], unless None, and the gradients of the batch's experts."""
+    dpre = _through_down(p, batch, pre, grad_out, dw, wanted, sums)
+    _through_up(p, batch, dpre, d_rows, wanted, sums)
+
+
 def _through_down(
     p: Experts, batch: Batch, pre: Tensor, grad_out: Tensor, dw: Tensor, wanted: Wanted, sums: ExpertGradients
 ) -> Tensor:
     """dpre [n,P*F]; writes dw [n] unless weigh=input, and ddown and ddown_bias of the batch."""
-    outside, slopes = p.spec.weigh == "output", _slopes(p.spec.act, p.spec.parts == 2)
-    G = grad_out.index_select(0, batch.tokens).to(p.x.dtype)
-    D = p.x.new_empty(len(G), p.features[1])
-    for e, rows in batch.shares:
-        times(D[rows], G[rows], p.of_expert(p.down, e)[0].mT)
-    dpre, h = torch.empty_like(pre), D
-    for part in chunks(D, p.config.chunk):
-        act, *slope = mods.evaluate(slopes, p.split(pre[part].to(dw.dtype)))
-        d, target = D[part].to(dw.dtype), p.split(dpre[part])
-        if outside:
-            dw[part] = (d * act).sum(-1)
-            d = d * batch.w[part]
-        for into, s in zip((target.u, target.g), slope):
-            into.copy_(d * s)
-        h[part] = act  # from here on D holds the activations
-    for e, rows in batch.shares if outside else ():
-        for bias in p.of_expert(p.down_bias, e):
-            dw[rows] += G[rows].to(dw.dtype) @ bias.to(dw.dtype)
-    for part in chunks(G, p.config.chunk) if outside else ():
-        G[part] = G[part].to(dw.dtype) * batch.w[part]
-    for e, rows in batch.shares:
-        if wanted.projections:
+    h = p.x.new_empty(len(pre), p.features[1])
+    _down_rows(p, batch, grad_out, h, dw, wanted, sums)
+    dpre = _through_activation(p, batch, pre, h, dw)
+    if wanted.projections:
+        G = rows_of(grad_out, batch, p.x.dtype)
+        for e, rows in batch.shares:
             multiply(p.of_expert(sums.down, e)[0], h[rows].mT, G[rows])
-        if wanted.biases and p.down_bias:
-            p.of_expert(sums.down_bias, e)[0].copy_(G[rows].sum(0, dtype=dw.dtype))
     return dpre
 
 
-def _through_up(p: Experts, batch: Batch, dpre: Tensor, wanted: Wanted, sums: ExpertGradients) -> Tensor | None:
-    """dpre up^T [n,H] if wanted; writes dup and dup_bias of the batch."""
+def _through_activation(p: Experts, batch: Batch, pre: Tensor, rows: Tensor, dw: Tensor) -> Tensor:
+    """dpre [n,P*F]; `rows` [n,F] are D, and then the activations, weighted as the results are."""
+    outside, slopes = p.spec.weigh == "output", _slopes(p.spec.act, p.spec.parts == 2)
+    dpre = torch.empty_like(pre)
+    for part in chunks(rows, p.config.chunk):
+        act, *slope = mods.evaluate(slopes, p.split(pre[part].to(dw.dtype)))
+        D, target = rows[part].to(dw.dtype), p.split(dpre[part])
+        if outside:
+            dw[part] += (D * act).sum(-1)
+            D, act = D * batch.w[part], act * batch.w[part]
+        for into, s in zip((target.u, target.g), slope):
+            into.copy_(D * s)
+        rows[part] = act
+    return dpre
+
+
+def _down_rows(
+    p: Experts, batch: Batch, grad_out: Tensor, D: Tensor, dw: Tensor, wanted: Wanted, sums: ExpertGradients
+) -> None:
+    """Writes D [n,F] = G down^T, what the bias of down adds to dw, and ddown_bias of the batch."""
+    G, outside = rows_of(grad_out, batch, p.x.dtype), p.spec.weigh == "output"
+    for e, rows in batch.shares:
+        times(D[rows], G[rows], p.of_expert(p.down, e)[0].mT)
+        for bias in p.of_expert(p.down_bias, e) if outside else ():
+            dw[rows] += G[rows].to(dw.dtype) @ bias.to(dw.dtype)
+        for db in p.of_expert(sums.down_bias, e) if wanted.biases and p.down_bias else ():
+            w = batch.w[rows] if outside else torch.ones_like(batch.w[rows])
+            db.copy_((w.mT @ G[rows].to(dw.dtype))[0])
+
+
+def rows_of(grad_out: Tensor, batch: Batch, dtype: torch.dtype) -> Tensor:
+    """G [n,H_out]; gathered again where it is needed, so that it need not be kept."""
+    return grad_out.index_select(0, batch.tokens).to(dtype)
+
+
+def _through_up(
+    p: Experts, batch: Batch, dpre: Tensor, d_rows: Tensor | None, wanted: Wanted, sums: ExpertGradients
+) -> None:
+    """Writes d_rows [n,H], and dup and dup_bias of the batch."""
     X = p.x.index_select(0, batch.tokens)
     X = X * batch.w.to(X.dtype) if p.spec.weigh == "input" else X
-    found = torch.empty_like(X) if wanted.x or (wanted.weights and p.spec.weigh == "input") else None
     for e, rows in batch.shares:
         ups = p.of_expert(p.up, e)
         parts = dpre[rows].chunk(len(ups), -1)
@@ -371,12 +307,11 @@ def _through_up(p: Experts, batch: Batch, dpre: Tensor, wanted: Wanted, sums: Ex
         if wanted.biases and p.up_bias:
             for db, part in zip(p.of_expert(sums.up_bias, e), parts):
                 db.copy_(part.sum(0, dtype=batch.w.dtype))
-        if found is not None:
-            times(found[rows], parts[0], ups[0].mT)
+        if d_rows is not None:
+            times(d_rows[rows], parts[0], ups[0].mT)
             for part, W in zip(parts[1:], ups[1:]):
-                times(more := torch.empty_like(found[rows]), part, W.mT)
-                found[rows] += more
-    return found
+                times(more := torch.empty_like(d_rows[rows]), part, W.mT)
+                d_rows[rows] += more
 
 
 KERNEL = ExpertKernel("cpu.experts", "cpu", supports, forward, backward)

@@ -81,7 +81,7 @@ def _fake_backward(grad_out, x, ids, weights, up, down, up_bias, down_bias, spec
 
     lists = ((up, wanted[2]), (down, wanted[2]), (up_bias, wanted[3]), (down_bias, wanted[3]))
     found = [[like(t, want) for t in tensors] for tensors, want in lists]
-    return like(x, wanted[0]), weights.new_empty(weights.shape if wanted[1] else 0), *found
+    return x.new_empty(x.shape if wanted[0] else 0), weights.new_empty(weights.shape if wanted[1] else 0), *found
 
 
 def _check(p: Experts) -> None:

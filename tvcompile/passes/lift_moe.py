@@ -18,14 +18,14 @@ import torch
 from torch import fx
 
 from ..expr import Expr
-from ..moe_spec import MoESpec
+from ..moe_spec import DTYPES, MoESpec
 from ..spec import Choices, MoEMatch, Refusal, Refuse, Weights, where_of
 from .chosen import Token, Unchosen
 from .cones import MOVES, computed, cones, followers, looks_routed, routed
 from .contraction import further
 from .expert import stacked
 from .facts import Facts, between
-from .movement import CASTS, unravel
+from .movement import CASTS, rounding, unravel
 from .parts import Base, Column, Shared, add_biases, base_of_sum, check_whole, chosen_parts, in_columns, places
 from .projections import Weight
 from .read import Unreadable
@@ -151,7 +151,9 @@ def build(
     for c in columns:
         k = c.choice.k
         choices.append(Choices(places(c), k, r.ranges.get(k, sympy.Integer(1)), c.choice.counts, c.choice.factors))
-    dtype, out = first.x.meta["val"].dtype, anchor.meta["val"].dtype
+    dtype = first.x.meta["val"].dtype
+    anchor = anchor if base else rounded(r, anchor, torch.promote_types(dtype, torch.float32))
+    out = anchor.meta["val"].dtype
     out_text = "" if out == dtype else str(out).removeprefix("torch.")
     spec = MoESpec(first.act, first.layout, "input" if first.weighed else "output", out_text)
     region = check_region(r, facts, anchor, [n for c in columns for p in c.parts for n in p.expert.nodes])
@@ -166,6 +168,16 @@ def build(
         if r.changed_between(node, r.used_at.get(node, r.position[node]) - 1, r.position[anchor]):
             raise Refuse(f"{node.name} is written to between its use and the sum of the experts' results", node)
     return match
+
+
+def rounded(r: RowReader, anchor: fx.Node, computed: torch.dtype) -> fx.Node:
+    """The cast that a result in the compute dtype goes through, if it goes nowhere else: tv::moe rounds once."""
+    cast = next(iter(anchor.users))
+    if len(anchor.users) > 1 or r.name(cast) not in CASTS or cast.args[0] is not anchor:
+        return anchor
+    before, after = anchor.meta["val"], cast.meta["val"]
+    narrower = str(after.dtype).removeprefix("torch.") in DTYPES and rounding(after.dtype) > rounding(before.dtype)
+    return cast if narrower and before.dtype == computed and after.device == before.device else anchor
 
 
 def count_of(r: RowReader, c: Column) -> int:

@@ -116,7 +116,7 @@ class ExpertAsk(ask.Ask):
 
     op = "cpu.moe"
     answer = ExpertConfig
-    sources = ("kernels/cpu_experts.py", "kernels/experts.py", "kernels/cpu.py", *SOURCES)
+    sources = ("kernels/cpu_experts.py", "kernels/cpu_products.py", "kernels/experts.py", "kernels/cpu.py", *SOURCES)
 
     work: str = "act = u"
     T: int = 0
