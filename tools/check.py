@@ -25,6 +25,7 @@ LAYERS = {
     "derive": 0,
     "bounds": 0,
     "options": 0,
+    "standalone": 0,
     "breaks": 1,
     "moe_spec": 1,
     "spec": 1,

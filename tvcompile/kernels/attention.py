@@ -22,6 +22,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -166,13 +167,16 @@ def _differentiate(ctx, grad_out, _grad_lse, _grad_rest):
     return dq, dk, dv, dcaptures if ctx.listed else None, None if ctx.sizes or ctx.sizes is None else [], None, None
 
 
-def opened(run: Callable, devices: Sequence[str] = ("cuda",)) -> Callable:
-    """In AOTAutograd, on these devices: the operations and launches of `run` take the op's place in the graph."""
+def opened(run: Callable, devices: Sequence[str] = ("cuda",), **elsewhere: Any) -> Callable:
+    """In AOTAutograd, on these devices: the operations and launches of `run` take the op's place in the graph.
+
+    elsewhere: further arguments that the op gets on other devices.
+    """
 
     def dispatch(mode: FunctionalTensorMode, op, types, args, kwargs):
         q = next(x for x in args if isinstance(x, Tensor))
         if q.device.type not in devices or custom_triton_ops_decomposition_disabled():
-            return mode.__torch_dispatch__(op, types, args, kwargs)
+            return mode.__torch_dispatch__(op, types, args, {**(kwargs or {}), **elsewhere})
         with mode:
             return run(*args, **kwargs)
 

@@ -17,18 +17,15 @@ so that y need not be kept.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator, Sequence
 
-import sympy
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from .. import expr as E
-from ..derive import derivative, underivable
-from ..expr import Expr
-from . import mods
+from ..derive import underivable
+from . import cpu_fused
 from .cpu_products import float32_is_faster, multiply, times
 from .experts import ExpertGradients, ExpertKernel, ExpertNeed, Experts, Routing, Wanted, activate
 
@@ -186,20 +183,25 @@ def activations(p: Experts, pre: Tensor) -> Tensor:
 
 
 def backward(p: Experts, grad_out: Tensor, hidden: Tensor, wanted: Wanted) -> ExpertGradients:
-    T, K = p.ids.shape
     routing = Routing.of(p.ids, p.count)
-    sums = _unwritten(p, routing, wanted)
-    dw = p.x.new_zeros(T * K, dtype=compute_dtype(p.x.dtype))
-    again = wanted.x or wanted.weights and p.spec.weigh == "input"
-    dX = p.x.new_empty((T * K, p.x.shape[1]) if again else 0)
-    dX[routing.offsets[-1] :] = 0
-    hidden = hidden if hidden.numel() else project(p, routing)
-    for batch in Batch.all(p, routing):
-        d_rows = dX[batch.at] if again else None
-        _through_experts(p, batch, hidden[batch.at], grad_out, dw[batch.at], d_rows, wanted, sums)
-        if d_rows is not None and p.spec.weigh == "input":
-            dw[batch.at] = (d_rows.to(dw.dtype) * p.x[batch.tokens]).sum(-1)
-    if wanted.x:
+    batches = list(Batch.all(p, routing))
+    most, (_, F, _) = max((len(b.tokens) for b in batches), default=0), p.features
+    inputs = wanted.x or wanted.weights and p.spec.weigh == "input"
+    run = Backward(
+        p, grad_out, hidden if hidden.numel() else project(p, routing), wanted, _unwritten(p, routing, wanted),
+        dw=p.x.new_zeros(p.ids.numel(), dtype=compute_dtype(p.x.dtype)),
+        dX=p.x.new_empty(p.ids.numel(), p.x.shape[1]) if inputs else None,
+        D=p.x.new_empty(most, F),
+        dpre=p.x.new_empty(most, p.spec.parts * F),
+    )  # fmt: skip
+    for batch in batches:
+        run.through_down(batch)
+        run.through_activation(batch)
+        run.through_up(batch)
+    sums, dw, dX = run.sums, run.dw, run.dX
+    del run  # and with it the memory for a batch
+    if wanted.x and dX is not None:
+        dX[routing.offsets[-1] :] = 0
         sums = dataclasses.replace(sums, x=gather_sum(p, routing, dX, p.spec.weigh == "input", p.x.dtype))
     if wanted.weights:
         sums.weights.view(-1)[routing.order] = dw.to(p.weights.dtype)
@@ -222,96 +224,86 @@ def _unwritten(p: Experts, routing: Routing, wanted: Wanted) -> ExpertGradients:
     return ExpertGradients(p.x.new_empty(0), weights, *found)
 
 
-@functools.lru_cache(maxsize=256)
-def _slopes(act: Expr, gated: bool) -> Expr:
-    """(act, d act / d u, d act / d g) as one formula, so that they share what they have in common."""
-    return sympy.Tuple(act, derivative(act, E.UP), *([derivative(act, E.GATE)] * gated))
+def _dense(t: Tensor) -> Tensor:
+    """With neighbours in a row: columns of an interleaved layout are taken out first."""
+    return t if t.stride(-1) == 1 else t.contiguous()
 
 
-def _through_experts(
-    p: Experts,
-    batch: Batch,
-    pre: Tensor,
-    grad_out: Tensor,
-    dw: Tensor,
-    d_rows: Tensor | None,
-    wanted: Wanted,
-    sums: ExpertGradients,
-) -> None:
-    """Writes dw and d_rows = dpre up^T [n,H], unless None, and the gradients of the batch's experts."""
-    dpre = _through_down(p, batch, pre, grad_out, dw, wanted, sums)
-    _through_up(p, batch, dpre, d_rows, wanted, sums)
+@dataclasses.dataclass(frozen=True)
+class Backward:
+    """One batch after the other.
 
+    Of all pairs, in the order of experts: hidden, dw [T*K], and dX [T*K,H] where it is needed, the rows that dx is
+    summed from. Of the n pairs of a batch: D [n,F], which become the activations, and dpre [n,P*F], in memory for the
+    largest. sums: the gradients of the weights.
+    """
 
-def _through_down(
-    p: Experts, batch: Batch, pre: Tensor, grad_out: Tensor, dw: Tensor, wanted: Wanted, sums: ExpertGradients
-) -> Tensor:
-    """dpre [n,P*F]; writes dw [n] unless weigh=input, and ddown and ddown_bias of the batch."""
-    h = p.x.new_empty(len(pre), p.features[1])
-    _down_rows(p, batch, grad_out, h, dw, wanted, sums)
-    dpre = _through_activation(p, batch, pre, h, dw)
-    if wanted.projections:
-        G = rows_of(grad_out, batch, p.x.dtype)
+    p: Experts
+    grad_out: Tensor
+    hidden: Tensor
+    wanted: Wanted
+    sums: ExpertGradients
+    dw: Tensor
+    dX: Tensor | None
+    D: Tensor
+    dpre: Tensor
+
+    @property
+    def outside(self) -> bool:
+        return self.p.spec.weigh == "output"
+
+    def G(self, batch: Batch) -> Tensor:
+        """[n,H_out]; gathered again where it is needed, so that it need not be kept."""
+        return self.grad_out.index_select(0, batch.tokens).to(self.p.x.dtype)
+
+    def through_down(self, batch: Batch) -> None:
+        """Writes D = G down^T, what the bias of down adds to dw, and ddown_bias."""
+        p, G, dw = self.p, self.G(batch), self.dw[batch.at]
         for e, rows in batch.shares:
-            multiply(p.of_expert(sums.down, e)[0], h[rows].mT, G[rows])
-    return dpre
+            times(self.D[rows], G[rows], p.of_expert(p.down, e)[0].mT)
+            for bias in p.of_expert(p.down_bias, e) if self.outside else ():
+                dw[rows] += G[rows].to(dw.dtype) @ bias.to(dw.dtype)
+            for db in p.of_expert(self.sums.down_bias, e) if self.wanted.biases and p.down_bias else ():
+                w = batch.w[rows] if self.outside else torch.ones_like(batch.w[rows])
+                db.copy_((w.mT @ G[rows].to(dw.dtype))[0])
 
+    def through_activation(self, batch: Batch) -> None:
+        """Writes dpre and dw, weighted activations in D's place, and ddown."""
+        p, n = self.p, len(batch.tokens)
+        D, dw, units, target = self.D[:n], self.dw[batch.at], p.split(self.hidden[batch.at]), p.split(self.dpre[:n])
+        compiled = p.compiled and p.ids.numel() * p.features[1] >= cpu_fused.LARGE
+        step = cpu_fused.step_of(p.spec, p.x.dtype, dw.dtype, compiled)
+        for part in chunks(D, p.config.chunk):
+            D[part], found, *slopes = step(D[part], batch.w[part], *(_dense(t[part]) for t in units.parts))
+            dw[part] += found
+            for into, each in zip(target.parts, slopes):
+                into[part] = each
+        if self.wanted.projections:
+            G = self.G(batch)
+            for e, rows in batch.shares:
+                multiply(p.of_expert(self.sums.down, e)[0], self.D[rows].mT, G[rows])
 
-def _through_activation(p: Experts, batch: Batch, pre: Tensor, rows: Tensor, dw: Tensor) -> Tensor:
-    """dpre [n,P*F]; `rows` [n,F] are D, and then the activations, weighted as the results are."""
-    outside, slopes = p.spec.weigh == "output", _slopes(p.spec.act, p.spec.parts == 2)
-    dpre = torch.empty_like(pre)
-    for part in chunks(rows, p.config.chunk):
-        act, *slope = mods.evaluate(slopes, p.split(pre[part].to(dw.dtype)))
-        D, target = rows[part].to(dw.dtype), p.split(dpre[part])
-        if outside:
-            dw[part] += (D * act).sum(-1)
-            D, act = D * batch.w[part], act * batch.w[part]
-        for into, s in zip((target.u, target.g), slope):
-            into.copy_(D * s)
-        rows[part] = act
-    return dpre
-
-
-def _down_rows(
-    p: Experts, batch: Batch, grad_out: Tensor, D: Tensor, dw: Tensor, wanted: Wanted, sums: ExpertGradients
-) -> None:
-    """Writes D [n,F] = G down^T, what the bias of down adds to dw, and ddown_bias of the batch."""
-    G, outside = rows_of(grad_out, batch, p.x.dtype), p.spec.weigh == "output"
-    for e, rows in batch.shares:
-        times(D[rows], G[rows], p.of_expert(p.down, e)[0].mT)
-        for bias in p.of_expert(p.down_bias, e) if outside else ():
-            dw[rows] += G[rows].to(dw.dtype) @ bias.to(dw.dtype)
-        for db in p.of_expert(sums.down_bias, e) if wanted.biases and p.down_bias else ():
-            w = batch.w[rows] if outside else torch.ones_like(batch.w[rows])
-            db.copy_((w.mT @ G[rows].to(dw.dtype))[0])
-
-
-def rows_of(grad_out: Tensor, batch: Batch, dtype: torch.dtype) -> Tensor:
-    """G [n,H_out]; gathered again where it is needed, so that it need not be kept."""
-    return grad_out.index_select(0, batch.tokens).to(dtype)
-
-
-def _through_up(
-    p: Experts, batch: Batch, dpre: Tensor, d_rows: Tensor | None, wanted: Wanted, sums: ExpertGradients
-) -> None:
-    """Writes d_rows [n,H], and dup and dup_bias of the batch."""
-    X = p.x.index_select(0, batch.tokens)
-    X = X * batch.w.to(X.dtype) if p.spec.weigh == "input" else X
-    for e, rows in batch.shares:
-        ups = p.of_expert(p.up, e)
-        parts = dpre[rows].chunk(len(ups), -1)
-        if wanted.projections:
-            for dW, part in zip(p.of_expert(sums.up, e), parts):
-                multiply(dW, X[rows].mT, part)
-        if wanted.biases and p.up_bias:
-            for db, part in zip(p.of_expert(sums.up_bias, e), parts):
-                db.copy_(part.sum(0, dtype=batch.w.dtype))
-        if d_rows is not None:
-            times(d_rows[rows], parts[0], ups[0].mT)
-            for part, W in zip(parts[1:], ups[1:]):
-                times(more := torch.empty_like(d_rows[rows]), part, W.mT)
-                d_rows[rows] += more
+    def through_up(self, batch: Batch) -> None:
+        """Writes dup, dup_bias and dX; with weigh=input dw."""
+        p, X = self.p, self.p.x.index_select(0, batch.tokens)
+        rows_in = X if self.outside else X * batch.w.to(X.dtype)
+        for e, rows in batch.shares:
+            ups = p.of_expert(p.up, e)
+            parts = self.dpre[rows].chunk(len(ups), -1)
+            if self.wanted.projections:
+                for dW, part in zip(p.of_expert(self.sums.up, e), parts):
+                    multiply(dW, rows_in[rows].mT, part)
+            if self.wanted.biases and p.up_bias:
+                for db, part in zip(p.of_expert(self.sums.up_bias, e), parts):
+                    db.copy_(part.sum(0, dtype=self.dw.dtype))
+            if self.dX is not None:
+                found = self.dX[batch.at][rows]
+                times(found, parts[0], ups[0].mT)
+                for part, W in zip(parts[1:], ups[1:]):
+                    times(more := torch.empty_like(found), part, W.mT)
+                    found += more
+        if self.dX is not None and not self.outside:
+            self.dw[batch.at] = (self.dX[batch.at].to(self.dw.dtype) * X).sum(-1)
 
 
 KERNEL = ExpertKernel("cpu.experts", "cpu", supports, forward, backward)

@@ -44,13 +44,18 @@ class Units:
     def device(self) -> torch.device:
         return self.u.device
 
+    @property
+    def parts(self) -> list[Tensor]:
+        """[u, g] or [u]"""
+        return [self.u] if self.g is None else [self.u, self.g]
+
     def value(self, name: str) -> Tensor | None:
         return getattr(self, name)
 
 
 @dataclasses.dataclass(frozen=True)
 class Experts:
-    """The arguments of tv::moe; shapes above. config: how the CPU kernel cuts them."""
+    """The arguments of tv::moe; shapes above. For the CPU kernel: how it cuts them, and whether it may compile."""
 
     spec: MoESpec
     x: Tensor
@@ -61,6 +66,7 @@ class Experts:
     up_bias: Sequence[Tensor]
     down_bias: Sequence[Tensor]
     config: ExpertConfig = ExpertConfig()
+    compiled: bool = False
 
     @staticmethod
     def of(x, ids, weights, up, down, up_bias, down_bias, spec: str) -> Experts:

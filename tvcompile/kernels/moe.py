@@ -26,7 +26,7 @@ from .problem import hint
 TENSORS = "Tensor x, Tensor ids, Tensor weights, Tensor[] up, Tensor[] down, Tensor[] up_bias, Tensor[] down_bias"
 LIB.define(f"moe({TENSORS}, str spec, bool save) -> (Tensor out, Tensor hidden)")
 LIB.define(
-    f"moe_backward(Tensor grad_out, {TENSORS}, str spec, Tensor hidden, bool[4] wanted)"
+    f"moe_backward(Tensor grad_out, {TENSORS}, str spec, Tensor hidden, bool[4] wanted, bool compiled=False)"
     " -> (Tensor dx, Tensor dweights, Tensor[] dup, Tensor[] ddown, Tensor[] dup_bias, Tensor[] ddown_bias)"
 )
 
@@ -60,9 +60,9 @@ def _forward(x, ids, weights, up, down, up_bias, down_bias, spec, save, whole=Fa
     return kernel.forward(dataclasses.replace(p, config=p.config.whole) if whole else p, save)
 
 
-def _backward(grad_out, x, ids, weights, up, down, up_bias, down_bias, spec, hidden, wanted):
+def _backward(grad_out, x, ids, weights, up, down, up_bias, down_bias, spec, hidden, wanted, compiled=False):
     p = Experts.of(x, ids, weights, up, down, up_bias, down_bias, spec)
-    kernel, p = _chosen(p, True)
+    kernel, p = _chosen(dataclasses.replace(p, compiled=compiled), True)
     g = kernel.backward(p, grad_out, hidden, Wanted(*wanted))
     return g.x, g.weights, g.up, g.down, g.up_bias, g.down_bias
 
@@ -75,7 +75,7 @@ def _fake_forward(x, ids, weights, up, down, up_bias, down_bias, spec, save):
     return out, x.new_empty((T * K, p.spec.parts * F) if save else 0)
 
 
-def _fake_backward(grad_out, x, ids, weights, up, down, up_bias, down_bias, spec, hidden, wanted):
+def _fake_backward(grad_out, x, ids, weights, up, down, up_bias, down_bias, spec, hidden, wanted, compiled=False):
     def like(t: Tensor, want: bool) -> Tensor:
         return torch.empty_like(t) if want else t.new_empty(0)
 
@@ -136,7 +136,7 @@ def _differentiate(ctx, grad_out, _):
 
 for _name, _run, _fake, _open in (
     ("moe", _forward, _fake_forward, opened(functools.partial(_forward, whole=True), ("cpu", "cuda"))),
-    ("moe_backward", _backward, _fake_backward, opened(_backward)),
+    ("moe_backward", _backward, _fake_backward, opened(_backward, compiled=True)),
 ):
     LIB.impl(_name, _run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"tv::{_name}", _fake, lib=LIB)

@@ -95,7 +95,7 @@ class ExpertConfig:
     """
 
     batch: int = 1 << 20
-    chunk: int = 1 << 16
+    chunk: int = 1 << 17
 
     def __post_init__(self) -> None:
         if self.batch < 1 or self.chunk < 0:
@@ -116,7 +116,8 @@ class ExpertAsk(ask.Ask):
 
     op = "cpu.moe"
     answer = ExpertConfig
-    sources = ("kernels/cpu_experts.py", "kernels/cpu_products.py", "kernels/experts.py", "kernels/cpu.py", *SOURCES)
+    kernels = "cpu_experts", "cpu_fused", "cpu_products", "experts", "cpu"
+    sources = (*(f"kernels/{name}.py" for name in kernels), *SOURCES)
 
     work: str = "act = u"
     T: int = 0

@@ -279,7 +279,7 @@ class ExpertRuns:
         if isinstance(config, cpu.ExpertConfig):
             from ..kernels import cpu_experts
 
-            p = dataclasses.replace(self.p, config=config)
+            p = dataclasses.replace(self.p, config=config, compiled=True)
             return lambda: _all(cpu_experts.backward(p, self.direction, self.hidden, Wanted()))
         from ..kernels import moe_triton
 
