@@ -219,7 +219,9 @@ def attention_dkdv(
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     seed = tl.load(seed_ptr) if LIMIT is not None else 0
-    for member in range(G):
+    # Such a block takes all registers there are: what does not change from head to head is computed again.
+    AGAIN: tl.constexpr = not HOIST and q_ptr.dtype.element_ty == tl.float32 and BLOCK_D == 256
+    for member in tl.range(0, G, disable_licm=AGAIN):
         h = h_kv * G + member
         q_head = head(q_ptr, q_strides, b, h, 0)
         dout_head = head(dout_ptr, dout_strides, b, h, 0)
