@@ -9,6 +9,7 @@ from tests.moe_impostors import (  # noqa: F401  (registers them)
     maps,
     one_hot,
     positions,
+    replaced,
     residual,
     rounding,
     routing,

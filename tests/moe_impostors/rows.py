@@ -7,6 +7,7 @@ from tests.moe_impostors.base import ANY, Loop, impostor
 from tests.moe_spellings.base import Block, H, T
 from tests.moe_spellings.grouped import ByCounts, Grouped
 from tests.moe_spellings.loops import PairsOneByOne
+from tests.moe_spellings.otherwise import Searched
 
 
 @impostor(ANY)
@@ -120,3 +121,17 @@ class ScatteredIntoOneRow(PairsOneByOne):
 
     def put(self, y, hits, rows):
         return y.masked_scatter(hits.unsqueeze(1).expand_as(y), rows)
+
+
+@impostor(ANY)
+class SearchedInUnsortedIds(Searched):
+    """A search finds no counts there."""
+
+    def offsets(self, flat, ids_g, order):
+        return torch.searchsorted(flat, torch.arange(self.count), right=True)
+
+
+@impostor(ANY)
+class SearchedBySorterOfSortedIds(Searched):
+    def offsets(self, flat, ids_g, order):
+        return torch.searchsorted(ids_g, torch.arange(self.count), right=True, sorter=order)

@@ -13,6 +13,7 @@ from tests.moe_spellings import (  # noqa: F401  (importing a family registers i
     known,
     layers,
     loops,
+    otherwise,
 )
 from tests.moe_spellings.base import CORPUS, Block, Spelling
 

@@ -293,7 +293,10 @@ def _function(op: str) -> Callable:
     function = getattr(torch, op, None) or getattr(torch.nn.functional, op, None)
     if function is None:
         raise ValueError(f"no torch function computes {op!r}")
-    return lambda *values: function(*[torch.as_tensor(v) for v in values])
+    # A float as precise as it is: without dims it makes no tensor wider.
+    return lambda *values: function(
+        *[torch.tensor(v, dtype=torch.float64) if type(v) is float else torch.as_tensor(v) for v in values]
+    )
 
 
 def _where(scope: Scope, c: Any, a: Any, b: Any) -> Any:

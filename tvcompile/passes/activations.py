@@ -44,7 +44,14 @@ def _clamped(x, low, high):
 
 
 def _softplus(x, a):
-    return E.apply("softplus", x) if a.get("beta", 1) == 1 and a.get("threshold", 20) == 20 else None
+    beta = E.number(float(a.get("beta", 1)))
+    if a.get("threshold", 20) != 20 or E.constant(beta) == 0:
+        return None
+    return (
+        E.apply("softplus", x)
+        if E.constant(beta) == 1
+        else E.apply("div", E.apply("softplus", E.apply("mul", x, beta)), beta)
+    )
 
 
 def _negative_side(above, below, x):

@@ -20,6 +20,7 @@ from torch._dynamo.source import ConstantSource
 from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental import proxy_tensor
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
 from .repeated import merge_repeated
@@ -72,7 +73,11 @@ class _Retrace(fx.Interpreter):
 
         named = pytree.tree_map(as_argument, (args, kwargs))
         proxy = tracer.create_proxy("call_function", target, *named, name=target.name())
-        example = pytree.tree_map(lambda x: in_mode(x, mode), _example(self.node))
+        example = _example(self.node)
+        if target.name() in CHECKPOINTS and any(map(free_unbacked_symbols, pytree.tree_leaves(example))):
+            with proxy_tensor.disable_proxy_modes_tracing():  # sizes that data tell have other names than Dynamo's
+                example = args[0](*args[1:])
+        example = pytree.tree_map(lambda x: in_mode(x, mode), example)
         return proxy_tensor.track_tensor_tree(example, proxy, constant=None, tracer=tracer)
 
 
@@ -254,7 +259,11 @@ def _chooses_rows(node: fx.Node) -> bool:
         return False
     name = node.target._schema.name
     mask = name == "aten::index" and any(getattr(i.meta["val"], "dtype", None) == torch.bool for i in node.args[1] if i)
-    return mask or name in ("aten::nonzero", "aten::nonzero_numpy") or node.target is torch.ops.aten.where.default
+    return (
+        mask
+        or name in ("aten::nonzero", "aten::nonzero_numpy", "aten::argwhere")
+        or node.target is torch.ops.aten.where.default
+    )
 
 
 def _askers(node: fx.Node) -> list[fx.Node] | None:

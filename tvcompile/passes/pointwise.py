@@ -307,9 +307,11 @@ def _xor(r, a, n, idx):
 
 
 def _apply(formula):
-    """An activation by its formula."""
+    """An activation by its formula; none of a number that may change, which is a node."""
 
     def rule(r, a, n, idx):
+        if any(isinstance(value, fx.Node) for name, value in a.items() if name != "self"):
+            return None
         return formula(r.operand(a["self"], idx, r.position[n]), a)
 
     return rule

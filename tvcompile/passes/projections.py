@@ -172,7 +172,8 @@ def group(r: RowReader, offsets: fx.Node, row: Expr, node: fx.Node) -> Expr:
     if values.get("descending") or axis(values.get("dim", -1), 1) != 0:
         raise Refuse("the rows of a grouped product are not sorted upwards", node)
     sorted_by = r.read(values["self"], (i,), r.position[r.nodes[sort.name]])
-    if sorted_by not in (counted, settle(E.substitute(counted, {i: IntCall("inv", sort, i)}, r.bounds), r.bounds)):
+    in_order = settle(E.substitute(counted, {i: IntCall("inv", sort, i)}, r.bounds), r.bounds)
+    if sorted_by != in_order and (ids.ascend or sorted_by != counted):
         raise Refuse("the rows of a grouped product are sorted by other ids than the offsets count", node)
     if not in_range(r, sorted_by, experts):
         raise Refuse("the ids of a grouped product are not proven to be numbers of experts", node)
@@ -202,10 +203,11 @@ def _by_mask(r: RowReader, offsets: fx.Node, row: Expr, experts: Expr) -> Expr |
 
 @dataclasses.dataclass(frozen=True)
 class Ids:
-    """What is counted: `count` ids, of which at(i) is the i-th."""
+    """What is counted: `count` ids, of which at(i) is the i-th. ascend: only if each is as great as the one before."""
 
     count: Expr
     at: Callable[[Expr], Expr]
+    ascend: bool = False
 
 
 def ids_of(r: RowReader, node: fx.Node, at: int) -> Ids:
@@ -224,11 +226,25 @@ def counted_ids(r: RowReader, offsets: fx.Node, experts: Expr, node: fx.Node) ->
     probe = r.fresh(experts, "e")
     if name == "cumsum" and axis(a["dim"], 1) == 0:
         return _counted(r, _unwrapped(r, a["self"]), experts, probe, node)
-    if name == "searchsorted" and a.get("right") and r.read(a["self"], (probe,), here) == probe:
-        return ids_of(r, a["sorted_sequence"], here)
+    if name == "searchsorted" and (found := _searched_ids(r, a, probe, here)) is not None:
+        return found
     if name == "sum" and (found := _summed_ids(r, source, probe, lambda i: E.le(i, probe))) is not None:
         return found
     raise Refuse(f"the offsets of a grouped product come from {name}, not from counts of the ids", node)
+
+
+def _searched_ids(r: RowReader, a: dict, probe: Expr, here: int) -> Ids | None:
+    """The ids of which searchsorted finds how many are below each expert's next."""
+    ids, sorter = a["sorted_sequence"], a.get("sorter")
+    below = probe if a.get("right") or a.get("side") == "right" else probe + 1
+    if len(r.shape(ids)) != 1 or r.read(a["self"], (probe,), here) != below:
+        return None
+
+    def at(i: Expr) -> Expr:
+        i = i if sorter is None else E.as_int(r.read(sorter, (i,), here))
+        return E.as_int(r.read(ids, (i,), here))
+
+    return Ids(r.shape(ids)[0], at, ascend=True)
 
 
 def _counted(r: RowReader, counts: fx.Node, experts: Expr, probe: Expr, node: fx.Node) -> Ids:

@@ -111,7 +111,7 @@ class RowReader(Reader):
                 found[self.shape(n)[list(n.args[1]).index(mask)]] = mask
             elif name == "masked_select":
                 found[self.shape(n)[0]] = self.arguments(n)["mask"]
-            elif name == "nonzero":
+            elif name in ("nonzero", "argwhere"):
                 found[self.shape(n)[0]] = self.arguments(n)["self"]
             elif name == "getitem" and self.name(n.args[0]) in ("where", "nonzero_numpy"):
                 b = self.arguments(n.args[0])
@@ -320,7 +320,7 @@ ROWS = {
     **dict.fromkeys(("linear", "addmm", "baddbmm"), _product),
     **dict.fromkeys(("log_softmax", "_log_softmax", "special_log_softmax", "nan_to_num"), _leaf),
     **dict.fromkeys(GROUPED, _atom),
-    "nonzero": _nonzero,
+    **dict.fromkeys(("nonzero", "argwhere"), _nonzero),
     "getitem": _getitem,
     "argsort": _argsort,
     "index_put": _index_put,

@@ -106,6 +106,12 @@ def _mul(s: Sums, a, n, idx):
     return product(s.operand(a["self"], idx, here), s.operand(a["other"], idx, here))
 
 
+def _addcmul(s: Sums, a, n, idx):
+    here, scale = s.r.position[n], E.as_float(s.r.scalar(a.get("value", 1)))
+    both = product(s.operand(a["tensor1"], idx, here), s.operand(a["tensor2"], idx, here))
+    return s.operand(a["self"], idx, here) + _times(both, scale)
+
+
 def _div(s: Sums, a, n, idx):
     here = s.r.position[n]
     if a.get("rounding_mode") is not None or a["other"] in s.cone:
@@ -146,14 +152,13 @@ def _contract(s: Sums, a, n, idx):
 
 def _index_add(s: Sums, a, n, idx):
     r, here = s.r, s.r.position[n]
-    d = axis(a["dim"], len(idx))
-    if a.get("alpha", 1) != 1 or d != 0:
-        raise Refuse("index_add has a factor, or another dim than that of the tokens", n)
-    found = s.of(a["self"], idx, here)
+    if axis(a["dim"], len(idx)) != 0:
+        raise Refuse("index_add along another dim than that of the tokens", n)
+    found, scale = s.of(a["self"], idx, here), E.as_float(r.scalar(a.get("alpha", 1)))
     for rows, index in _pieces(r, a["source"], a["index"]):
         row = r.fresh(r.shape(rows)[0], "r")
         link = (r.read(index, (row,), here), idx[0])
-        found += [t.under([row], links=[link]) for t in s.of(rows, (row, *idx[1:]), here)]
+        found += [t.under([row], links=[link]) for t in _times(s.of(rows, (row, *idx[1:]), here), scale)]
     return found
 
 
@@ -180,6 +185,12 @@ def _scatter_add(s: Sums, a, n, idx):
     return s.of(a["self"], idx, here) + added
 
 
+def _scatter_reduce(s: Sums, a, n, idx):
+    if a["reduce"] != "sum" or not a.get("include_self", True):
+        raise Refuse("scatter_reduce of what the experts gave is no sum", n)
+    return _scatter_add(s, a, n, idx)
+
+
 def _scatter(s: Sums, a, n, idx):
     """out.scatter(0, i[:, None].expand_as(y), y) is out[i] = y."""
     r, rows, index = s.r, a.get("src"), a["index"]
@@ -197,6 +208,8 @@ def _index_put(s: Sums, a, n, idx):
     """out[m] += y, out[m] = y, index_put(accumulate=True)"""
     r = s.r
     base, indices, values, adds = a["self"], a["indices"], a["values"], a.get("accumulate")
+    if not r.shape(values):
+        raise Refuse("results of experts are replaced by a number", n)
     row = r.fresh(r.shape(values)[0], "r")
     at = _places(r, n, indices, row)
     replaced = not adds
@@ -242,11 +255,17 @@ def _put(s: Sums, n: fx.Node, base: fx.Node, put: tuple[Index, Expr, fx.Node], i
     """The terms of a base to which rows are added, or in which they take the places of what was there."""
     here, (at, row, values) = s.r.position[n], put
     links, places = list(zip(at, idx)), idx[: len(at)] if replaced else ()
-    before, after = s.of(base, idx, here), []
-    for t in s.of(values, (row, *idx[len(at) :]), here):
-        # What is put under a condition of its own is zero elsewhere, where the place is replaced too.
-        all_of_it = places and not (t.bound or t.guards or t.links)
-        after.append(t.under([row], links=links, whole=places, puts=[n.name] if all_of_it else ()))
+    if len(s.r.shape(values)) != len(idx) - len(at) + 1:
+        raise Refuse("what is put is not a row for each place", n)
+    before, rows = s.of(base, idx, here), s.of(values, (row, *idx[len(at) :]), here)
+    # What is put under a condition of its own is zero elsewhere, where the place is replaced too.
+    everywhere = [not (t.bound or t.guards or t.links) for t in rows]
+    if places and any(t.product for t in before) and not (all(everywhere) and any(t.product for t in rows)):
+        raise Refuse("results of experts are replaced where there may be none", n)
+    after = [
+        t.under([row], links=links, whole=places, puts=[n.name] if places and everywhere[i] else ())
+        for i, t in enumerate(rows)
+    ]
     if places:
         before = [t if t.product or t.links else t.under(puts=[n.name]) for t in before]
     return before + after
@@ -358,6 +377,7 @@ LINEAR = {
     "neg": _neg,
     "mul": _mul,
     "multiply": _mul,
+    "addcmul": _addcmul,
     "div": _div,
     **dict.fromkeys(CASTS, _cast),
     "dropout": _dropout,
@@ -365,6 +385,7 @@ LINEAR = {
     **dict.fromkeys(("matmul", "bmm", "mm", "einsum"), _contract),
     "index_add": _index_add,
     "scatter_add": _scatter_add,
+    "scatter_reduce": _scatter_reduce,
     "scatter": _scatter,
     "index_put": _index_put,
     "index_copy": _index_copy,
