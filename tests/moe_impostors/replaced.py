@@ -87,3 +87,64 @@ class ReplacedInAMask(ReplacedByTheLast):
     def put(self, out, y, some):
         out[some] = y[some]
         return out
+
+
+class BufferPerExpert(Loop):
+    """Zeros but for the expert's rows, weighed and added: an impostor puts more into it."""
+
+    def experts(self, x, ids, w):
+        out = torch.zeros_like(x)
+        for e in range(self.count):
+            mine = (ids == e).any(-1)
+            y = torch.zeros_like(x)
+            y[mine] = self.expert(x[mine], e)
+            out = out + self.put(y, x, ids, e) * (w * (ids == e)).sum(-1, keepdim=True)
+        return out
+
+    def put(self, y, x, ids, e):
+        raise NotImplementedError
+
+
+@impostor(ANY)
+class BufferCleared(BufferPerExpert):
+    def put(self, y, x, ids, e):
+        some = x[:, 0] > 0.3
+        y[some] = torch.zeros_like(x)[some]
+        return y
+
+
+@impostor(ANY)
+class BufferOfTwoExperts(BufferPerExpert):
+    def put(self, y, x, ids, e):
+        other = (e + 1) % self.count
+        theirs = (ids == other).any(-1)
+        y[theirs] = self.expert(x[theirs], other)
+        return y
+
+
+class WeightsByMask(Loop):
+    """x[m.any(-1)] beside w[m'], where m' is another mask of as many places."""
+
+    def experts(self, x, ids, w):
+        out = torch.zeros_like(x)
+        for e in range(self.count):
+            token = (ids == e).any(-1)
+            out[token] += self.expert(x[token], e) * self.chosen(w, ids, e).unsqueeze(-1)
+        return out
+
+    def chosen(self, w, ids, e):
+        raise NotImplementedError
+
+
+@impostor(ANY)
+class WeightsInOrderOfChoices(WeightsByMask):
+    """The weights of all first choices come before those of the second."""
+
+    def chosen(self, w, ids, e):
+        return w.t()[(ids == e).t()]
+
+
+@impostor(ANY)
+class WeightsOfTheTokenBefore(WeightsByMask):
+    def chosen(self, w, ids, e):
+        return w[ids.roll(1, 0) == e]

@@ -68,3 +68,44 @@ class SearchedBySide(Searched):
 class SearchedBySorter(Searched):
     def offsets(self, flat, ids_g, order):
         return torch.searchsorted(flat, torch.arange(self.count), right=True, sorter=order)
+
+
+@moe(own=True)
+@moe(top=1, router="top1", order="oi")
+@moe(kind="gelu", bias=True)
+class WeightsByAMaskOfPairs(Block):
+    """x[m.any(-1)] beside w[m]: a token has an expert once."""
+
+    def experts(self, x, ids, w):
+        out = torch.zeros_like(x)
+        for e in range(self.count):
+            pairs = ids == e
+            token = pairs.any(dim=-1)
+            out[token] += self.expert(x[token], e) * w[pairs].unsqueeze(-1)
+        return out
+
+
+@moe(own=True)
+@moe(kind="relu", order="oi")
+class ABufferPerExpert(Block):
+    """Zeros but for the expert's rows, weighed and added."""
+
+    def experts(self, x, ids, w):
+        out = torch.zeros_like(x)
+        for e in range(self.count):
+            mine = (ids == e).any(dim=-1)
+            y = torch.zeros_like(x)
+            y[mine] = self.expert(x[mine], e)
+            out = out + y * (w * (ids == e)).sum(-1, keepdim=True)
+        return out
+
+
+@moe(kind="silu")
+class BuffersStacked(Block):
+    def experts(self, x, ids, w):
+        found = []
+        for e in range(self.count):
+            token = (ids == e).any(dim=-1).nonzero()[:, 0]
+            found.append(torch.zeros_like(x).index_copy(0, token, self.expert(x[token], e)))
+        dense = torch.zeros(len(x), self.count, dtype=w.dtype).scatter(1, ids, w)
+        return torch.einsum("te,eth->th", dense, torch.stack(found))

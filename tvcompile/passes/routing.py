@@ -13,6 +13,8 @@ import dataclasses
 
 import sympy
 import torch
+from sympy.core.symbol import Str
+from torch import fx
 
 from .. import expr as E
 from ..expr import Expr, IntCall
@@ -21,7 +23,7 @@ from .chosen import Token, numbered, of_any
 from .ids import compared, scattered, source_of_scatter
 from .masking import hides
 from .places import digits, exclude, solved
-from .rows import RowReader
+from .rows import RowReader, over
 from .signs import compared_with_zero, positive
 from .terms_of import Term
 
@@ -93,16 +95,35 @@ def _unmasked(r: RowReader, term: Term, at: int) -> Term:
         name, _, row = E.operands(calls[0])
         if row not in term.bound:
             raise Refuse("rows that a mask chose are read at computed numbers", r.nodes[name.name])
-        mask = r.nodes[name.name]
-        if r.chosen_by(r.ranges[row]) is not mask:
-            raise Refuse("not all of the rows that a mask chose are used", mask)
+        masks = list(dict.fromkeys(r.nodes[E.operands(c)[0].name] for c in calls if E.operands(c)[2] == row))
+        mask = max(masks, key=lambda m: len(r.shape(m)))
+        if r.chosen_by(r.ranges[row]) not in masks or not all(m is mask or _is_any(r, m, mask) for m in masks):
+            raise Refuse("not all of the rows that a mask chose are used", r.nodes[name.name])
         places = tuple(r.fresh(n, "m") for n in r.shape(mask))
-        table = {IntCall("nth", name, sympy.Integer(c), row): x for c, x in enumerate(places)}
+        table = {
+            IntCall("nth", Str(m.name), sympy.Integer(c), row): x
+            for m in masks
+            for c, x in zip(range(m.meta["val"].dim()), places)
+        }
         holds = r.truth(E.as_bool(r.read(mask, places, at)))
         term = dataclasses.replace(term.put(table, r.bounds), known=(*term.known, *table.items()))
         bound = tuple(b for b in term.bound if b != row) + tuple(x for x in places if x != 0)
         term = dataclasses.replace(term, bound=bound, guards=(*term.guards, holds))
     return term
+
+
+def _is_any(r: RowReader, some: fx.Node, mask: fx.Node) -> bool:
+    """Does some[t] say whether mask[t, k] holds for any k?
+
+    Rows that `some` chose go with as many that the mask chose, or the program fails: then no t has more than one k,
+    and the n-th place of the mask is that of `some`, with its k.
+    """
+    if r.name(some) != "any" or len(r.shape(some)) != 1:
+        return False
+    t = r.fresh(r.shape(some)[0], "t")
+    source, at, over_k = over(r, some, (t,))
+    held, read = (r.truth(E.as_bool(r.read(m, at, r.position[some]))) for m in (mask, source))
+    return len(over_k) == 1 and at == (t, over_k[0]) and len(r.shape(mask)) == 2 and held == read
 
 
 def _joined(r: RowReader, term: Term) -> Term:

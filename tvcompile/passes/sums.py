@@ -262,8 +262,9 @@ def _put(s: Sums, n: fx.Node, base: fx.Node, put: tuple[Index, Expr, fx.Node], i
     everywhere = [not (t.bound or t.guards or t.links) for t in rows]
     if places and any(t.product for t in before) and not (all(everywhere) and any(t.product for t in rows)):
         raise Refuse("results of experts are replaced where there may be none", n)
+    whole = places if before or not once(s.r, at) else ()  # else nothing is replaced: what is put is added to zeros
     after = [
-        t.under([row], links=links, whole=places, puts=[n.name] if places and everywhere[i] else ())
+        t.under([row], links=links, whole=whole, puts=[n.name] if places and everywhere[i] else ())
         for i, t in enumerate(rows)
     ]
     if places:
