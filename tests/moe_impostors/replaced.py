@@ -148,3 +148,11 @@ class WeightsInOrderOfChoices(WeightsByMask):
 class WeightsOfTheTokenBefore(WeightsByMask):
     def chosen(self, w, ids, e):
         return w[ids.roll(1, 0) == e]
+
+
+@impostor(None)
+class ReplacedByARowForAll(Replaced):
+    """One expert's row goes to every place."""
+
+    def put(self, out, x, some):
+        return out.index_put((some.nonzero()[:, 0],), self.expert(x[:1], 0), accumulate=True)

@@ -28,9 +28,9 @@ class Residual(Loop):
         return out
 
 
-@impostor(ANY)
+@impostor(None)
 class ResidualAddedLater(Residual):
-    """The first expert has not replaced it."""
+    """The first expert has not replaced it, and may be a mixture of its own."""
 
     def before(self, x):
         return torch.zeros_like(x)

@@ -109,3 +109,13 @@ class BuffersStacked(Block):
             found.append(torch.zeros_like(x).index_copy(0, token, self.expert(x[token], e)))
         dense = torch.zeros(len(x), self.count, dtype=w.dtype).scatter(1, ids, w)
         return torch.einsum("te,eth->th", dense, torch.stack(found))
+
+
+@moe(own=True)
+class JoinedThenViewed(Block):
+    """All results beside each other, as one tensor of all experts."""
+
+    def experts(self, x, ids, w):
+        dense = torch.zeros(len(x), self.count, dtype=w.dtype).scatter(1, ids, w)
+        y = torch.cat([self.expert(x, e) for e in range(self.count)], -1).view(len(x), self.count, -1)
+        return torch.einsum("te,teh->th", dense, y)

@@ -17,10 +17,10 @@ from ..expr import Expr
 from ..spec import Refuse
 from .contraction import added, further
 from .counts import counts
-from .ids import once
-from .movement import CASTS, SPLITS, Index, axis, rounding
+from .movement import CASTS, SPLITS, Index, axis, rounding, unravel
 from .places import cases, decided, least, opened
-from .rows import EMPTY, RowReader, mask_of, over
+from .puts import PUTS
+from .rows import EMPTY, RowReader, over
 from .terms_of import Term, coefficient, contracted, inverse, lazily, product, terms_of
 
 
@@ -84,6 +84,15 @@ class Sums:
             return self.of(value, self.r.broadcast(value, idx), at)
         return terms_of(self.r, self.r.scalar(value))
 
+    def uncast(self, n: fx.Node) -> fx.Node:
+        """What is cast, at least as precisely as the experts give their results."""
+        while n.op == "call_function" and self.r.name(n) in CASTS:
+            dtype = n.meta["val"].dtype
+            if rounding(dtype) > self.r.coarsest:
+                raise Refuse(f"what the experts gave is rounded to {str(dtype).removeprefix('torch.')}", n)
+            n = n.args[0]
+        return n
+
 
 def _add(sign: float):
     def rule(s: Sums, a, n, idx):
@@ -122,17 +131,7 @@ def _div(s: Sums, a, n, idx):
 
 
 def _cast(s: Sums, a, n, idx):
-    return s.operand(_uncast(s, n), idx, s.r.position[n])
-
-
-def _uncast(s: Sums, n: fx.Node) -> fx.Node:
-    """What is cast, at least as precisely as the experts give their results."""
-    while n.op == "call_function" and s.r.name(n) in CASTS:
-        dtype = n.meta["val"].dtype
-        if rounding(dtype) > s.r.coarsest:
-            raise Refuse(f"what the experts gave is rounded to {str(dtype).removeprefix('torch.')}", n)
-        n = n.args[0]
-    return n
+    return s.operand(s.uncast(n), idx, s.r.position[n])
 
 
 def _dropout(s: Sums, a, n, idx):
@@ -191,121 +190,6 @@ def _scatter_reduce(s: Sums, a, n, idx):
     return _scatter_add(s, a, n, idx)
 
 
-def _scatter(s: Sums, a, n, idx):
-    """out.scatter(0, i[:, None].expand_as(y), y) is out[i] = y."""
-    r, rows, index = s.r, a.get("src"), a["index"]
-    if axis(a["dim"], len(idx)) != 0 or not isinstance(rows, fx.Node) or a.get("reduce") is not None:
-        raise Refuse("scatter along another dim than that of the tokens, or of a number", n)
-    row = r.fresh(r.shape(rows)[0], "r")
-    at = E.as_int(r.read(index, (row, *idx[1:]), r.position[n]))
-    features = [x for x in idx[1:] if x.free_symbols]
-    if r.shape(rows) != r.shape(index) or r.shape(rows)[1:] != r.shape(n)[1:] or E.mentions(at, *features):
-        raise Refuse("scatter sends the features of one row to several tokens, or not all of them", n)
-    return _put(s, n, a["self"], ((at,), row, rows), idx, replaced=True)
-
-
-def _index_put(s: Sums, a, n, idx):
-    """out[m] += y, out[m] = y, index_put(accumulate=True)"""
-    r = s.r
-    base, indices, values, adds = a["self"], a["indices"], a["values"], a.get("accumulate")
-    if not r.shape(values):
-        raise Refuse("results of experts are replaced by a number", n)
-    row = r.fresh(r.shape(values)[0], "r")
-    at = _places(r, n, indices, row)
-    replaced = not adds
-    if replaced and (new := _added_in_place(s, base, indices, values)) is not None:
-        if mask_of(n) is None and not once(r, at):
-            raise Refuse("out[i] += y adds only one of the rows that meet at one token", n)
-        values, replaced = new, False
-    return _put(s, n, base, (at, row, values), idx, replaced)
-
-
-def _index_copy(s: Sums, a, n, idx):
-    r = s.r
-    if axis(a["dim"], len(idx)) != 0 or a["index"].meta["val"].dim() != 1:
-        raise Refuse("index_copy along another dim than that of the tokens", n)
-    row = r.fresh(r.shape(a["source"])[0], "r")
-    at = (E.as_int(r.read(a["index"], (row,), r.position[n])),)
-    return _put(s, n, a["self"], (at, row, a["source"]), idx, replaced=True)
-
-
-def _masked_scatter(s: Sums, a, n, idx):
-    """base.masked_scatter(m[:, None].expand_as(base), rows) is base[m] = rows."""
-    r, mask, rows = s.r, a["mask"], a["source"]
-    while mask.op == "call_function" and r.name(mask) in (
-        "expand",
-        "expand_as",
-        "unsqueeze",
-        "view",
-        "reshape",
-        "broadcast_to",
-    ):
-        mask = mask.args[0]
-    lead = mask.meta["val"].dim()
-    whole = E.as_bool(r.operand(a["mask"], idx, r.position[n]))
-    alike = lead < len(idx) and whole == E.as_bool(r.read(mask, idx[:lead], r.position[n]))
-    if not alike or r.shape(rows)[1:] != r.shape(n)[lead:] or r.shape(a["self"]) != r.shape(n):
-        raise Refuse("masked_scatter takes single elements, not rows", n)
-    row = r.fresh(r.shape(rows)[0], "r")
-    at = tuple(r.nth(mask, c, row) for c in range(lead))
-    return _put(s, n, a["self"], (at, row, rows), idx, replaced=True)
-
-
-def _put(s: Sums, n: fx.Node, base: fx.Node, put: tuple[Index, Expr, fx.Node], idx: Index, replaced: bool):
-    """The terms of a base to which rows are added, or in which they take the places of what was there."""
-    here, (at, row, values) = s.r.position[n], put
-    links, places = list(zip(at, idx)), idx[: len(at)] if replaced else ()
-    if len(s.r.shape(values)) != len(idx) - len(at) + 1:
-        raise Refuse("what is put is not a row for each place", n)
-    before, rows = s.of(base, idx, here), s.of(values, (row, *idx[len(at) :]), here)
-    # What is put under a condition of its own is zero elsewhere, where the place is replaced too.
-    everywhere = [not (t.bound or t.guards or t.links) for t in rows]
-    if places and any(t.product for t in before) and not (all(everywhere) and any(t.product for t in rows)):
-        raise Refuse("results of experts are replaced where there may be none", n)
-    whole = places if before or not once(s.r, at) else ()  # else nothing is replaced: what is put is added to zeros
-    after = [
-        t.under([row], links=links, whole=whole, puts=[n.name] if places and everywhere[i] else ())
-        for i, t in enumerate(rows)
-    ]
-    if places:
-        before = [t if t.product or t.links else t.under(puts=[n.name]) for t in before]
-    return before + after
-
-
-def _places(r: RowReader, n: fx.Node, indices: list, row: Expr) -> Index:
-    """Where row `row` is put."""
-    if (mask := mask_of(n)) is not None:
-        if indices[0] is not mask:
-            raise Refuse("results of experts are put along another dim than that of the tokens", n)
-        return tuple(r.nth(mask, c, row) for c in range(mask.meta["val"].dim()))
-    if any(i is None or i.meta["val"].dim() != 1 for i in indices):
-        raise Refuse("results of experts are put at places that are no list", n)
-    return tuple(E.as_int(r.read(i, (row,), r.position[n])) for i in indices)
-
-
-def _added_in_place(s: Sums, base: fx.Node, indices: list, values: fx.Node) -> fx.Node | None:
-    """y of `out[i] = out[i] + y`"""
-    total = _uncast(s, values)
-    if s.r.name(total) != "add" or len(total.args) != 2 or total.kwargs:
-        return None
-    parts = {x: _uncast(s, x) for x in total.args if isinstance(x, fx.Node)}
-    old = [x for x, y in parts.items() if s.r.name(y) == "index" and y.args[0] is base]
-    if len(old) != 1 or not _same_places(s.r, parts[old[0]].args[1], indices):
-        return None
-    return next(x for x in total.args if x is not old[0])
-
-
-def _same_places(r: RowReader, a: list, b: list) -> bool:
-    if len(a) != len(b):
-        return False
-    return all(x is y or (x is not None and y is not None and _alike(r, x, y)) for x, y in zip(a, b))
-
-
-def _alike(r: RowReader, x: fx.Node, y: fx.Node) -> bool:
-    probe = tuple(r.fresh(n, "p") for n in r.shape(x))
-    return r.shape(x) == r.shape(y) and r.read(x, probe, r.position[x] + 1) == r.read(y, probe, r.position[y] + 1)
-
-
 def _where(s: Sums, a, n, idx):
     r, here = s.r, s.r.position[n]
     c = r.truth(E.as_bool(r.operand(a["condition"], idx, here)))
@@ -340,9 +224,18 @@ def _cat(s: Sums, a, n, idx):
     """Parts one after the other, read at a position that a tensor says."""
     r, here = s.r, s.r.position[n]
     d, start, found = axis(a.get("dim", 0), len(idx)), sympy.Integer(0), []
+    if any(len(r.shape(part)) != len(idx) for part in a["tensors"]):
+        raise Refuse("results of experts are joined with what has other dims", n)
+    sizes = {r.shape(part)[d] for part in a["tensors"]}
+    if len(sizes) == 1 and not idx[d].is_Symbol:  # the parts lie one after the other as those of a stack do
+        k, own = unravel(idx[d], (sympy.Integer(len(a["tensors"])), *sizes), r.bounds)
+        guards = [E.eq(k, sympy.Integer(i)) for i in range(len(a["tensors"]))]
+        parts = [
+            s.of(part, (*idx[:d], own, *idx[d + 1 :]), here) if g is not E.FALSE else []
+            for part, g in zip(a["tensors"], guards)
+        ]
+        return [t.under(guards=[g] if g is not E.TRUE else []) for terms, g in zip(parts, guards) for t in terms]
     for part in a["tensors"]:
-        if len(r.shape(part)) != len(idx):
-            raise Refuse("results of experts are joined with what has other dims", n)
         own = r.fresh(r.shape(part)[d], "n")
         guard = E.eq(idx[d], sympy.expand(start + own))
         if guard is not E.FALSE:
@@ -387,10 +280,7 @@ LINEAR = {
     "index_add": _index_add,
     "scatter_add": _scatter_add,
     "scatter_reduce": _scatter_reduce,
-    "scatter": _scatter,
-    "index_put": _index_put,
-    "index_copy": _index_copy,
-    "masked_scatter": _masked_scatter,
+    **PUTS,
     "where": _where,
     "masked_fill": _masked_fill,
     "stack": _stack,
