@@ -28,12 +28,12 @@ class Token:
 
 
 def numbered(guard: Expr) -> tuple[Expr, int] | None:
-    """(load, n) where the guard says that what is loaded is n."""
+    """(I, n) where the guard says that I is n, and I is read from a tensor, or what is left of that by a division."""
     if E.op_of(guard) != "eq":
         return None
     number, rest = E.operands(guard)[0].as_coeff_Add()
     sign, load = rest.as_coeff_Mul()
-    return (load, int(-number * sign)) if E.op_of(load) == "load" and abs(sign) == 1 else None
+    return (load, int(-number * sign)) if E.op_of(load) in ("load", "%") and abs(sign) == 1 else None
 
 
 @dataclasses.dataclass(frozen=True)

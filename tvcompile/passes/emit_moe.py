@@ -180,10 +180,16 @@ class _Choice:
         for d in reversed(range(len(idx))):
             if idx[d].is_Integer:
                 node = self.w.call(aten.select.int, node, d, int(idx[d]))
-        at = [self.write(i) for i in idx if not i.is_Integer]
-        if not at:
+        places = [i for i in idx if not i.is_Integer]
+        if not places:
             return node
+        at = [self._inside(i, n) for i, n in zip(places, node.meta["val"].shape)]
         return self.w.call(aten.index.Tensor, node, at)
+
+    def _inside(self, i: Expr, n: Any) -> Any:
+        """A place among n: of a pair without an expert it may be none, and what is read there does not count."""
+        place = self.write(i)
+        return self.w.call(aten.clamp.default, place, -n, n - 1) if E.loads(i) and isinstance(n, int) else place
 
 
 CALLS: dict[str, Callable] = {

@@ -31,16 +31,17 @@ def in_range(r: RowReader, ids: Expr, experts: Expr) -> bool:
 
 
 SCATTERS = ("scatter", "scatter_add")
+READ = ("load", "%")
 
 
 def compared(guard: Expr, expert: Expr) -> Expr | None:
-    """I where the guard says I == expert, and I is read from a tensor."""
+    """I where the guard says I == expert, and I is read from a tensor, or what is left of that by a division."""
     if E.op_of(guard) != "eq":
         return None
     gap = E.operands(guard)[0]
     for sign in (1, -1):
         other = sympy.expand(sign * gap + expert)
-        if E.op_of(other) == "load" and not (expert.free_symbols & other.free_symbols):
+        if E.op_of(other) in READ and not (expert.free_symbols & other.free_symbols):
             return other
     return None
 
