@@ -9,7 +9,7 @@ import torch
 
 import tvcompile  # noqa: F401
 from tests.test_moe_op import GRID, arguments, check_precise, run, spec_of
-from tvcompile.kernels import cpu_fused
+from tvcompile.kernels import cpu_fused, cpu_products, moe
 from tvcompile.moe_spec import LAYOUTS
 
 OP = torch.ops.tv.moe.default
@@ -79,3 +79,15 @@ def test_where_inductor_fails_it_runs_operation_by_operation_and_says_so_once(mo
     cpu_fused._compiled.cache_clear()
     ours = [str(w.message) for w in said if "tvcompile" in str(w.message)]
     assert len(ours) == 1 and "operation by operation: RuntimeError: no compiler" in ours[0]
+
+
+def test_what_is_measured_while_a_graph_is_traced_is_measured_outside_of_it(monkeypatch):
+    """The first question may come from AOTAutograd; memory that is held for products must be no tensor of its own."""
+    monkeypatch.setattr(cpu_products, "HELD", cpu_products.Held())
+    cpu_products.float32_is_faster.cache_clear()
+    moe.choose.cache_clear()
+    torch._dynamo.reset()
+    with torch._inductor.config.patch(force_disable_caches=True):  # or nothing is traced
+        run(torch.compile(op), arguments(dtype=torch.bfloat16, tokens=64), spec_of())
+    assert type(cpu_products.HELD.memory) is torch.Tensor
+    check_precise(arguments(dtype=torch.float16, tokens=200), spec_of(), torch.float16)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .cpu import product_dtype
 
@@ -99,16 +100,17 @@ def float32_is_faster(dtype: torch.dtype) -> bool:
     """
     if dtype.itemsize >= 4 or product_dtype(dtype) != dtype:
         return False
-    a, b = torch.ones(128, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
+    with _disable_current_modes():  # also where it is first asked while a graph is traced
+        a, b = torch.ones(128, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
 
-    def wide() -> None:
-        for _, w in widened(b.mT):
-            torch.ops.mkldnn._linear_pointwise(a.float(), w.mT, None, "none", [], "").to(dtype)
+        def wide() -> None:
+            for _, w in widened(b.mT):
+                torch.ops.mkldnn._linear_pointwise(a.float(), w.mT, None, "none", [], "").to(dtype)
 
-    ways: tuple[Callable[[], object], ...] = (wide, lambda: torch.mm(a, b.mT))
-    times: list[list[float]] = [[], []]
-    for _, (way, taken) in itertools.product(range(6), zip(ways, times)):
-        start = time.perf_counter()
-        way()
-        taken.append(time.perf_counter() - start)
+        ways: tuple[Callable[[], object], ...] = (wide, lambda: torch.mm(a, b.mT))
+        times: list[list[float]] = [[], []]
+        for _, (way, taken) in itertools.product(range(6), zip(ways, times)):
+            start = time.perf_counter()
+            way()
+            taken.append(time.perf_counter() - start)
     return min(times[0]) < 0.9 * min(times[1])
