@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from tests.kernel_cases import H_KV, SHAPES, SPECS, B, D, H, captures_of, compare, results
+from tvcompile import syntax
 from tvcompile.kernels import KERNELS, Problem, mods, tiles
 from tvcompile.kernels.attention import attention_ref, choose
+from tvcompile.kernels.experts import Units
 from tvcompile.kernels.problem import Given, Need
 from tvcompile.spec import AttentionSpec
 from tvcompile.tuning.cpu import Config
@@ -164,3 +166,19 @@ def test_a_formula_over_a_stack_is_that_over_its_blocks():
 def test_large_float32_problems_go_whole_to_flash_where_it_computes_little_in_vain(spec, keys, kernel):
     need = Need(AttentionSpec.parse(spec), torch.float32, None, 1 << 26, keys)
     assert choose(need).name == kernel
+
+
+@pytest.mark.parametrize(
+    "formula, function",
+    [
+        ("pow(u, 2.2)", lambda u: u**2.2),
+        ("pow(2.2, u)", lambda u: 2.2**u),
+        ("logaddexp(u, 2.2)", lambda u: torch.logaddexp(u, torch.tensor(2.2, dtype=u.dtype))),
+        ("max(u, 2.2)", lambda u: u.clamp(min=2.2)),
+        ("where(u < 2.2, 1.1, u)", lambda u: torch.where(u < 2.2, torch.tensor(1.1, dtype=u.dtype), u)),
+    ],
+)
+def test_numbers_of_a_formula_are_as_precise_as_what_they_meet(formula, function):
+    u = torch.rand(50, dtype=torch.float64) * 4
+    torch.testing.assert_close(mods.evaluate(syntax.parse(formula), Units(u)), function(u), rtol=1e-15, atol=0)
+    assert mods.evaluate(syntax.parse(formula), Units(u.float())).dtype == torch.float32

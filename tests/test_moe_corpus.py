@@ -7,6 +7,7 @@ import re
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torch.utils.checkpoint
 
 import tvcompile
@@ -16,6 +17,7 @@ from tests.moe_impostors.experts import DropoutInExperts
 from tests.moe_spellings import CORPUS, Block
 from tests.moe_spellings.capacity import SwitchInFloats
 from tests.moe_spellings.grouped import SortHistcInverse
+from tests.moe_spellings.loops import WhereIndexAdd
 from tvcompile.moe_spec import MoESpec
 from tvcompile.passes import terms_of
 
@@ -479,6 +481,33 @@ def test_in_an_activation_checkpoint(name):
     program = Checkpointed(spelling.build(torch.float32))
     report = harness.run(program, spelling.make_inputs(torch.float32), True)
     assert len(moe_sites(report)) == 1, [str(r) for r in report.refusals]
+
+
+class EachCheckpointed(WhereIndexAdd):
+    def expert(self, rows, e):
+        return torch.utils.checkpoint.checkpoint(super().expert, rows, e, use_reentrant=False)
+
+
+def test_a_checkpoint_around_each_expert_leaves_the_program_right():
+    """How many rows there are only data tells."""
+    assert not moe_sites(
+        harness.run(EachCheckpointed(), CORPUS["loops.WhereIndexAdd"].make_inputs(torch.float32), True)
+    )
+
+
+class Elu(WhereIndexAdd):
+    kind, alpha = "relu", 0.7
+
+    def expert(self, rows, e):
+        return F.elu(rows @ self.w_up[e], self.alpha) @ self.w_down[e]
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_an_activation_by_a_number_of_the_module(dynamic):
+    """With dynamic shapes it is one that may change."""
+    inputs = CORPUS["loops.WhereIndexAdd"].make_inputs(torch.float32)
+    report = harness.run(Elu(), inputs, True, dynamic=dynamic)
+    assert len(moe_sites(report)) == (dynamic is None)
 
 
 def test_accepting_is_by_meaning():

@@ -89,6 +89,50 @@ class ReplacedInAMask(ReplacedByTheLast):
         return out
 
 
+class ZerosPutEverywhere(Loop):
+    """Top-1: every expert's results are put at all tokens, zeros at those of the others: the last expert's are left."""
+
+    top, router = 1, "top1"
+
+    def experts(self, x, ids, w):
+        out, every = torch.zeros_like(x), torch.arange(len(x))
+        dense = torch.zeros(len(x), self.count, dtype=w.dtype).scatter(1, ids, w)
+        for e in range(self.count):
+            out = self.put(out, every, self.weighed(x, dense[:, e, None], e))
+        return out
+
+    def put(self, out, every, y):
+        return out.index_copy(0, every, y)
+
+    def weighed(self, x, w, e):
+        return self.expert(x, e) * w
+
+
+@impostor(ANY)
+class ZerosCopied(ZerosPutEverywhere):
+    pass
+
+
+@impostor(ANY)
+class ZerosScattered(ZerosPutEverywhere):
+    def put(self, out, every, y):
+        return out.scatter(0, every[:, None].expand_as(y), y)
+
+
+@impostor(ANY)
+class ZerosAssigned(ZerosPutEverywhere):
+    def put(self, out, every, y):
+        return out.index_put((every,), y)
+
+
+@impostor(ANY)
+class ZerosOfZeros(ZerosPutEverywhere):
+    """The weight is in what the expert reads; zeros give zeros."""
+
+    def weighed(self, x, w, e):
+        return self.expert(x * w, e)
+
+
 class BufferPerExpert(Loop):
     """Zeros but for the expert's rows, weighed and added: an impostor puts more into it."""
 
@@ -156,3 +200,28 @@ class ReplacedByARowForAll(Replaced):
 
     def put(self, out, x, some):
         return out.index_put((some.nonzero()[:, 0],), self.expert(x[:1], 0), accumulate=True)
+
+
+@impostor(ANY)
+class WeightsOfTheFirstPlaces(WeightsByMask):
+    """A token may have an expert twice: then there are more weights than rows."""
+
+    def experts(self, x, ids, w):
+        return super().experts(x, ids // 2, w)
+
+    def chosen(self, w, ids, e):
+        mine = ids == e
+        return w[mine][: len(mine.any(-1).nonzero())]
+
+
+@impostor(ANY)
+class SumWithoutTheBase(Loop):
+    """scatter_reduce leaves out what was there where something is added: the last expert of a token counts."""
+
+    def experts(self, x, ids, w):
+        out = torch.zeros_like(x)
+        for e in range(self.count):
+            token, k = torch.where(ids == e)
+            y = self.expert(x[token], e) * w[token, k, None]
+            out = out.scatter_reduce(0, token[:, None].expand_as(y), y, "sum", include_self=False)
+        return out

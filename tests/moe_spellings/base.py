@@ -43,6 +43,7 @@ PLAIN: dict[str, Callable] = {
     "softshrink": lambda g, u: F.softshrink(u, 0.3),
     "hardshrink": lambda g, u: F.hardshrink(u, 0.3),
     "threshold": lambda g, u: F.threshold(u, 0.2, -0.7),
+    "softplus": lambda g, u: F.softplus(u, 2.0),
     "powers": lambda g, u: u.abs() ** 1.5 - (u * u + 1) ** -0.5 + torch.logaddexp(u, -u),
 }
 ACTIVATIONS = GATED | PLAIN

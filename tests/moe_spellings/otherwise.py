@@ -19,6 +19,7 @@ class ArgwhereIndexAdd(Block):
 
 
 @moe(order="oi", bias=True)
+@moe(kind="softplus")
 class ScatterReduce(Block):
     def experts(self, x, ids, w):
         out = torch.zeros_like(x)

@@ -183,13 +183,13 @@ class _Choice:
         places = [i for i in idx if not i.is_Integer]
         if not places:
             return node
-        at = [self._inside(i, n) for i, n in zip(places, node.meta["val"].shape)]
+        at = [self._inside(i, size(n)) for i, n in zip(places, node.meta["val"].shape)]
         return self.w.call(aten.index.Tensor, node, at)
 
-    def _inside(self, i: Expr, n: Any) -> Any:
+    def _inside(self, i: Expr, n: Expr) -> Any:
         """A place among n: of a pair without an expert it may be none, and what is read there does not count."""
         place = self.write(i)
-        return self.w.call(aten.clamp.default, place, -n, n - 1) if E.loads(i) and isinstance(n, int) else place
+        return self.w.call(operator.mod, place, self.w.size(n, self.sources)) if E.loads(i) else place
 
 
 CALLS: dict[str, Callable] = {

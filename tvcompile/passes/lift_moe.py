@@ -171,7 +171,7 @@ def build(
 
 
 def rounded(r: RowReader, anchor: fx.Node, computed: torch.dtype) -> fx.Node:
-    """The cast that a result in the compute dtype goes through, if it goes nowhere else: tv::moe rounds once."""
+    """The cast that a result in the compute dtype goes through, if it goes nowhere else: tv::moe gives that dtype."""
     cast = next(iter(anchor.users))
     if len(anchor.users) > 1 or r.name(cast) not in CASTS or cast.args[0] is not anchor:
         return anchor

@@ -57,15 +57,34 @@ def chosen_parts(r: RowReader, terms: list[Term], token: Token, d: Expr, anchor:
     parts, unchosen = [], {}
     for t in terms:
         try:
-            parts.append(part_of(r, without_rows(r, t, token, r.position[anchor]), token, d))
+            part = part_of(r, without_rows(r, t, token, r.position[anchor]), token, d)
         except Unchosen as error:
             assert t.product is not None
             unchosen[t.product[0]] = error
+            continue
+        if t.whole and not places_choose(r, t, part, token, r.position[anchor]):
+            raise Refuse("results are replaced also where an expert gives none", anchor)
+        parts.append(part)
     if not parts:
         raise next(iter(unchosen.values()), Refuse("no expert's result reaches it", anchor))
     if unchosen:
         raise Shared(set(unchosen), anchor)
     return parts
+
+
+def places_choose(r: RowReader, term: Term, part: Part, token: Token, at: int) -> bool:
+    """Do the places where a result is put say by themselves which tokens are the expert's?
+
+    What is multiplied by zero elsewhere, before or after the expert, replaces others there all the same.
+    """
+    if part.number is None:
+        return bool(E.loads(part.formula))  # a row for each pair
+    bare = without_rows(r, dataclasses.replace(term, factors=(), product=None), token, at)
+    try:
+        found = canonical(r, chosen(r, bare, sympy.Integer(part.number), token))
+    except Unchosen:
+        return False
+    return found == dataclasses.replace(part.choice, factors=())
 
 
 def part_of(r: RowReader, term: Term, token: Token, d: Expr) -> Part:

@@ -20,7 +20,7 @@ from .. import expr as E
 from ..expr import Expr, IntCall
 from ..spec import Refuse
 from .chosen import Token, numbered, of_any
-from .ids import compared, scattered, source_of_scatter
+from .ids import compared, once, scattered, source_of_scatter
 from .masking import hides
 from .places import digits, exclude, solved
 from .rows import RowReader, over
@@ -113,17 +113,17 @@ def _unmasked(r: RowReader, term: Term, at: int) -> Term:
 
 
 def _is_any(r: RowReader, some: fx.Node, mask: fx.Node) -> bool:
-    """Does some[t] say whether mask[t, k] holds for any k?
+    """Does some[t] say whether mask[t, k] holds for any k, and for one at most?
 
-    Rows that `some` chose go with as many that the mask chose, or the program fails: then no t has more than one k,
-    and the n-th place of the mask is that of `some`, with its k.
+    Then the n-th place of the mask is the n-th of `some`, with its k.
     """
-    if r.name(some) != "any" or len(r.shape(some)) != 1:
+    if r.name(some) != "any" or len(r.shape(some)) != 1 or len(r.shape(mask)) != 2:
         return False
     t = r.fresh(r.shape(some)[0], "t")
     source, at, over_k = over(r, some, (t,))
     held, read = (r.truth(E.as_bool(r.read(m, at, r.position[some]))) for m in (mask, source))
-    return len(over_k) == 1 and at == (t, over_k[0]) and len(r.shape(mask)) == 2 and held == read
+    alone = once(r, (r.nth(mask, 0, t),))
+    return alone and len(over_k) == 1 and at == (t, over_k[0]) and held == read
 
 
 def _joined(r: RowReader, term: Term) -> Term:
