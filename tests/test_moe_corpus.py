@@ -411,6 +411,40 @@ def test_results_are_rounded_once_where_nothing_else_sees_them(use, out):
     assert MoESpec.parse(site.spec).out == out
 
 
+class AfterABase(InFloat32):
+    """The sum begins with the tokens, in float32, and is rounded at its end."""
+
+    def forward(self, x):
+        x = x.reshape(-1, x.shape[-1])
+        (w, ids), out = self.block.route(x), x.float()
+        for e in range(self.block.count):
+            weight = (w * (ids == e)).sum(-1, keepdim=True)
+            out = out + self.block.expert(x, e) * weight.float()
+        return self.use(out, x)
+
+
+def test_a_sum_that_begins_with_a_base_is_rounded_after_it():
+    inputs = CORPUS["dense.MaskedSum"].make_inputs(torch.bfloat16)
+    (site,) = moe_sites(harness.run(AfterABase(lambda out, x: out.bfloat16() * 2), inputs, True))
+    assert MoESpec.parse(site.spec).out == "float32"
+
+
+class Cast(torch.nn.Module):
+    def __init__(self, block, dtype):
+        super().__init__()
+        self.block, self.dtype = block, dtype
+
+    def forward(self, x):
+        return self.block(x).to(self.dtype)
+
+
+def test_results_in_float16_that_become_bfloat16_are_rounded_twice():
+    spelling = CORPUS["dense.MaskedSum.own"]
+    program = Cast(spelling.build(torch.float16), torch.bfloat16)
+    (site,) = moe_sites(harness.run(program, spelling.make_inputs(torch.float16), True))
+    assert MoESpec.parse(site.spec).out == ""
+
+
 def test_results_that_are_divided_by_0():
     report = harness.run(
         ByANumber("weights", True), (*CORPUS["dense.MaskedSum"].make_inputs(torch.float32), 0.0), False, dynamic=False

@@ -46,3 +46,23 @@ def test_ids_that_are_numbers_of_tokens(ids, form):
     inputs = torch.randn(T, H), torch.randint(0, 6, (T,))
     report = harness.run(ByNumber(ids, form), inputs, True)
     assert sum(site.spec.startswith("act =") for site in report.sites) == 1, report
+
+
+class FirstWeights(Block):
+    """Ids of a token may be alike: then the mask of pairs has more places than there are rows."""
+
+    def forward(self, x, ids):
+        weights, out = self.gate(x)[:, :2].sigmoid(), torch.zeros_like(x)
+        for e in range(self.count):
+            pairs = ids == e
+            mine = pairs.any(-1)
+            y = self.expert(x[mine], e)
+            out[mine] += y * weights[pairs][: len(y), None]
+        return out
+
+
+def test_given_ids_may_be_alike():
+    torch.manual_seed(0)
+    inputs = torch.randn(T, H), torch.randint(0, COUNT, (T, 2))
+    report = harness.run(FirstWeights(), inputs, True)
+    assert not any(site.spec.startswith("act =") for site in report.sites)

@@ -202,6 +202,10 @@ class Weights:
     part: tuple[int, int] | None
     stacked: bool
 
+    @property
+    def columns(self) -> int:
+        return self.part[1] if self.part else self.sizes[self.order[-1]]
+
 
 @dataclasses.dataclass(frozen=True)
 class Choices:

@@ -133,6 +133,19 @@ class ZerosOfZeros(ZerosPutEverywhere):
         return self.expert(x * w, e)
 
 
+@impostor(None)
+class PlacesOfOtherIds(ZerosPutEverywhere):
+    """Where results are put other ids than those of the weights say."""
+
+    def experts(self, x, ids, w):
+        out = torch.zeros_like(x)
+        dense = torch.zeros(len(x), self.count, dtype=w.dtype).scatter(1, ids, w)
+        for e in range(self.count):
+            some = ids[:, 0].roll(1) == e
+            out[some] = self.weighed(x, dense[:, e, None], e)[some]
+        return out
+
+
 class BufferPerExpert(Loop):
     """Zeros but for the expert's rows, weighed and added: an impostor puts more into it."""
 
@@ -192,6 +205,20 @@ class WeightsInOrderOfChoices(WeightsByMask):
 class WeightsOfTheTokenBefore(WeightsByMask):
     def chosen(self, w, ids, e):
         return w[ids.roll(1, 0) == e]
+
+
+@impostor(ANY)
+class WeightsFromTheLastToken(WeightsByMask):
+    def chosen(self, w, ids, e):
+        return w[ids.flip(0) == e]
+
+
+@impostor(None)
+class OneRowAddedAtManyPlaces(Replaced):
+    """The row has one dim only."""
+
+    def put(self, out, x, some):
+        return out.index_put((some.nonzero()[:, 0],), self.expert(x[0], 0), accumulate=True)
 
 
 @impostor(None)
