@@ -1,7 +1,7 @@
 """Models of `transformers`: every attention is fused, and nothing changes but the speed.
 
-Every common class runs once per implementation in a setting that changes with TV_TURN, rarer ones at every
-fourth turn, a few in half of all settings, and a few through Inductor.
+Every common class runs in a setting that changes with TV_TURN, which takes the implementations in turn; rarer ones
+at every fourth turn, a few classes in half of all settings, and a few through Inductor.
 `python -m tests.zoo --full` runs everything.
 """
 
@@ -30,7 +30,7 @@ THROUGH_INDUCTOR = (
 
 
 def of_this_turn() -> list[Case]:
-    """One case per class and implementation; consecutive turns walk through the whole cross."""
+    """One case per class; consecutive turns walk through the whole cross."""
     chosen = []
     for entry in ENTRIES:
         turn = zlib.crc32(entry.name.encode()) + TURN
@@ -43,9 +43,9 @@ def of_this_turn() -> list[Case]:
         if entry.name in CORE:
             chosen += every[turn % 2 :: 2]
             continue
-        for impl in entry.impls:
-            mine = [case for case in every if case.impl == impl]
-            chosen.append(mine[turn % len(mine)])
+        turn, which = divmod(turn, len(entry.impls))
+        mine = [case for case in every if case.impl == entry.impls[which]]
+        chosen.append(mine[turn % len(mine)])
     return chosen
 
 

@@ -3,6 +3,7 @@
 import torch
 
 from tests.moe_impostors.base import ANY, Loop, impostor
+from tests.moe_spellings.base import H
 
 
 class Replaced(Loop):
@@ -133,12 +134,12 @@ class ZerosOfZeros(ZerosPutEverywhere):
         return self.expert(x * w, e)
 
 
-@impostor(None)
+@impostor(ANY)
 class PlacesOfOtherIds(ZerosPutEverywhere):
-    """Where results are put other ids than those of the weights say."""
+    """Where results are put in the place of tokens other ids than those of the weights say."""
 
     def experts(self, x, ids, w):
-        out = torch.zeros_like(x)
+        out = x.clone()
         dense = torch.zeros(len(x), self.count, dtype=w.dtype).scatter(1, ids, w)
         for e in range(self.count):
             some = ids[:, 0].roll(1) == e
@@ -214,11 +215,26 @@ class WeightsFromTheLastToken(WeightsByMask):
 
 
 @impostor(None)
-class OneRowAddedAtManyPlaces(Replaced):
+class OneRowAddedInAMask(Replaced):
     """The row has one dim only."""
 
     def put(self, out, x, some):
-        return out.index_put((some.nonzero()[:, 0],), self.expert(x[0], 0), accumulate=True)
+        out[some] += self.expert(x[0], 0)
+        return out
+
+
+@impostor(None)
+class OneRowAddedAtManyPlaces(Replaced):
+    """As many places as there are features."""
+
+    def put(self, out, x, some):
+        return out.index_put((torch.arange(x.shape[1]) % len(x),), self.expert(x[0], 0), accumulate=True)
+
+
+@impostor(None, shape=(1, 1, H))
+class OneTokenAddedTwice(Replaced):
+    def put(self, out, x, some):
+        return out.index_put((torch.zeros(2).long(),), self.expert(x, 0), accumulate=True)
 
 
 @impostor(None)
