@@ -214,27 +214,30 @@ class WeightsFromTheLastToken(WeightsByMask):
         return w[ids.flip(0) == e]
 
 
-@impostor(None)
-class OneRowAddedInAMask(Replaced):
-    """The row has one dim only."""
+@impostor(ANY, shape=(1, 1, H))
+class OneRowAddedTwice(Loop):
+    """The only token gets every result twice."""
 
-    def put(self, out, x, some):
-        out[some] += self.expert(x[0], 0)
+    times = 2
+
+    def experts(self, x, ids, w):
+        out, dense = torch.zeros_like(x), torch.zeros(1, self.count).scatter(1, ids, w)
+        for e in range(self.count):
+            out = out.index_put((torch.zeros(self.times).long(),), self.row(x, dense[:, e, None], e), accumulate=True)
         return out
 
-
-@impostor(None)
-class OneRowAddedAtManyPlaces(Replaced):
-    """As many places as there are features."""
-
-    def put(self, out, x, some):
-        return out.index_put((torch.arange(x.shape[1]) % len(x),), self.expert(x[0], 0), accumulate=True)
+    def row(self, x, w, e):
+        return self.expert(x, e) * w
 
 
-@impostor(None, shape=(1, 1, H))
-class OneTokenAddedTwice(Replaced):
-    def put(self, out, x, some):
-        return out.index_put((torch.zeros(2).long(),), self.expert(x, 0), accumulate=True)
+@impostor(ANY, shape=(1, 1, H))
+class FeaturesAddedAsRows(OneRowAddedTwice):
+    """As many places as there are features, and a result of one dim, which goes to each."""
+
+    times = H
+
+    def row(self, x, w, e):
+        return super().row(x, w, e)[0]
 
 
 @impostor(None)
