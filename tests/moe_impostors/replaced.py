@@ -221,7 +221,7 @@ class OneRowAddedTwice(Loop):
     times = 2
 
     def experts(self, x, ids, w):
-        out, dense = torch.zeros_like(x), torch.zeros(1, self.count).scatter(1, ids, w)
+        out, dense = torch.zeros_like(x), x.new_zeros(1, self.count).scatter(1, ids, w)
         for e in range(self.count):
             out = out.index_put((torch.zeros(self.times).long(),), self.row(x, dense[:, e, None], e), accumulate=True)
         return out
