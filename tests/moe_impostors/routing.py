@@ -293,17 +293,6 @@ class OneColumnForAll(ByColumn):
         return 1
 
 
-@impostor(ANY)
-class KeptByAnotherRule(Loop):
-    """One expert of four has room for more tokens."""
-
-    top, router = 1, "top1"
-
-    def hits(self, ids, e):
-        hits = ids == e
-        return torch.where(hits & (hits.cumsum(0) <= (7 if e == 2 else 3)))
-
-
 @impostor(None)
 class ScatteredAtIdsThatMeet(Block):
     """Ids that are data may be the same twice in a row: the scatter keeps one of the weights."""

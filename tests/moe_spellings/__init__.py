@@ -9,10 +9,12 @@ from tests.moe_spellings import (  # noqa: F401  (importing a family registers i
     capacity,
     conditions,
     dense,
+    each,
     grouped,
     known,
     layers,
     loops,
+    mesh,
     otherwise,
 )
 from tests.moe_spellings.base import CORPUS, Block, Spelling

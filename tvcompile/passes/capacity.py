@@ -23,7 +23,7 @@ from .. import expr as E
 from ..expr import Expr, IntCall
 from ..spec import Refuse
 from .buffers import Way
-from .counts import whole
+from .counts import begins_with_zero, summed, whole
 from .facts import between
 from .ids import compared, distinct, in_range
 from .movement import Index, rounding
@@ -31,7 +31,7 @@ from .places import digits, dim_of, exclude, flat, least, only_factors, opened, 
 from .projections import Row, is_row
 from .routing import unscattered, without_rows_of
 from .rows import RowReader, over as positions_of
-from .signs import compared_with_zero, needed, nonnegative, positive
+from .signs import compared_with_zero, needed, nonnegative, positive, with_its_sign
 from .terms_of import Term, coefficient, terms_of
 
 NOT_ALONE = "a place of an expert is not proven to hold one token at most"
@@ -126,11 +126,12 @@ def _unscattered(r: RowReader, way: Way) -> Way:
 
 def _not_zero(r: RowReader, way: Way) -> list[Way]:
     for g in way.term.guards:
-        weight = compared_with_zero(g)
+        asked = with_its_sign(r, g)
+        weight = compared_with_zero(asked)
         if weight is not None:
             found = [_at_own_ids(r, f) for f in coefficient(r, weight)]
             weights = [x for f in found for x in f.factors]
-            signed = E.op_of(g) == "flt" and not all(nonnegative(r, x) for x in weights)
+            signed = E.op_of(asked) == "flt" and not all(nonnegative(r, x) for x in weights)
             if found and not signed and not any(f.links for f in found):
                 rest = dataclasses.replace(way.term, guards=tuple(o for o in way.term.guards if o is not g))
                 # At most one pair has a place, so that the sum of the coefficients is not zero where one is not.
@@ -238,14 +239,15 @@ def _choice(r: RowReader, ids: Expr, bound: tuple[Expr, ...]) -> Expr | None:
 
 
 def _inverse(r: RowReader, number: Expr, value: Expr, bound: tuple[Expr, ...]) -> dict[Expr, Expr] | None:
-    """What is bound, where number is value: number counts all values of it, each once."""
+    """What is bound, where number is value: number counts all values of it, each once, from 0 or another number."""
     for order in itertools.permutations(bound):
-        total, stride, found = sympy.Integer(0), sympy.Integer(1), {}
-        for s in reversed(order):
-            whole = E.floordiv(value, stride, r.bounds)
-            found[s] = whole if s == order[0] else E.mod(whole, r.ranges[s], r.bounds)
-            total, stride = total + s * stride, sympy.expand(stride * r.ranges[s])
-        if sympy.expand(total - number) == 0:
+        strides = [sympy.Mul(*(r.ranges[s] for s in order[i + 1 :])) for i in range(len(order))]
+        first = sympy.expand(number - sum(s * stride for s, stride in zip(order, strides)))
+        if first.is_Integer:
+            found = {}
+            for s, stride in zip(order, strides):
+                count = E.floordiv(value - first, sympy.expand(stride), r.bounds)
+                found[s] = count if s == order[0] else E.mod(count, r.ranges[s], r.bounds)
             inside = all(E.within(x, r.ranges[s], r.bounds) for s, x in found.items())
             return found if inside else None
     return None
@@ -279,8 +281,10 @@ def _counts(r: RowReader, x: Expr, ids: Expr, bound: tuple[Expr, ...], known: Co
         return False
     if _pair(r, at[d], at[d], bound, ids, ids) is None:
         return False
-    probe = tuple(r.fresh(n, "p") for n in r.shape(r.nodes[name.name]))
-    anywhere, there = least(r, _hit(r, x, probe)), least(r, opened(r, _hit(r, x, tuple(at)), known), known)
+    anywhere, there = (
+        least(r, _hit(r, x, summed(r, r.nodes[name.name]))),
+        least(r, opened(r, _hit(r, x, tuple(at)), known), known),
+    )
     return anywhere is not None and anywhere >= 0 and there is not None and there >= 1
 
 
@@ -295,7 +299,7 @@ def _alike(r: RowReader, x: Expr, y: Expr) -> bool:
     d, at = dim_of(r, x), list(E.operands(x)[1:])
     if tuple(at) != tuple(E.operands(y)[1:]) or d != dim_of(r, y):
         return False
-    at[d] = r.fresh(r.shape(r.nodes[E.operands(x)[0].name])[d], "p")
+    at[d] = summed(r, r.nodes[E.operands(x)[0].name])[d]
     return _hit(r, x, tuple(at)) == _hit(r, y, tuple(at))
 
 
@@ -321,14 +325,15 @@ def _total(r: RowReader, count: Expr, before: Place, ids: Expr) -> bool:
     """Is a count the whole of an earlier running sum at the same expert, or of those of it that are kept?"""
     node = r.nodes[E.operands(count)[0].name]
     source, at, gone = positions_of(r, node, E.operands(count)[1:])
-    summed = r.nodes[E.operands(before.running)[0].name]
+    running = r.nodes[E.operands(before.running)[0].name]
     d, where = dim_of(r, before.running), list(E.operands(before.running)[1:])
     where[where.index(before.ids)] = ids
-    hits = r.arguments(summed)["self"]
-    if len(gone) != 1 or r.ranges.get(gone[0]) != r.shape(hits)[d]:
+    hits = r.arguments(running)["self"]
+    first = sympy.expand(r.shape(hits)[d] - r.ranges.get(gone[0], sympy.Integer(1))) if len(gone) == 1 else -1
+    if first != 0 and not (first == 1 and begins_with_zero(r, running)):
         return False
-    where[d] = gone[0]
-    everyone = r.read(source, at, r.position[node]) == r.read(hits, tuple(where), r.position[summed])
+    where[d] = gone[0] + first
+    everyone = r.read(source, at, r.position[node]) == r.read(hits, tuple(where), r.position[running])
     return everyone or _all_kept(r, whole(r, source, at, r.position[node]), before, ids, gone[0])
 
 
@@ -341,7 +346,7 @@ def _all_kept(r: RowReader, body: Expr, before: Place, ids: Expr, pair: Expr) ->
     if len(terms) != 1 or terms[0].factors or terms[0].bound or terms[0].links or len(bound) != 1 or before.added != 0:
         return False
     own = E.substitute(before.ids, {bound[0]: pair})
-    hits = [g for g in terms[0].guards if compared(g, ids) == own]
+    hits = [g for g in terms[0].guards if g == E.eq(own, ids)]
     kept = [g for g in terms[0].guards if g not in hits]
     if len(hits) != 1 or len(kept) != 1:
         return False

@@ -95,7 +95,7 @@ def chosen(r: RowReader, term: Term, expert: Expr, token: Token) -> Chosen:
 
 def implied(r: RowReader, guard: Expr, ids: Expr, expert: Expr) -> bool:
     """Does ids == expert imply the guard: that any of the token's ids is?"""
-    body, positions = _any_of(r, guard)
+    body, positions = any_of(r, guard)
     if body is None or (other := compared(body, expert)) is None:
         return False
     return any(
@@ -109,7 +109,7 @@ def of_any(r: RowReader, term: Term) -> Term:
     if any(numbered(g) for g in term.guards):
         return term
     for g in term.guards:
-        body, positions = _any_of(r, g)
+        body, positions = any_of(r, g)
         if body is None or (found := numbered(body)) is None or len(positions) != 1:
             continue
         name, *at = E.operands(found[0])
@@ -119,8 +119,10 @@ def of_any(r: RowReader, term: Term) -> Term:
     return term
 
 
-def _any_of(r: RowReader, guard: Expr) -> tuple[Expr | None, list[Expr]]:
+def any_of(r: RowReader, guard: Expr) -> tuple[Expr | None, list[Expr]]:
     """(condition, positions) where a guard says that a condition holds at any of these positions."""
+    if isinstance(guard, sympy.Or):
+        return _any_by_name(r, guard)
     call = guard
     if E.op_of(guard) == "le":  # 1 - count <= 0
         call = sympy.expand(1 - E.operands(guard)[0])
@@ -132,4 +134,17 @@ def _any_of(r: RowReader, guard: Expr) -> tuple[Expr | None, list[Expr]]:
     source, at, positions = over(r, node, E.operands(call)[1:])
     value = r.read(source, at, r.position[node])
     body = r.truth(E.as_bool(value))
-    return (body, positions) if value in (body, E.as_int(body)) else (None, [])
+    return (body, positions) if value in (body, E.as_int(body), E.as_float(body)) else (None, [])
+
+
+def _any_by_name(r: RowReader, guard: Expr) -> tuple[Expr | None, list[Expr]]:
+    """ids[t, 0] = e or ids[t, 1] = e, of all choices: ids[t, k] = e at any k"""
+    found = {(x, call) for x in guard.args for call in E.loads(x)}
+    if len(found) != len(guard.args) or len({E.operands(call)[0] for _, call in found}) != 1:
+        return None, []
+    _, first = next(iter(found))
+    k = r.fresh(r.shape(r.nodes[E.operands(first)[0].name[1:]])[-1], "k")
+    bodies = {E.substitute(x, {call: call.func(*call.args[:-1], k)}) for x, call in found}
+    choices = {E.operands(call)[-1] for _, call in found}
+    every = k in r.ranges and choices == set(map(sympy.Integer, range(len(found)))) and r.ranges[k] == len(found)
+    return (bodies.pop(), [k]) if every and len(bodies) == 1 else (None, [])

@@ -22,7 +22,7 @@ from ..spec import Choices, MoEMatch, Weights
 from .overflow import FEW_BITS
 from .projections import joined
 from .read import size
-from .write import Writer, keep_strides
+from .write import ARITHMETIC, Writer, keep_strides
 
 aten = torch.ops.aten
 
@@ -112,7 +112,7 @@ class _Choice:
 
     def _write(self, e: Expr) -> Any:
         value, op = E.constant(e), E.op_of(e)
-        number = torch.int64 if E.kind(e) == "int" else torch.float32
+        number = torch.int64 if E.kind(e) == "int" else torch.promote_types(self.m.x.meta["val"].dtype, torch.float32)
         if value is not None:
             return value
         if e == self.m.t:
@@ -198,5 +198,5 @@ CALLS: dict[str, Callable] = {
     "max": aten.maximum.default, "min": aten.minimum.default, "pow": operator.pow,
 }  # fmt: skip
 JOINS: dict[Any, Callable] = {
-    sympy.Add: operator.add, sympy.Mul: operator.mul, sympy.And: operator.and_, sympy.Or: operator.or_,
+    **ARITHMETIC, sympy.And: operator.and_, sympy.Or: operator.or_,
 }  # fmt: skip

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections import Counter
 
 import sympy
 from torch import fx
@@ -246,9 +248,42 @@ def in_columns(parts: list[Part]) -> list[Column]:
         else:
             columns.append(Column(p.choice, [p]))
     for c in columns:
-        c.parts.sort(key=lambda p: p.number or 0)
         c.choice = _at_its_id(c.choice)
+    columns = _in_turn(columns)
+    for c in columns:
+        c.parts.sort(key=lambda p: p.number or 0)
     return columns
+
+
+def _in_turn(columns: list[Column]) -> list[Column]:
+    """Columns of one id whose experts have conditions and factors of their own: each counts where the id is one's."""
+    found: list[Column] = []
+    for c in columns:
+        for other in found:
+            alike = not (c.single or other.single) and (c.choice.ids, c.choice.k) == (other.choice.ids, other.choice.k)
+            if alike and not {p.number for p in c.parts} & {p.number for p in other.parts}:
+                mine = E.or_(*(E.eq(c.choice.ids, sympy.Integer(p.number or 0)) for p in c.parts))
+                other.choice = _either(mine, c.choice, other.choice)
+                other.parts += c.parts
+                break
+        else:
+            found.append(c)
+    return found
+
+
+def _either(mine: Expr, a: Chosen, b: Chosen) -> Chosen:
+    """The choice a where `mine` holds, b elsewhere; their ids are one."""
+    one, other = Counter(a.factors), Counter(b.factors)
+    both = one & other
+    left = [
+        functools.reduce(lambda x, y: E.apply("mul", x, y), (only - both).elements(), E.number(1.0))
+        for only in (one, other)
+    ]
+    factors = (*both.elements(), *([E.where(mine, *left)] if left[0] != left[1] else []))
+    if a.counts == b.counts:
+        return dataclasses.replace(a, factors=factors)
+    counts = E.or_(E.and_(mine, *a.counts), E.and_(E.not_(mine), *b.counts))
+    return dataclasses.replace(a, factors=factors, counts=(counts,))
 
 
 OWN = E.index("own_number")  # what stands for an expert's number in what its column has in common

@@ -16,7 +16,7 @@ import sympy
 
 from .. import expr as E
 from ..expr import Expr, IntCall
-from .counts import whole
+from .counts import summed, whole
 from .ids import at_own_ids, compared, distinct, in_range
 from .movement import axis
 from .rows import RowReader, over as positions_of
@@ -184,8 +184,7 @@ def _least_sum(r: RowReader, e: Expr, known: Collection[Expr]) -> int | None:
     node = r.nodes[E.operands(e)[0].name]
     at = E.operands(e)[1:]
     source = r.arguments(node)["self"]
-    probe = tuple(r.fresh(n, "p") for n in r.shape(source))
-    low = least(r, whole(r, source, probe, r.position[node]))
+    low = least(r, whole(r, source, summed(r, node), r.position[node]))
     if low is None or low < 0:
         return None
     own = opened(r, whole(r, source, at, r.position[node]), known) if E.op_of(e) == "cumsum" else 0

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import operator
+from typing import Any
 
 import sympy
 import torch
@@ -45,6 +46,7 @@ class Reader:
         self._formulas: dict[tuple[fx.Node, Index], Expr] = {}
         self._bounds: Memo = {}
         self._writes: dict[int, list[int]] = {}
+        self.asked: dict[tuple[str, fx.Node], Any] = {}  # what counts.py found out of sums
         self._fresh = 0
         for n in graph.nodes:
             for x in written_arguments(n):

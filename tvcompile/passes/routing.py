@@ -19,11 +19,11 @@ from torch import fx
 from .. import expr as E
 from ..expr import Expr, IntCall
 from ..spec import Refuse
-from .chosen import Token, numbered, of_any
+from .chosen import Token, any_of, numbered, of_any
 from .ids import compared, once, scattered, source_of_scatter
 from .masking import hides
 from .places import digits, exclude, solved
-from .rows import RowReader, over
+from .rows import RowReader
 from .signs import compared_with_zero, positive
 from .terms_of import Term
 
@@ -117,13 +117,13 @@ def _is_any(r: RowReader, some: fx.Node, mask: fx.Node) -> bool:
 
     Then the n-th place of the mask is the n-th of `some`, with its k.
     """
-    if r.name(some) != "any" or len(r.shape(some)) != 1 or len(r.shape(mask)) != 2:
+    if len(r.shape(some)) != 1 or len(r.shape(mask)) != 2:
         return False
     t = r.fresh(r.shape(some)[0], "t")
-    source, at, over_k = over(r, some, (t,))
-    held, read = (r.truth(E.as_bool(r.read(m, at, r.position[some]))) for m in (mask, source))
-    alone = once(r, (r.nth(mask, 0, t),))
-    return alone and len(over_k) == 1 and at == (t, over_k[0]) and held == read
+    held, over_k = any_of(r, r.truth(E.as_bool(r.read(some, (t,), r.position[some]))))
+    if held is None or len(over_k) != 1 or not once(r, (r.nth(mask, 0, t),)):
+        return False
+    return held == r.truth(E.as_bool(r.read(mask, (t, over_k[0]), r.position[some])))
 
 
 def _joined(r: RowReader, term: Term) -> Term:

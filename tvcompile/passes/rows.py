@@ -22,7 +22,7 @@ from torch import fx
 from .. import expr as E
 from ..expr import BoolCall, Expr, IntCall
 from .contraction import letters
-from .counts import as_counted, sums_whole
+from .counts import as_counted, running_sum, sums_whole
 from .ids import SCATTERS, selected, two_valued
 from .indices import Indices
 from .movement import Index, axis, unravel
@@ -52,7 +52,7 @@ class RowReader(Reader):
             formula = rule(self, self.arguments(node), node, idx) if rule else None
             if formula is not None:
                 return self.result(node, idx, formula)
-            formula = as_counted(super()._read(node, idx), node.meta["val"].dtype)
+            formula = as_counted(self, super()._read(node, idx), node.meta["val"].dtype)
             whole = E.op_of(formula) == "load" and E.kind(formula) == "int" and self.name(node) == "scatter"
             # Along another dim than that of the experts it is no routing, but a condition.
             other = whole and axis(self.arguments(node)["dim"], len(idx)) != len(idx) - 1
@@ -299,9 +299,9 @@ def _cumsum(r, a, n, idx):
     if not any(x.free_symbols for x in idx):
         return None
     if n.meta["val"].dtype.is_floating_point:
-        return IntCall("cumsum", Str(n.name), *idx) if sums_whole(r, n) else None
+        return running_sum(r, n, idx) if sums_whole(r, n) else None
     closed = POINTWISE["cumsum"](r, a, n, idx)
-    return IntCall("cumsum", Str(n.name), *idx) if closed is None else closed
+    return running_sum(r, n, idx) if closed is None else closed
 
 
 def _einsum(r, a, n, idx):

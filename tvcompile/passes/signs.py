@@ -7,13 +7,16 @@ What is not proven counts as negative. A weight that is no number (NaN) compares
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import sympy
 import torch
 from torch import fx
 
 from .. import expr as E
 from ..expr import Expr
-from .ids import SCATTERS
+from .ids import SCATTERS, compared
+from .movement import axis
 from .places import flat
 from .rows import RowReader
 
@@ -22,6 +25,7 @@ ALWAYS = ("softmax", "sigmoid", "exp", "abs", "relu")
 KEEP = ("mul", "add", "div", "reciprocal", "sqrt", "min", "where", "clamp_max", *E.CASTS)
 SUMS = ("sum", "mean", "einsum", "matmul", "bmm", "mm", "amax", "max")
 ORDERS = ("topk", "sort", "max", "min")
+GREATEST = ("topk", "max", "amax")
 
 
 def nonnegative(r: RowReader, e: Expr) -> bool:
@@ -39,8 +43,8 @@ def nonnegative(r: RowReader, e: Expr) -> bool:
         return all(nonnegative(r, x) for x in args if E.kind(x) != "bool")
     if op in ("reduce", "dot"):
         node = r.nodes[args[0].name]
-        if (source := _of_an_order(r, node)) is not None:
-            return _all_of(r, source, r.position[node])
+        if (order := _order_of(r, node)) is not None:
+            return _holds_of_taken(r, order, nonnegative)
         return r.name(node) in SUMS and all(_all_of(r, x, r.position[node]) for x in node.all_input_nodes)
     if op == "load":
         return _loaded(r, r.nodes[args[0].name[1:]])
@@ -69,8 +73,8 @@ def _loaded(r: RowReader, node: fx.Node) -> bool:
         return False
     name, here = r.name(node), r.position[node]
     if name == "getitem":
-        source = _of_an_order(r, node)
-        return source is not None and _all_of(r, source, here)
+        order = _order_of(r, node)
+        return order is not None and _holds_of_taken(r, order, nonnegative)
     if name in SCATTERS:
         a = r.arguments(node)
         values = a["src"] if isinstance(a.get("src"), fx.Node) else None
@@ -80,16 +84,36 @@ def _loaded(r: RowReader, node: fx.Node) -> bool:
     return (E.op_of(opened) != "load" or E.operands(opened)[0].name[1:] != node.name) and nonnegative(r, opened)
 
 
-def _of_an_order(r: RowReader, node: fx.Node) -> fx.Node | None:
-    """The tensor of which a node holds some elements: the values of a topk, sort, max or min."""
-    if (
-        node.op != "call_function"
-        or r.name(node) != "getitem"
-        or r.name(node.args[0]) not in ORDERS
-        or node.args[1] != 0
-    ):
+def _order_of(r: RowReader, node: fx.Node) -> fx.Node | None:
+    """The topk, sort, max or min of which a node holds the values."""
+    if node.op != "call_function":
         return None
-    return node.args[0].args[0]
+    if r.name(node) == "amax":
+        return node
+    values = r.name(node) == "getitem" and r.name(node.args[0]) in ORDERS and node.args[1] == 0
+    return node.args[0] if values else None
+
+
+def _holds_of_taken(r: RowReader, order: fx.Node, holds: Callable[[RowReader, Expr | None], bool]) -> bool:
+    """Does something hold of every element that an order takes from a tensor?
+
+    That is where it holds of all elements; and of the k greatest where it holds of at least k, as of all but choices
+    before them: softmax(x).masked_fill(one_hot(first), -inf).max(-1)
+    """
+    a = r.arguments(order)
+    probe = tuple(r.fresh(n, "z") for n in r.shape(a["self"]))
+    opened = r.read(a["self"], probe, r.position[order])
+    if holds(r, opened):
+        return True
+    dims = a.get("dim", -1)
+    dims = dims if isinstance(dims, (list, tuple)) else [dims]
+    if r.name(order) not in GREATEST or not a.get("largest", True) or len(dims) != 1:
+        return False
+    e = probe[axis(dims[0], len(probe))]
+    known = {g: ids for g in opened.atoms(E.BoolCall) if (ids := compared(g, e)) is not None}
+    count = len(set(known.values())) + a.get("k", 1)
+    enough = known and e in r.ranges and E.at_most(count, r.ranges[e])
+    return bool(enough) and holds(r, E.substitute(opened, dict.fromkeys(known, E.FALSE)))
 
 
 def positive(r: RowReader, e: Expr | None) -> bool:
@@ -107,8 +131,8 @@ def positive(r: RowReader, e: Expr | None) -> bool:
         return any(positive(r, x) for x in args) and (op != "add" or all(nonnegative(r, x) for x in args))
     if op in ("reduce", "load"):
         node = r.nodes[args[0].name.removeprefix("%")]
-        if (source := _of_an_order(r, node)) is not None:
-            return _positive_everywhere(r, source, r.position[node])
+        if (order := _order_of(r, node)) is not None:
+            return _holds_of_taken(r, order, positive)
         if op == "reduce":
             return r.name(node) == "sum" and _positive_everywhere(r, node.all_input_nodes[0], r.position[node])
         if node.op == "call_function" and r.name(node) == "getitem":
@@ -143,3 +167,21 @@ def compared_with_zero(g: Expr) -> Expr | None:
         x, zero = E.operands(g.args[0])
         return x if E.constant(zero) == 0 else None
     return E.operands(g)[1] if E.op_of(g) == "flt" and E.constant(E.operands(g)[0]) == 0 else None
+
+
+COMPARISONS = {
+    **dict.fromkeys(("gt", "greater"), lambda x: E.lt(E.number(0.0), x)),
+    **dict.fromkeys(("ne", "not_equal"), lambda x: E.not_(E.eq(x, E.number(0.0)))),
+}
+
+
+def with_its_sign(r: RowReader, g: Expr) -> Expr:
+    """x > 0 or x != 0 of a program that compares in a precision that formulas do not have: what underflows aside."""
+    node = r.nodes.get(E.operands(g)[0].name[1:]) if E.op_of(g) == "load" else None
+    if node is None or node.op != "call_function" or r.name(node) not in COMPARISONS:
+        return g
+    a, at = r.arguments(node), r.used_at.get(node, r.position[node])
+    zero = a["other"] == 0 and not isinstance(a["other"], fx.Node)
+    if not zero or r.changed(node, at) or not isinstance(a["self"], fx.Node):
+        return g
+    return COMPARISONS[r.name(node)](r.operand(a["self"], E.operands(g)[1:], r.position[node]))

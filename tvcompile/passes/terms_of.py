@@ -175,11 +175,14 @@ def terms_of(r: RowReader, e: Expr, closed: Closed | None = None) -> list[Term]:
             return [t.under(guards=[E.not_(c)]) for t in terms_of(r, b, closed)]
         if (more := _gap(a, b)) is not None:
             return [t.under(guards=[c]) for t in terms_of(r, E.number(more), closed)] + terms_of(r, b, closed)
-    if op in E.CASTS and rounding(op) <= r.coarsest:
+    if op in E.CASTS:
         (inner,) = E.operands(e)
-        split = E.op_of(inner) == "add" and chooses(r, inner)
-        if split or E.kind(inner) == "int" or E.op_of(inner) in OPENED:
-            return terms_of(r, inner, closed)
+        if rounding(op) <= r.coarsest:
+            split = E.op_of(inner) == "add" and chooses(r, inner)
+            if split or E.kind(inner) == "int" or E.op_of(inner) in OPENED:
+                return terms_of(r, inner, closed)
+        elif E.kind(inner) == "int" and len(found := terms_of(r, inner)) == 1 and not found[0].factors:
+            return found  # a one or a zero is exact in every dtype
     if op == "reduce" and chooses(r, e):
         return _summed(r, r.nodes[E.operands(e)[0].name], E.operands(e)[1:]) or [Term(factors=(e,))]
     if op == "dot" and chooses(r, e):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import operator
 from collections.abc import Sequence
 
@@ -59,16 +60,16 @@ class Writer:
                 for d, n in enumerate(val.shape):
                     if isinstance(n, torch.SymInt) and _same(n, e):
                         return self.call(aten.sym_size.int, node, d)
-        if e.args and isinstance(e, (sympy.Add, sympy.Mul)):
+        if type(e) in ARITHMETIC:
             terms = [self.size(x, sources) for x in e.args]
-            result = terms[0]
-            for term in terms[1:]:
-                result = self.call(operator.add if isinstance(e, sympy.Add) else operator.mul, result, term)
-            return result
+            return functools.reduce(lambda a, b: self.call(ARITHMETIC[type(e)], a, b), terms)
         if E.op_of(e) in ("//", "%"):
             pair = [self.size(x, sources) for x in E.operands(e)]
             return self.call(operator.floordiv if E.op_of(e) == "//" else operator.mod, *pair)
         raise ValueError(f"no tensor of the graph has the size {e}")
+
+
+ARITHMETIC = {sympy.Add: operator.add, sympy.Mul: operator.mul, sympy.Pow: operator.pow}
 
 
 def _same(n: torch.SymInt, e: Expr) -> bool:

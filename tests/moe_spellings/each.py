@@ -1,0 +1,104 @@
+"""Experts with a rule of their own: which tokens count, and what their results are multiplied by."""
+
+import torch
+from torch import nn
+
+from tests.moe_spellings.base import Block, moe
+
+
+class OwnRule(Block):
+    """A where-loop: `hits` says which pairs count, `weight` what a result is multiplied by."""
+
+    def hits(self, ids, w, e):
+        return ids == e
+
+    def weight(self, w, e):
+        return w
+
+    def experts(self, x, ids, w):
+        out = torch.zeros_like(x)
+        for e in range(self.count):
+            token, k = torch.where(self.hits(ids, w, e))
+            out.index_add_(0, token, self.expert(x[token], e) * self.weight(w[token, k, None], e))
+        return out
+
+    def coefficients(self, x):
+        w, ids = self.route(x)
+        return torch.stack([(self.weight(w, e) * self.hits(ids, w, e)).sum(-1) for e in range(self.count)], -1)
+
+
+@moe(own=True)
+@moe(order="oi", bias=True)
+class ANumberOfItsOwn(OwnRule):
+    def weight(self, w, e):
+        return w * (0.1, 1.0, -0.3, 2.0)[e]
+
+
+@moe(kind="gelu")
+class SquaredForSome(OwnRule):
+    def weight(self, w, e):
+        return w if e < 2 else w * w
+
+
+@moe(own=True)
+class AParameterOfItsOwn(OwnRule):
+    def __init__(self):
+        super().__init__()
+        self.scales = nn.ParameterList(nn.Parameter(torch.randn(1)) for _ in range(self.count))
+
+    def weight(self, w, e):
+        return w * self.scales[e]
+
+
+@moe(kind="relu")
+@moe(own=True, bias=True)
+class OneAsksForMore(OwnRule):
+    """The last expert counts where its weight is large."""
+
+    def hits(self, ids, w, e):
+        return (ids == e) & (w > 0.2) if e == self.count - 1 else ids == e
+
+
+@moe(order="oi")
+class RoomOfItsOwn(OwnRule):
+    """Each expert has its own number of places in each column of choices."""
+
+    def hits(self, ids, w, e):
+        hits = ids == e
+        return hits & (hits.cumsum(0) <= (7 if e == 2 else 3))
+
+
+@moe(own=True)
+class RoomInAMask(Block):
+    """The first tokens that have an expert, in a mask of tokens."""
+
+    room = 5
+
+    def first(self, ids, e):
+        mine = (ids == e).any(-1)
+        return mine & (mine.cumsum(0) <= self.room)
+
+    def experts(self, x, ids, w):
+        matrix, out = x.new_zeros(x.shape[0], self.count).scatter(1, ids, w), torch.zeros_like(x)
+        for e in range(self.count):
+            token = self.first(ids, e).nonzero()[:, 0]
+            out.index_add_(0, token, self.expert(x[token], e) * matrix[token, e, None])
+        return out
+
+    def coefficients(self, x):
+        ids = self.route(x)[1]
+        return super().coefficients(x) * torch.stack([self.first(ids, e) for e in range(self.count)], -1)
+
+
+@moe(kind="gelu", own=True)
+@moe(order="oi", bias=True)
+class AnySpelledOut(Block):
+    """Whether any choice of a token is an expert: a sum, or each choice by its name."""
+
+    def experts(self, x, ids, w):
+        out = torch.zeros_like(x)
+        for e in range(self.count):
+            pairs = ids == e
+            mine = pairs.float().sum(-1) > 0 if e % 2 else (ids[:, 0] == e) | (ids[:, 1] == e)
+            out[mine] += self.expert(x[mine], e) * w[pairs][:, None]
+        return out
