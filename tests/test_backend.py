@@ -380,14 +380,3 @@ def test_a_rewritten_graph_that_does_not_compile_is_left_to_inductor(monkeypatch
     torch._dynamo.reset()
     with pytest.raises(Exception, match="no such kernel"):
         torch.compile(program, backend="tv", options={"tv.strict": True})(q)
-
-
-def test_a_graph_with_vmap_is_left_whole():
-    def program(q):
-        return torch.vmap(lambda x: x * 2)(q), (q @ q.mT * 0.25).softmax(-1) @ q
-
-    q = torch.randn(2, 9, 16)
-    with tvcompile.collect() as report:
-        found = torch.compile(program, backend="tv", options={"tv.strict": True})(q)
-    torch.testing.assert_close(found, program(q))
-    assert not report.sites and "function transform" in report.refusals[0].reason

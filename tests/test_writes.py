@@ -49,7 +49,7 @@ def rewritten(program, *inputs):
     found = []
 
     def keep(gm, _):
-        graph, _ = canonicalize(gm, placeholders_of(gm), {})
+        graph, _ = canonicalize(gm, placeholders_of(gm), {}, {})
         found.extend(n for n in graph.graph.nodes if written_arguments(n))
         return graph
 

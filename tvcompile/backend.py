@@ -16,11 +16,12 @@ from . import report, sites, tracing, tuning
 from .kernels import selfcheck
 from .options import Options
 from .passes import LIFTS
-from .passes.canonicalize import canonicalize, checkpoint_bodies, placeholders_of, transform_of
+from .passes.canonicalize import canonicalize, checkpoint_bodies, placeholders_of
 from .passes.emit import compute_dtype, emit
 from .passes.verify import verify
+from .passes.vmaps import batched
 from .select import select, select_moe
-from .spec import Match, MoEMatch, Refusal, where_of
+from .spec import Match, MoEMatch, Refusal, Refuse, where_of
 from .tuning import store
 
 
@@ -78,13 +79,15 @@ def attempt(gm: fx.GraphModule, fakes: Sequence[Any], ours: Options) -> fx.Graph
 
 def rewrite(gm: fx.GraphModule, fakes: Sequence[Any], record: report.GraphRecord) -> fx.GraphModule:
     """Dynamo's graph with every proven attention and mixture fused, or the graph itself where there is none."""
-    if (transform := transform_of(gm)) is not None:
-        why = "a graph with a function transform (vmap, grad) is left whole"
-        record.refusals.append(Refusal(transform.name, why, where_of(transform)))
+    try:
+        vmaps = batched(gm)
+    except Refuse as why:
+        assert why.node is not None
+        record.refusals.append(Refusal(why.node.name, why.reason, where_of(why.node)))
         return gm
     bodies = {body: rewrite(body, inner, record) for body, inner in checkpoint_bodies(gm)}
     with record.timed("canonicalize"):
-        program, whole = canonicalize(gm, fakes, bodies)
+        program, whole = canonicalize(gm, fakes, bodies, vmaps)
     record.higher_order += whole
     before = report.lines_of(program.graph)
     matches: list[Match | MoEMatch] = []

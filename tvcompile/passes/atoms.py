@@ -19,6 +19,11 @@ def _softmax(r, a, n, idx):
     return r.atom("softmax", n, idx)
 
 
+def _safe_softmax(r, a, n, idx):
+    """Zeros where everything is -inf, as scaled_dot_product_attention decomposes."""
+    return E.apply("nan_to_zero", r.atom("softmax", n, idx))
+
+
 def _log_softmax(r, a, n, idx):
     return E.apply("log", r.atom("softmax", n, idx))
 
@@ -85,6 +90,7 @@ def _dropout(r, a, n, idx):
 ATOM_RULES = {
     "exp": _exp,
     **dict.fromkeys(("softmax", "_softmax", "special_softmax"), _softmax),
+    "_safe_softmax": _safe_softmax,
     **dict.fromkeys(("log_softmax", "_log_softmax", "special_log_softmax"), _log_softmax),
     **dict.fromkeys(("amax", "amin", "max", "min", "logsumexp", "mean"), _reduce),
     "sum": _sum,

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import operator
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import fx
@@ -24,6 +25,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
 from .repeated import merge_repeated
+from .vmaps import Batched
 from .writes import functionalize_temporaries
 
 CHECKPOINTS = ("tag_activation_checkpoint",)
@@ -37,14 +39,23 @@ CONTEXTS: dict[str, Callable] = {
 class _Retrace(fx.Interpreter):
     """Runs Dynamo's graph under make_fx; a higher-order operator becomes one node."""
 
-    def __init__(self, gm: fx.GraphModule, bodies: dict[fx.GraphModule, fx.GraphModule], kept: list[str]):
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        bodies: dict[fx.GraphModule, fx.GraphModule],
+        vmaps: dict[fx.Node, Batched],
+        kept: list,
+    ):
         super().__init__(gm)
-        self.bodies = bodies
-        self.kept = kept
+        self.bodies, self.vmaps, self.kept = bodies, vmaps, kept
+        self.of_vmaps: dict[fx.Node, Any] = {}
 
     def run_node(self, n: fx.Node):
         self.node = n
-        return super().run_node(n)
+        if (vmap := self.vmaps.get(n)) is not None:
+            results = fx.Interpreter(vmap.program).run(*(self.env[x] for x in vmap.inputs))
+            self.of_vmaps |= dict.fromkeys(vmap.nodes) | dict(zip(vmap.outputs, results))
+        return self.of_vmaps.pop(n) if n in self.of_vmaps else super().run_node(n)
 
     def call_method(self, target, args, kwargs):
         # With dynamic shapes a Python float is a 0-d input whose item() Dynamo has already named.
@@ -59,7 +70,7 @@ class _Retrace(fx.Interpreter):
         if target.name() in CONTEXTS:
             at = next(i for i, x in enumerate(args) if isinstance(x, fx.GraphModule))
             with CONTEXTS[target.name()](*args[:at]):
-                return _Retrace(args[at], self.bodies, self.kept).run(*args[at + 1 :])
+                return _Retrace(args[at], self.bodies, self.vmaps, self.kept).run(*args[at + 1 :])
         self.kept.append(target.name())
         tracer = proxy_tensor.get_proxy_mode().tracer
         mode = fake_mode_of((args, kwargs))
@@ -126,14 +137,6 @@ def _example(value):
     return value.meta["example_value"] if "example_value" in value.meta else value.meta["val"]
 
 
-def transform_of(gm: fx.GraphModule) -> fx.Node | None:
-    """Where a function transform begins: inside, a tensor is not what its shape says, and tracing would lose it."""
-    for n in gm.graph.nodes:
-        if n.op == "call_function" and getattr(n.target, "__module__", "").startswith("torch._functorch"):
-            return n
-    return None
-
-
 def checkpoint_bodies(gm: fx.GraphModule) -> list[tuple[fx.GraphModule, list]]:
     """The body of every activation checkpoint in Dynamo's graph, with its fake inputs."""
     found = []
@@ -143,15 +146,17 @@ def checkpoint_bodies(gm: fx.GraphModule) -> list[tuple[fx.GraphModule, list]]:
     return found
 
 
-def canonicalize(gm: fx.GraphModule, fakes: Sequence, bodies: dict) -> tuple[fx.GraphModule, list[str]]:
+def canonicalize(
+    gm: fx.GraphModule, fakes: Sequence, bodies: dict, vmaps: dict[fx.Node, Batched]
+) -> tuple[fx.GraphModule, list[str]]:
     """(the graph in pre-dispatch ATen, names of the higher-order operators left whole).
 
     fakes: one fake tensor, SymInt or constant per placeholder, in the fake mode Dynamo used.
-    bodies: what takes the place of the body of an activation checkpoint.
+    bodies: what takes the place of the body of an activation checkpoint; vmaps: of what is inside of a vmap.
     """
     mode = fake_mode_of(fakes)
     kept: list[str] = []
-    retrace = _Retrace(gm, bodies, kept)
+    retrace = _Retrace(gm, bodies, vmaps, kept)
     tracer = proxy_tensor.make_fx(retrace.run, pre_dispatch=True, tracing_mode="symbolic", _allow_non_fake_inputs=True)
     shape_env = mode.shape_env if mode is not None else None
     fresh = shape_env.ignore_fresh_unbacked_symbols() if shape_env else contextlib.nullcontext()

@@ -51,21 +51,30 @@ class Expert:
 
 @dataclasses.dataclass(frozen=True)
 class Unit:
-    """A pre-activation: its product, index (None for the column), the column as a formula of f, the bias if any."""
+    """A pre-activation: its product, index (None for the column), the column as a formula of f, the bias if any.
+
+    start, width    the columns of the product that are the expert's; others may be those of other experts
+    """
 
     node: fx.Node
     row: tuple
     column: Expr
     bias: Expr | None
+    start: Expr = sympy.Integer(0)
+    width: Expr = sympy.Integer(0)
 
-    def columns(self, r: RowReader) -> Expr:
-        return r.shape(self.node)[self.row.index(None)]
+    def within(self, r: RowReader, start: Expr, width: Expr) -> Unit | None:
+        """The same where the expert's columns begin at `start`, if the product has so many."""
+        total = r.shape(self.node)[self.row.index(None)]
+        inside = E.within(start, total, r.bounds) and E.within(sympy.expand(start + width - 1), total, r.bounds)
+        column = sympy.expand(self.column - start)
+        return dataclasses.replace(self, column=column, start=start, width=width) if inside else None
 
 
 def read_expert(r: RowReader, node: fx.Node, idx: Index, term: Term, t: Expr, d: Expr) -> Expert:
     fix = fixing(r, term)
 
-    last = projection(r, node, idx)
+    last = projection(r, node, idx, d)
     columns = [i for i, x in enumerate(idx) if x == d and d != 0]
     if not columns:
         raise Refuse("the features of a result are not the columns of a last projection", node)
@@ -77,13 +86,13 @@ def read_expert(r: RowReader, node: fx.Node, idx: Index, term: Term, t: Expr, d:
         inside = (*inside, *factors)
     formula = fix(r.read(hidden, at, r.position[node]))
     act, units = activation(r, formula, last.over, node)
-    act, layout, wholes = arranged(r, act, units, last.over, last.length, node)
+    layout, units = arranged(r, units, last.over, last.length, node)
+    wholes = units[:1] if layout in ("chunk", "interleave") else units
     ups, sources = [], set()
     for unit in wholes:
-        columns = unit.columns(r)
-        column = r.fresh(columns, "c")
-        p = projection(r, unit.node, tuple(column if x is None else x for x in unit.row))
-        ups.append(fixed(p.weight, fix, p.length, columns))
+        column = r.fresh(unit.width, "c")
+        p = projection(r, unit.node, tuple(unit.start + column if x is None else x for x in unit.row), column)
+        ups.append(fixed(p.weight, fix, p.length, unit.width))
         x, at = p.x
         row = Row(p.over, p.length, t, fix, term, x.meta["val"].dtype)
         sources.add(token_row(r, x, tuple(map(fix, at)), r.position[unit.node], row))
@@ -155,18 +164,21 @@ def without_casts(e: Expr, about: fx.Node) -> Expr:
     return E.substitute(e, {x: without_casts(E.operands(x)[0], about) for x in casts})
 
 
-def arranged(r: RowReader, act: Expr, units: list[Unit], f: Expr, F: Expr, about: fx.Node):
-    """(act, layout, the units whose products are read): one product in halves or alternating, or one per unit."""
+def arranged(r: RowReader, units: list[Unit], f: Expr, F: Expr, about: fx.Node) -> tuple[str, list[Unit]]:
+    """(layout, units with their columns): of one product in halves or alternating, or of a product per unit."""
     columns = [sympy.expand(u.column) for u in units]
-    widths = [u.columns(r) for u in units]
-    if len(units) == 1 and columns == [f] and widths == [F]:
-        return act, "plain", units
     if len(units) == 2 and units[0].node is units[1].node and units[0].row == units[1].row:
-        for layout, want in (("chunk", [f, f + F]), ("interleave", [2 * f, 2 * f + 1])):
-            if columns == [sympy.expand(x) for x in want] and widths[0] == 2 * F:
-                return act, layout, units[:1]
-    if len(units) == 2 and columns == [f, f] and widths == [F, F]:
-        return act, "separate", units
+        gap, start = sympy.expand(columns[1] - columns[0]), E.substitute(columns[0], {f: sympy.Integer(0)})
+        for layout, step, apart in (("chunk", 1, F), ("interleave", 2, sympy.Integer(1))):
+            if gap == apart and sympy.expand(columns[0] - start) == step * f:
+                both = [u.within(r, start, 2 * F) for u in units]
+                if None not in both:
+                    return layout, [u for u in both if u is not None]
+    starts = [sympy.expand(c - f) for c in columns]
+    if not any(E.mentions(s, f) for s in starts):
+        each = [u.within(r, s, F) for u, s in zip(units, starts)]
+        if None not in each:
+            return ("plain", "separate")[len(units) - 1], [u for u in each if u is not None]
     raise Refuse("an activation pairs columns of its projections in a way that has no layout", about)
 
 
@@ -184,7 +196,7 @@ def biases_of(r: RowReader, units: list[Unit], layout: str, f: Expr, F: Expr, ab
         rest = sympy.expand(number - step * unit.column)
         if rest.has(f) or not step.is_Integer or step == 0:
             raise Refuse("a bias is read at other columns than its projection", about)
-        found.append(Weight(node, rest, 0, int(step), 1, int(unit.columns(r))))
+        found.append(Weight(node, rest, 0, int(step), 1, int(unit.width)))
     if layout in ("chunk", "interleave"):
         if found[0] != found[1]:
             raise Refuse("the halves of a projection have different biases", about)

@@ -31,7 +31,9 @@ from .read import Reader, Unreadable
 from .weights import NotASoftmax, read_weights
 
 SDPA = "scaled_dot_product_attention"
-SOFTMAX = ("softmax", "_softmax", "special_softmax", "log_softmax", "_log_softmax", "special_log_softmax")
+SOFTMAX = (
+    "softmax", "_softmax", "special_softmax", "_safe_softmax", "log_softmax", "_log_softmax", "special_log_softmax",
+)  # fmt: skip
 
 
 def lift_attention(graph: fx.Graph) -> tuple[list[Match], dict[fx.Node, Refusal]]:

@@ -123,10 +123,9 @@ def weight_of(r: RowReader, node: fx.Node, idx: Index, over: Expr, column: Expr,
     return Weight(leaf, rest, int(feature), int(step))
 
 
-def projection(r: RowReader, node: fx.Node, idx: Index) -> Projection:
-    """The operands of a projection; the last position of idx is the column."""
+def projection(r: RowReader, node: fx.Node, idx: Index, column: Expr) -> Projection:
+    """The operands of a projection, where `column` is a position of its weight alone."""
     name, a, here = r.name(node), r.arguments(node), r.position[node]
-    column = next((i for i in reversed(idx) if i != 0), sympy.Integer(0))
     if a.get("beta", 1) != 1 or a.get("alpha", 1) != 1:
         raise Refuse("a projection is scaled as its bias is added", node)
     if name == "linear":
