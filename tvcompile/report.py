@@ -182,9 +182,7 @@ def site_of(match: Match | MoEMatch, kernel: str) -> Site:
 
 def _moe_site(m: MoEMatch, kernel: str) -> Site:
     """Of a mixture of experts: shapes, and the arithmetic beside that of every expert on every token."""
-    top, count, down, up = m.top, m.experts, m.down[0], m.up[0]
-    F, H_out = down.sizes[down.order[-2]], down.columns
-    H = up.sizes[up.order[-2]]
+    top, count, (F, H_out), H = m.top, m.experts, m.down[0].shape[-2:], m.up[0].shape[-2]
     dtype = str(m.x.meta["val"].dtype).removeprefix("torch.")
     shapes = f"{dtype}, T={m.tokens}, E={count}, K={top}, H={H}, F={F}, H_out={H_out}"
     cost = ""

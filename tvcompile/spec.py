@@ -194,17 +194,18 @@ class Match:
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """A stacked weight or bias, or one per expert: tensors reshaped and permuted, of whose columns a part is read."""
+    """A stacked weight or bias, or one per expert: tensors reshaped and permuted, of whose dims parts are read."""
 
     nodes: tuple[fx.Node, ...]
     sizes: tuple[int, ...]
     order: tuple[int, ...]
-    part: tuple[int, int] | None
+    parts: tuple[tuple[int, int] | None, ...]
     stacked: bool
 
     @property
-    def columns(self) -> int:
-        return self.part[1] if self.part else self.sizes[self.order[-1]]
+    def shape(self) -> list[int]:
+        """Experts (where stacked), features (but of a bias) and columns."""
+        return [self.sizes[d] if part is None else part[1] for d, part in zip(self.order, self.parts)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,7 +261,7 @@ class MoEMatch:
     def experts(self) -> int:
         """E"""
         down = self.down[0]
-        return down.sizes[down.order[0]] if down.stacked else len(down.nodes)
+        return down.shape[0] if down.stacked else len(down.nodes)
 
     def weights(self) -> tuple[Weights, ...]:
         return (*self.up, *self.down, *self.up_bias, *self.down_bias)

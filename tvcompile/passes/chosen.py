@@ -13,7 +13,7 @@ from torch import fx
 from .. import expr as E
 from ..expr import Expr
 from ..spec import Refuse
-from .ids import compared, distinct
+from .ids import compared, distinct, is_read
 from .places import solved
 from .rows import RowReader, over
 from .terms_of import Term
@@ -28,12 +28,14 @@ class Token:
 
 
 def numbered(guard: Expr) -> tuple[Expr, int] | None:
-    """(I, n) where the guard says that I is n, and I is read from a tensor, or what is left of that by a division."""
+    """(I, n) where the guard says that I is n, and I is read from tensors, or what is left of that by a division."""
     if E.op_of(guard) != "eq":
         return None
     number, rest = E.operands(guard)[0].as_coeff_Add()
-    sign, load = rest.as_coeff_Mul()
-    return (load, int(-number * sign)) if E.op_of(load) in ("load", "%") and abs(sign) == 1 else None
+    for sign in (1, -1):
+        if is_read(ids := sympy.expand(sign * rest)):
+            return ids, int(-number * sign)
+    return None
 
 
 @dataclasses.dataclass(frozen=True)

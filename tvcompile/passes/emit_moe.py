@@ -68,9 +68,9 @@ def _tensors(w: Writer, ws: Weights, nodes: Mapping[str, fx.Node]) -> list[fx.No
             node = w.call(aten.reshape.default, node, list(ws.sizes))
         if list(ws.order) != sorted(ws.order):
             node = w.call(aten.permute.default, node, list(ws.order))
-        if ws.part is not None:
-            start, length = ws.part
-            node = w.call(aten.slice.Tensor, node, node.meta["val"].dim() - 1, start, start + length)
+        for dim, part in enumerate(ws.parts):
+            if part is not None:
+                node = w.call(aten.slice.Tensor, node, dim, part[0], sum(part))
         found.append(node)
     return found
 

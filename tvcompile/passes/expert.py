@@ -6,8 +6,7 @@ y[row, d] = sum_f act(pre[row, ...]) * W2[e, f, d]        pre[row, c] = sum_h x[
 from __future__ import annotations
 
 import dataclasses
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import sympy
 from torch import fx
@@ -15,15 +14,13 @@ from torch import fx
 from .. import expr as E
 from ..expr import Expr
 from ..spec import Refuse, Weights
-from .buffers import Way, rows_put
-from .capacity import placed_row
-from .chosen import numbered
-from .contraction import CONTRACTIONS, added, operands_of
-from .ids import distinct
-from .movement import CASTS, Index, rounding, unravel
-from .projections import Fix, Row, Weight, is_row, leaf_of, number_of, path_of, projection
-from .rows import RowReader, over as positions_of, settle
-from .terms_of import Closed, Term, lazily, terms_of
+from .contraction import added
+from .ids import is_read
+from .movement import Index, rounding, unravel
+from .projections import Fix, Row, Weight, leaf_of, number_of, projection
+from .rows import RowReader, settle
+from .terms_of import Term
+from .token_rows import token_row, weighed_by
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,109 +201,6 @@ def biases_of(r: RowReader, units: list[Unit], layout: str, f: Expr, F: Expr, ab
     return tuple(found)
 
 
-def token_row(r: RowReader, node: fx.Node, idx: Index, at: int, row: Row):
-    """(x, factors) where the row is x[t] times the factors, each a formula of the token and its expert."""
-    over, fix = row.over, row.fix
-    path = [(x, tuple(map(fix, where)), used) for x, where, used in path_of(r, node, idx, at)]
-    for x, where, used in reversed(path):
-        if is_row(r, x, where, row.t, over, row.length):
-            r._note_use(x, used)
-            return x, ()
-    leaf, where, used = path[-1]
-    name, a, here = (r.name(leaf), r.arguments(leaf), r.position[leaf]) if leaf.op == "call_function" else ("", {}, 0)
-    if name in CASTS:
-        if rounding(leaf.meta["val"].dtype) > rounding(row.dtype):
-            raise Refuse(f"the rows of an expert are rounded to {leaf.meta['val'].dtype}", leaf)
-        return token_row(r, a["self"], where, here, row)
-    if (split := weighed_by(r, leaf, where, over, fix)) is not None:
-        (rows, at_rows), factors = split
-        x, rest = token_row(r, rows, at_rows, here, row)
-        return x, (*factors, *rest)
-    refused = Refuse("the rows of an expert are not its tokens", leaf)
-    ways = Closed(over, masked=False), Closed(over, masked=True), None
-    for (idx, one), closed in itertools.product([(where, row), *of_every_expert(r, leaf, where, row)], ways):
-        try:
-            if name in CONTRACTIONS and (terms := terms_of(r, fix(r.read(leaf, idx, used)), closed)):
-                return placed_row(r, [Way(x) for x in terms], leaf, one), ()
-            if (put := rows_put(r, leaf, idx, used, fix, closed)) is not None:
-                return placed_row(r, put, leaf, one), ()
-        except Refuse as why:
-            refused = why
-    raise refused
-
-
-def of_every_expert(r: RowReader, leaf: fx.Node, where: Index, row: Row) -> Iterator[tuple[Index, Row]]:
-    """leaf[3, c] as leaf[e, c], and leaf[3*C + c] as leaf[e*C + c], with what has to be a row of expert 3 at e = 3."""
-    for ids, n in {found for g in row.outer.guards if (found := numbered(g)) is not None}:
-        for j, (x, size) in enumerate(zip(where, r.shape(leaf))):
-            places = [s for s in (x - n * r.ranges[s] for s in x.free_symbols & set(r.ranges)) if s in r.ranges]
-            C = sympy.Integer(1) if x == n else r.ranges[places[0]] if len(places) == 1 else None
-            if C is None or not (size / C).is_Integer or not n < size / C:
-                continue
-            e = r.fresh(size / C, "e")
-            guards = (E.eq(e, ids) if numbered(g) == (ids, n) else g for g in row.outer.guards)
-            outer = dataclasses.replace(row.outer, bound=(*row.outer.bound, e), guards=tuple(guards))
-            at = (*where[:j], sympy.expand(x + (e - n) * C), *where[j + 1 :])
-            yield at, dataclasses.replace(row, outer=outer, number=sympy.Integer(n))
-
-
-def weighed_by(r: RowReader, leaf: fx.Node, where: Index, over: Expr, fix: Fix):
-    """((rows, their index), factors) where a row is others times factors that are alike in all of its features."""
-    sides = sorted(_sides(r, leaf, where), key=lambda side: E.mentions(sympy.Tuple(*side[1]), over))
-    if len(sides) != 2 or E.mentions(sympy.Tuple(*sides[0][1]), over):
-        return None
-    (factor, at_factor), rows = sides
-    formula = fix(lazily(r, factor, at_factor, r.position[leaf]))
-    if (call := _any_choice(r, formula)) is not None:
-        return rows, (condition(call),)
-    terms = terms_of(r, formula)
-    if len(terms) != 1 or terms[0].bound or terms[0].links:
-        raise Refuse("the weight of an expert's input is no product", leaf)
-    return rows, (*terms[0].factors, *map(condition, terms[0].guards))
-
-
-def condition(holds: Expr) -> Expr:
-    """A factor that is 1 where a condition holds."""
-    return E.where(holds, E.number(1.0), E.number(0.0))
-
-
-def is_condition(factor: Expr) -> bool:
-    return E.op_of(factor) == "where" and [E.constant(x) for x in E.operands(factor)[1:]] == [1, 0]
-
-
-def _sides(r: RowReader, node: fx.Node, idx: Index) -> list[tuple[fx.Node, Index]]:
-    """The factors of a product, each with its index; none of what is a sum of products."""
-    if node.op != "call_function" or r.name(node) not in ("mul", "einsum"):
-        return []
-    if r.name(node) == "einsum":
-        sides, bound = operands_of(r, node, idx)
-        return [] if bound else sides
-    a = r.arguments(node)
-    return [(x, r.broadcast(x, idx)) for x in (a["self"], a["other"]) if isinstance(x, fx.Node)]
-
-
-def _any_choice(r: RowReader, e: Expr) -> Expr | None:
-    """That any choice of a token is an expert, where a sum over its choices is 1 for that: its ids differ."""
-    e = _uncast(e)
-    if E.op_of(e) not in ("reduce", "count") or r.name(node := r.nodes[E.operands(e)[0].name]) != "sum":
-        return None
-    source, at, positions = positions_of(r, node, E.operands(e)[1:])
-    one_hot = _uncast(r.read(source, at, r.position[node]))
-    if not is_condition(one_hot):
-        return None
-    hit = E.operands(one_hot)[0]
-    loads = E.loads(hit)
-    if E.op_of(hit) != "eq" or len(loads) != 1 or [E.operands(loads[0])[-1]] != positions:
-        return None
-    return E.BoolCall("any", *E.operands(e)) if distinct(r, r.nodes[E.operands(loads[0])[0].name[1:]]) else None
-
-
-def _uncast(e: Expr) -> Expr:
-    while E.op_of(e) in E.CASTS:
-        (e,) = E.operands(e)
-    return e
-
-
 def with_weighed_input(r: RowReader, expert: Expert, t: Expr, fix: Fix, outer: Term) -> Expert:
     """The same expert, its rows taken for x[t] times what they are weighed by, where they are that."""
     shape = r.shape(expert.x)
@@ -333,12 +227,19 @@ def bias_of(r: RowReader, load: Expr, d: Expr, columns: int) -> Weight | None:
 
 def expert_number(w: Weight) -> Expr | None:
     """The formula of the expert's number in a stacked weight; None where the position is a plain number."""
-    parts = [x for x in sympy.Add.make_args(w.rest) if not x.is_Integer]
-    if not parts:
+    position = w.rest.as_coeff_Add()[1]
+    if position == 0:
         return None
-    if len(parts) > 1:
+    number = position.as_content_primitive()[1]
+    if number.could_extract_minus_sign() or isinstance(number, sympy.Add) and not is_read(number):
         raise Refuse("the expert's number is no plain position in its weights", w.node)
-    return parts[0].as_coeff_Mul()[1]
+    return number
+
+
+def step_of(w: Weight, number: Expr) -> int:
+    """How many elements lie between a weight of one expert and that of the next."""
+    step = sympy.cancel(w.rest.as_coeff_Add()[1] / number)
+    return int(step) if step.is_Integer else 0
 
 
 def stacked(r: RowReader, ws: Sequence[Weight], formula: Expr | None, count: int) -> Weights:
@@ -346,7 +247,7 @@ def stacked(r: RowReader, ws: Sequence[Weight], formula: Expr | None, count: int
     w = ws[0]
     numel = int(sympy.Mul(*r.shape(w.node)))
     if formula is not None:
-        step = int(w.rest.coeff(formula))
+        step = step_of(w, formula)
         start = sympy.expand(w.rest - step * formula)
         if step == 0:
             raise Refuse("a weight is the same for all experts", w.node)
@@ -360,19 +261,21 @@ def stacked(r: RowReader, ws: Sequence[Weight], formula: Expr | None, count: int
         step, start = 0, w.rest
     steps = {name: s for name, s in (("e", step), ("h", w.feature), ("c", w.column)) if s}
     names = sorted(steps, key=lambda n: -steps[n])
-    sizes = {}
-    above = numel
+    if not start.is_Integer:
+        raise Refuse("the experts read a weight in a way that is no reshape of it", w.node)
+    sizes, first, above, left = {}, {}, numel, int(start)
     for n in names:
-        size, rest = divmod(above, steps[n])
-        if rest or (n == "h" and size != w.inputs):
+        sizes[n], rest = divmod(above, steps[n])
+        first[n], left = divmod(left, steps[n])
+        above = steps[n]
+        if rest:
             raise Refuse("the experts read a weight in a way that is no reshape of it", w.node)
-        sizes[n], above = size, steps[n]
-    if above != 1 or not start.is_Integer or start % w.column or ("e" in sizes and sizes["e"] != count and count):
-        raise Refuse("the experts read a part of a weight that is no range of its columns", w.node)
-    first = int(start) // w.column
-    if first + w.columns > sizes["c"]:
-        raise Refuse("the experts read beyond the columns of a weight", w.node)
-    order = [names.index(n) for n in ("e", "h", "c") if n in names]
-    part = None if w.columns == sizes["c"] else (first, w.columns)
+    read, held = {"e": count, "h": w.inputs, "c": w.columns}, [n for n in ("e", "h", "c") if n in names]
+    if above != 1 or left or any(first[n] + read[n] > sizes[n] for n in held):
+        raise Refuse("the experts read a part of a weight that is no range of its rows and columns", w.node)
+    if formula is not None and sizes["e"] != count:
+        raise Refuse("a weight holds more experts than another", w.node)
+    parts = tuple(None if read[n] == sizes[n] else (first[n], read[n]) for n in held)
+    order = [names.index(n) for n in held]
     nodes = tuple(x.node for x in (ws if not step else ws[:1]))
-    return Weights(nodes, tuple(sizes[n] for n in names), tuple(order), part, bool(step))
+    return Weights(nodes, tuple(sizes[n] for n in names), tuple(order), parts, bool(step))

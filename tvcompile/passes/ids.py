@@ -34,14 +34,21 @@ SCATTERS = ("scatter", "scatter_add")
 READ = ("load", "%")
 
 
+def is_read(e: Expr) -> bool:
+    """Is an integer read from tensors, or a sum of such, as group * 4 + place is?"""
+    if isinstance(e, (sympy.Add, sympy.Mul)):
+        return not e.is_negative and all(x.is_Integer and x > 0 or is_read(x) for x in e.args)
+    return E.op_of(e) in READ
+
+
 def compared(guard: Expr, expert: Expr) -> Expr | None:
-    """I where the guard says I == expert, and I is read from a tensor, or what is left of that by a division."""
+    """I where the guard says I == expert, and I is read from tensors, or what is left of that by a division."""
     if E.op_of(guard) != "eq":
         return None
     gap = E.operands(guard)[0]
     for sign in (1, -1):
         other = sympy.expand(sign * gap + expert)
-        if E.op_of(other) in READ and not (expert.free_symbols & other.free_symbols):
+        if is_read(other - other.as_coeff_Add()[0]) and not (expert.free_symbols & other.free_symbols):
             return other
     return None
 

@@ -21,12 +21,13 @@ from ..expr import Expr
 from ..moe_spec import DTYPES, MoESpec
 from ..spec import Choices, MoEMatch, Refusal, Refuse, Weights, where_of
 from .chosen import Token, Unchosen
+from .columns import Column, in_columns, places
 from .cones import MOVES, computed, cones, followers, looks_routed, routed
 from .contraction import further
-from .expert import stacked
+from .expert import stacked, step_of
 from .facts import Facts, between
 from .movement import CASTS, rounding, unravel
-from .parts import Base, Column, Shared, add_biases, base_of_sum, check_whole, chosen_parts, in_columns, places
+from .parts import Base, Shared, add_biases, base_of_sum, check_whole, chosen_parts
 from .projections import Weight
 from .read import Unreadable
 from .routing import possible
@@ -185,7 +186,7 @@ def count_of(r: RowReader, c: Column) -> int:
     if not c.single:
         return len(c.parts)
     w = c.parts[0].expert.down
-    step = int(w.rest.coeff(c.parts[0].formula))
+    step = step_of(w, c.parts[0].formula)
     inside = [s for s in (w.feature, w.column) if s > step]
     return (min(inside) if inside else int(sympy.Mul(*r.shape(w.node)))) // step
 
