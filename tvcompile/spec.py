@@ -11,6 +11,7 @@ import functools
 import math
 
 import sympy
+from sympy.core.symbol import Str
 from torch import fx
 
 from . import expr as E, syntax
@@ -269,7 +270,8 @@ class MoEMatch:
     def read(self) -> set[str]:
         """Names of the nodes that the op's arguments are made of."""
         formulas = [e for c in self.choices for e in (c.ids, *c.counts, *c.factors)]
-        names = {E.operands(x)[0].name.lstrip("%") for e in formulas for x in E.walk(e) if E.op_of(x) in E.OPAQUE}
+        loads = [x for e in formulas for x in E.walk(e) if E.op_of(x) in E.OPAQUE]
+        names = {n.name.lstrip("%") for x in loads for n in E.operands(x) if isinstance(n, Str)}
         return (
             names
             | {n.name for w in self.weights() for n in w.nodes}

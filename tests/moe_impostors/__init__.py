@@ -10,6 +10,7 @@ from tests.moe_impostors import (  # noqa: F401  (registers them)
     mesh,
     one_hot,
     positions,
+    ranks,
     replaced,
     residual,
     rounding,

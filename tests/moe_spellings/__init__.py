@@ -16,6 +16,7 @@ from tests.moe_spellings import (  # noqa: F401  (importing a family registers i
     loops,
     mesh,
     otherwise,
+    ranks,
 )
 from tests.moe_spellings.base import CORPUS, Block, Spelling
 

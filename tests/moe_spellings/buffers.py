@@ -36,6 +36,7 @@ class Places(Capacity):
 
 @moe(router="renormalised", bias=True, kind="gelu")
 @moe()
+@moe(own=True)
 class Buffer(Places):
     """Pairs without a place go to a row beyond the last, which is cut off, and read zeros."""
 
@@ -53,6 +54,7 @@ class Buffer(Places):
 
 @moe(first=False, bias=True, kind="relu")
 @moe(top=1, router="top1", layout="separate")
+@moe(own=True, kind="gelu", bias=True)
 class IndexAddSelect(Places):
     """Zeros at both ends say all: no weight asks whether its pair was kept."""
 
@@ -68,6 +70,7 @@ class IndexAddSelect(Places):
 
 @moe(kind="relu", bias=True)
 @moe(first=False, order="oi")
+@moe(own=True, kind="relu")
 class ClampedScatterAdd(Places):
     """Pairs without a place have zeros for rows, added to the last place, and read it times zero."""
 

@@ -182,11 +182,10 @@ def _own_pairs(r: RowReader, place: Place, outer: Term, number: Expr | None) -> 
         own = Own(place.expert, ids, number)
         # What weighs zero may have been sent elsewhere.
         known = own.all(r, (*outer.guards, *(g for f in outer.factors for g in needed(f))))
-        sums = {x for g in known for x in g.atoms(IntCall) if E.op_of(x) == "cumsum"}
+        sums = {x for g in known for x in g.atoms(IntCall) if E.op_of(x) in ("cumsum", "rank_of")}
         for x in sorted(sums, key=sympy.default_sort_key):
             if E.operands(x)[0] == E.operands(place.running)[0]:
-                d, bound = dim_of(r, x), place.way.term.bound
-                pair = _pair(r, E.operands(place.running)[1:][d], E.operands(x)[1:][d], bound, place.ids, ids)
+                pair = _pair(r, _pair_of(r, place.running), _pair_of(r, x), place.way.term.bound, place.ids, ids)
                 if pair is not None and _sent(r, place, pair, own, known, outer):
                     yield pair
 
@@ -264,11 +263,26 @@ def _place(r: RowReader, way: Way, outer: Term, about: fx.Node) -> Place:
         for c, k in itertools.product(outer.bound, known):
             place = solved(k, c)
             for x in place.atoms(IntCall) if place is not None else ():
-                added = sympy.expand(place - x + 1)
+                proof = {"cumsum": _counts, "rank_of": _ranks}.get(E.op_of(x))
+                added = sympy.expand(place - x + int(E.op_of(x) == "cumsum"))
                 constant = not any(E.mentions(E.substitute(added, {ids: sympy.Integer(0)}), s) for s in bound)
-                if E.op_of(x) == "cumsum" and constant and _counts(r, x, ids, bound, known):
+                if proof is not None and constant and proof(r, x, ids, bound, known):
                     return Place(way, e, c, ids, x, added)
     raise Refuse(NOT_ALONE, about)
+
+
+def _pair_of(r: RowReader, x: Expr) -> Expr:
+    """The number of the pair that a running sum counts last, or whose rank it is."""
+    return E.operands(x)[-1] if E.op_of(x) == "rank_of" else E.operands(x)[1:][dim_of(r, x)]
+
+
+def _ranks(r: RowReader, x: Expr, ids: Expr, bound: tuple[Expr, ...], known: Collection[Expr]) -> bool:
+    """Is a rank among pairs of the same id, each of which is bound?"""
+    name, _, pair = E.operands(x)
+    rank = r.ranks[r.nodes[name.name]]
+    return (
+        E.substitute(rank.ids, {rank.pair: pair}, r.bounds) == ids and _pair(r, pair, pair, bound, ids, ids) is not None
+    )
 
 
 def _counts(r: RowReader, x: Expr, ids: Expr, bound: tuple[Expr, ...], known: Collection[Expr]) -> bool:
@@ -326,6 +340,8 @@ def _total(r: RowReader, count: Expr, before: Place, ids: Expr) -> bool:
     node = r.nodes[E.operands(count)[0].name]
     source, at, gone = positions_of(r, node, E.operands(count)[1:])
     running = r.nodes[E.operands(before.running)[0].name]
+    if E.op_of(before.running) != "cumsum":
+        return False
     d, where = dim_of(r, before.running), list(E.operands(before.running)[1:])
     where[where.index(before.ids)] = ids
     hits = r.arguments(running)["self"]

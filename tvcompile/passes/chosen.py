@@ -69,7 +69,7 @@ def chosen(r: RowReader, term: Term, expert: Expr, token: Token) -> Chosen:
                 break
     if ids is None:
         raise Unchosen(": every expert gets every token", None)
-    if any(E.op_of(x) in ("perm", "inv", "nth") for e in (ids, *guards, *term.factors) for x in E.walk(e)):
+    if any(E.op_of(x) in ("perm", "inv", "nth", "rank") for e in (ids, *guards, *term.factors) for x in E.walk(e)):
         raise Refuse("the weight of an expert is read at another row than its result", None)
     guards = [g for g in guards if not implied(r, g, ids, expert)]
     table = {expert: ids} if expert in term.bound else {}

@@ -23,6 +23,8 @@ from ..expr import BoolCall, Expr, IntCall
 from .movement import Index, axis
 from .read import Reader
 
+COUNTS = ("count", "cumsum", "rank", "rank_of")
+
 
 def once_asked(question: Callable[[Reader, fx.Node], Any]) -> Callable[[Reader, fx.Node], Any]:
     """What is summed may hold sums itself: each node is asked once."""
@@ -39,12 +41,12 @@ def once_asked(question: Callable[[Reader, fx.Node], Any]) -> Callable[[Reader, 
 
 def counts(e: Expr) -> bool:
     """Does a formula hold a running sum or a count?"""
-    return any(E.op_of(x) in ("count", "cumsum") for x in E.walk(e))
+    return any(E.op_of(x) in COUNTS for x in E.walk(e))
 
 
 def counted(e: Expr) -> bool:
     """Is a number computed from counts, and not only chosen by them?"""
-    if E.op_of(e) in ("count", "cumsum"):
+    if E.op_of(e) in COUNTS:
         return True
     if E.kind(e) == "bool" or E.op_of(e) in E.OPAQUE:
         return False
@@ -79,6 +81,9 @@ def _most(r: Reader, e: Expr) -> int | None:
         return math.ceil(abs(value))
     if op in ("count", "cumsum"):
         return _most_of_sum(r, r.nodes[E.operands(e)[0].name])
+    if op in E.OPAQUE:
+        low, high = r.bounds(e)
+        return max(abs(int(low)), abs(int(high))) if low is not None and low.is_Integer and high.is_Integer else None
     parts = [_most(r, x) for x in E.operands(e) if E.kind(x) != "bool"]
     known = [x for x in parts if x is not None]
     if not parts or len(known) < len(parts):

@@ -160,6 +160,9 @@ class _Choice:
     def _load(self, e: Expr) -> fx.Node:
         name, *idx = E.operands(e)
         node = self.nodes[name.name.removeprefix("%")]
+        if E.op_of(e) == "rank_of":
+            sort, *idx = idx
+            node = self._before_the_sort(node, self.nodes[sort.name])
         if not isinstance(node.meta["val"], torch.Tensor):
             return node
         shape = [size(n) for n in node.meta["val"].shape]
@@ -175,6 +178,12 @@ class _Choice:
         if sympy.expand(total - T) == 0 and sympy.expand(number - t) == 0:
             return self.w.call(aten.reshape.default, node, [self.tokens, 1])
         return self._gather(node, idx)
+
+    def _before_the_sort(self, node: fx.Node, sort: fx.Node) -> fx.Node:
+        """What sorted rows have, in the order before the sort."""
+        pair = isinstance(sort.meta["val"], (tuple, list))
+        order = self.w.call(operator.getitem, sort, 1) if pair else sort
+        return self.w.call(aten.scatter.src, self.w.call(aten.zeros_like.default, node), 0, order, node)
 
     def _gather(self, node: fx.Node, idx: list[Expr]) -> fx.Node:
         for d in reversed(range(len(idx))):

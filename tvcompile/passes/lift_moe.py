@@ -29,6 +29,7 @@ from .facts import Facts, between
 from .movement import CASTS, rounding, unravel
 from .parts import Base, Shared, add_biases, base_of_sum, check_whole, chosen_parts
 from .projections import Weight
+from .ranks import find_ranks
 from .read import Unreadable
 from .routing import possible
 from .rows import RowReader
@@ -39,6 +40,8 @@ def lift_moe(graph: fx.Graph) -> tuple[list[MoEMatch], dict[fx.Node, Refusal]]:
     """Every mixture of experts of the graph, and why what looks like one is none."""
     facts = Facts(graph)
     r = RowReader(graph, facts.grad)
+    r.ranks = find_ranks(r)
+    r.forget()
     matches: list[MoEMatch] = []
     refusals: dict[fx.Node, Refusal] = {}
     seen: set[fx.Node] = set()

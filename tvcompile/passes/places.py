@@ -170,7 +170,7 @@ def least(r: RowReader, e: Expr, known: Collection[Expr] = ()) -> int | None:
         if op in ("clamp_min", "max"):
             return max(found, default=None)
         return min(found) if len(found) == 2 else None
-    if op == "load":
+    if op in ("load", "rank", "rank_of"):
         low, _ = r.bounds(e)
         return int(low) if low is not None and low.is_Integer else None
     if op == "where":
@@ -218,7 +218,7 @@ def below(r: RowReader, e: Expr, size: Expr, known: Collection[Expr]) -> bool:
 
 
 def digits(r: RowReader, guards: tuple[Expr, ...], symbols: Collection[Expr]) -> tuple[Expr, ...]:
-    """Guards in which e*C + c = v*C + p became e = v and c = p, where 0 <= p < C is proven."""
+    """Guards in which e*C + c = v*C + p became e = v and c = p, where 0 <= p < C is proven; e may be a number."""
     guards, found = flat(guards), []
     for g in guards:
         found += _digits(r, g, symbols, guards) if E.op_of(g) == "eq" else [g]
@@ -230,7 +230,7 @@ def _digits(r: RowReader, guard: Expr, symbols: Collection[Expr], guards: tuple[
     found = [(int(a), s) for _, a, s in parts if s in symbols and a.is_Integer]
     left, right = [p for p in found if p[0] < 0], [p for p in found if p[0] > 0]
     moving = sorted(left if len(left) > len(right) else right, key=lambda p: abs(p[0]))
-    if len(moving) < 2:
+    if not moving:
         return [guard]
     value = sympy.Add(*(x for x, a, s in parts if (a, s) not in moving)) * (-1 if moving[0][0] > 0 else 1)
     (one, low), *rest = [(abs(a), s) for a, s in moving]
@@ -239,6 +239,8 @@ def _digits(r: RowReader, guard: Expr, symbols: Collection[Expr], guards: tuple[
         return [guard]
     number, terms = sympy.expand(value).as_coeff_Add()
     high = sympy.Add(*(x for x in sympy.Add.make_args(terms) if x.as_coeff_Mul()[0] % size == 0))
+    if not rest and high == 0:
+        return [guard]
     known = {opened(r, g, ()) for g in guards}
     for part in dict.fromkeys((number, number % size)):
         digit = sympy.expand(terms - high + part)

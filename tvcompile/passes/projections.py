@@ -155,12 +155,15 @@ def projection(r: RowReader, node: fx.Node, idx: Index, column: Expr) -> Project
     raise Refuse("no side of a product is a weight", node)
 
 
-def group(r: RowReader, offsets: fx.Node, row: Expr, node: fx.Node) -> Expr:
-    """The expert of a row of a grouped product: ids[perm(row)] where the offsets count the ids."""
+def group(r: RowReader, offsets: fx.Node, row: Expr, node: fx.Node, before: bool = False) -> Expr:
+    """The expert of a row of a grouped product: ids[perm(row)] where the offsets count the ids up to each.
+
+    before: the offsets count those before each.
+    """
     experts = r.shape(offsets)[0]
     if (expert := _by_mask(r, offsets, row, experts)) is not None:
         return expert
-    ids = counted_ids(r, offsets, experts, node)
+    ids = counted_ids(r, offsets, experts, node, before)
     i = r.fresh(ids.count, "p")
     counted = ids.at(i)
     sorts = {E.operands(x)[0] for e in (row, counted) for x in E.walk(e) if E.op_of(x) in ("perm", "inv")}
@@ -174,20 +177,27 @@ def group(r: RowReader, offsets: fx.Node, row: Expr, node: fx.Node) -> Expr:
     in_order = settle(E.substitute(counted, {i: IntCall("inv", sort, i)}, r.bounds), r.bounds)
     if sorted_by != in_order and (ids.ascend or sorted_by != counted):
         raise Refuse("the rows of a grouped product are sorted by other ids than the offsets count", node)
-    if not in_range(r, sorted_by, experts):
+    if not in_range(r, sorted_by, experts) and not _of_all_ids(r, offsets):
         raise Refuse("the ids of a grouped product are not proven to be numbers of experts", node)
     return settle(E.substitute(sorted_by, {i: settle(IntCall("perm", sort, row))}, r.bounds), r.bounds)
+
+
+def _of_all_ids(r: RowReader, offsets: fx.Node) -> bool:
+    """Were the ids counted by bincount, which has a place for each that there is?"""
+    added = unwrapped(r, offsets)
+    counts = unwrapped(r, r.arguments(added)["self"]) if r.name(added) == "cumsum" else added
+    return counts.op == "call_function" and r.name(counts) == "bincount" and r.shape(counts) == r.shape(offsets)
 
 
 def _by_mask(r: RowReader, offsets: fx.Node, row: Expr, experts: Expr) -> Expr | None:
     """The expert of a row that a mask [E,T] chose, where the offsets count the places of its rows."""
     mask = r.chosen_by(r.ranges[row]) if row in r.ranges else None
-    added = _unwrapped(r, offsets)
+    added = unwrapped(r, offsets)
     if mask is None or len(r.shape(mask)) != 2 or r.shape(mask)[0] != experts or r.name(added) != "cumsum":
         return None
     if added.meta["val"].dtype in NARROW:
         return None
-    counts = _unwrapped(r, r.arguments(added)["self"])
+    counts = unwrapped(r, r.arguments(added)["self"])
     if r.name(counts) != "sum" or counts.meta["val"].dtype in NARROW:
         return None
     e = r.fresh(experts, "e")
@@ -216,27 +226,30 @@ def ids_of(r: RowReader, node: fx.Node, at: int) -> Ids:
     )
 
 
-def counted_ids(r: RowReader, offsets: fx.Node, experts: Expr, node: fx.Node) -> Ids:
-    """The ids of which offsets[e] counts those up to e."""
-    source = _unwrapped(r, offsets)
+def counted_ids(r: RowReader, offsets: fx.Node, experts: Expr, node: fx.Node, before: bool) -> Ids:
+    """The ids of which offsets[e] counts those up to e, or before it."""
+    source = unwrapped(r, offsets)
     if source.meta["val"].dtype in NARROW:
         raise Refuse(f"the offsets of a grouped product are counted in {source.meta['val'].dtype}", node)
     a, here, name = r.arguments(source), r.position[source], r.name(source)
     probe = r.fresh(experts, "e")
-    if name == "cumsum" and axis(a["dim"], 1) == 0:
-        return _counted(r, _unwrapped(r, a["self"]), experts, probe, node)
-    if name == "searchsorted" and (found := _searched_ids(r, a, probe, here)) is not None:
+    if name == "searchsorted" and (found := _searched_ids(r, a, probe - int(before), here)) is not None:
         return found
+    if before:
+        raise Refuse(f"where an expert's rows begin comes from {name}, not from a search", node)
+    if name == "cumsum" and axis(a["dim"], 1) == 0:
+        return _counted(r, unwrapped(r, a["self"]), experts, probe, node)
     if name == "sum" and (found := _summed_ids(r, source, probe, lambda i: E.le(i, probe))) is not None:
         return found
     raise Refuse(f"the offsets of a grouped product come from {name}, not from counts of the ids", node)
 
 
-def _searched_ids(r: RowReader, a: dict, probe: Expr, here: int) -> Ids | None:
-    """The ids of which searchsorted finds how many are below each expert's next."""
+def _searched_ids(r: RowReader, a: dict, last: Expr, here: int) -> Ids | None:
+    """The ids of which searchsorted finds how many are up to `last`, an expert or the one before."""
     ids, sorter = a["sorted_sequence"], a.get("sorter")
-    below = probe if a.get("right") or a.get("side") == "right" else probe + 1
-    if len(r.shape(ids)) != 1 or r.read(a["self"], (probe,), here) != below:
+    below = last if a.get("right") or a.get("side") == "right" else last + 1
+    (probe,) = last.free_symbols
+    if len(r.shape(ids)) != 1 or r.read(a["self"], (probe,), here) != sympy.expand(below):
         return None
 
     def at(i: Expr) -> Expr:
@@ -252,7 +265,7 @@ def _counted(r: RowReader, counts: fx.Node, experts: Expr, probe: Expr, node: fx
     if counts.meta["val"].dtype in NARROW:
         raise Refuse(f"the ids of a grouped product are counted in {counts.meta['val'].dtype}", node)
     if name == "histc" and a["bins"] == experts and a["min"] == 0 and a["max"] in (experts - 1, experts):
-        return ids_of(r, _unwrapped(r, a["self"]), here)
+        return ids_of(r, unwrapped(r, a["self"]), here)
     if name == "bincount" and a.get("weights") is None:
         return ids_of(r, a["self"], here)
     if (index := _adds_ones(r, name, a, probe, here)) is not None:
@@ -299,7 +312,7 @@ def _summed_ids(r: RowReader, node: fx.Node, probe: Expr, condition: Callable[[E
 
 def _set_ids(r: RowReader, matrix: fx.Node) -> Ids | None:
     """ids where a matrix is zeros.scatter(-1, ids, 1): those of one row differ, so that each is counted."""
-    matrix = _unwrapped(r, matrix)
+    matrix = unwrapped(r, matrix)
     if matrix.op != "call_function" or r.name(matrix) != "scatter":
         return None
     a, here = r.arguments(matrix), r.position[matrix]
@@ -311,7 +324,7 @@ def _set_ids(r: RowReader, matrix: fx.Node) -> Ids | None:
     return ids_of(r, ids, here) if rows and plain and distinct(r, ids) else None
 
 
-def _unwrapped(r: RowReader, node: fx.Node) -> fx.Node:
+def unwrapped(r: RowReader, node: fx.Node) -> fx.Node:
     """Through casts that keep every number of an expert."""
     while node.op == "call_function" and r.name(node) in ("to", "_to_copy", "float", "int", "long", "contiguous"):
         if node.meta["val"].dtype in NARROW:

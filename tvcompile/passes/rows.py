@@ -13,6 +13,7 @@ the graph trains.
 from __future__ import annotations
 
 import functools
+from typing import TYPE_CHECKING
 
 import sympy
 import torch
@@ -33,6 +34,9 @@ from .read import Reader
 EMPTY = ("empty", "empty_like", "new_empty", "empty_strided")
 GROUPED = ("_grouped_mm", "transformers::grouped_mm_fallback")
 
+if TYPE_CHECKING:
+    from .ranks import Rank
+
 
 class RowReader(Reader):
     def __init__(self, graph: fx.Graph, grad: dict[fx.Node, bool]):
@@ -40,6 +44,7 @@ class RowReader(Reader):
         self.grad = grad
         self.trains = any(grad.values())
         self.masks: dict[tuple, fx.Node] = {}
+        self.ranks: dict[fx.Node, Rank] = {}  # places among the rows of an expert (ranks.py)
         self.choosing: dict[fx.Node, bool] = {}  # what terms_of.chooses found inside tensors
         self._indices: Indices | None = None
         self.coarsest = 0.0  # the epsilon of the results that are looked at: what is rounded more keeps its cast
@@ -48,6 +53,8 @@ class RowReader(Reader):
         if node.op == "call_function" and isinstance(node.meta.get("val"), torch.Tensor):
             if self.cut(node):
                 return self.leaf(node, idx)
+            if (rank := self.ranks.get(node)) is not None:
+                return settle(IntCall("rank", Str(node.name), rank.sort, idx[0]))
             rule = ROWS.get(self.name(node))
             formula = rule(self, self.arguments(node), node, idx) if rule else None
             if formula is not None:
@@ -120,6 +127,8 @@ class RowReader(Reader):
 
     def range_of(self, e: Expr) -> Range | None:
         op = E.op_of(e)
+        if op in ("rank", "rank_of"):
+            return sympy.Integer(0), self.shape(self.nodes[E.operands(e)[0].name])[0] - 1
         if op in ("perm", "inv", "nth"):
             node = self.nodes[E.operands(e)[0].name]
             shape = self.shape(self.arguments(node)["self"]) if op != "nth" else self.shape(node)
@@ -174,8 +183,11 @@ def masked_index(r: RowReader, node: fx.Node, mask: fx.Node, idx: Index) -> Inde
     return (*idx[:first], *chosen, *idx[first + 1 :])
 
 
+RANKS = {"rank": ("rank_of", "inv"), "rank_of": ("rank", "perm")}
+
+
 def settle(e: Expr, bounds=None) -> Expr:
-    """perm(n, inv(n, i)) is i, and inv(n, perm(n, r)) is r."""
+    """perm(n, inv(n, i)) is i, and inv(n, perm(n, r)) is r. rank_of: the rank of what was at i before a sort."""
     while True:
         table = {}
         for call in e.atoms(IntCall):
@@ -184,6 +196,11 @@ def settle(e: Expr, bounds=None) -> Expr:
                 other = "inv" if E.op_of(call) == "perm" else "perm"
                 if E.op_of(inner) == other and E.operands(inner)[0] == name:
                     table[call] = E.operands(inner)[1]
+            elif E.op_of(call) in RANKS:
+                name, sort, inner = E.operands(call)
+                other, moves = RANKS[E.op_of(call)]
+                if E.op_of(inner) == moves and E.operands(inner)[0] == sort:
+                    table[call] = IntCall(other, name, sort, E.operands(inner)[1])
         if not table:
             return e
         e = E.substitute(e, table, bounds)
@@ -259,12 +276,11 @@ def _put(r, base: fx.Node, index: fx.Node, values: fx.Node, i: Expr, here: int) 
     if index.meta["val"].dim() != 1 or r.shape(index)[0] != size:
         return None
     probe = r.fresh(size, "p")
-    if r.operand(values, (probe,), here) != probe or index.meta["val"].dtype == torch.bool:
-        return None
     at = r.read(index, (probe,), here)
-    if E.op_of(at) in ("perm", "inv") and E.operands(at)[1] == probe:
-        return IntCall("inv" if E.op_of(at) == "perm" else "perm", E.operands(at)[0], i)
-    return None
+    if index.meta["val"].dtype == torch.bool or E.op_of(at) not in ("perm", "inv") or E.operands(at)[1] != probe:
+        return None
+    back = IntCall("inv" if E.op_of(at) == "perm" else "perm", E.operands(at)[0], i)
+    return settle(E.substitute(E.as_int(r.operand(values, (probe,), here)), {probe: back}, r.bounds), r.bounds)
 
 
 def _one_hot(r, a, n, idx):

@@ -61,9 +61,10 @@ def of_every_expert(r: RowReader, leaf: fx.Node, where: Index, row: Row) -> Iter
         for j, (x, size) in enumerate(zip(where, r.shape(leaf))):
             places = [s for s in (x - n * r.ranges[s] for s in x.free_symbols & set(r.ranges)) if s in r.ranges]
             C = sympy.Integer(1) if x == n else r.ranges[places[0]] if len(places) == 1 else None
-            if C is None or not (size / C).is_Integer or not n < size / C:
+            count = size // C if C is not None else sympy.Integer(0)  # a row beyond the places may be for what has none
+            if not count.is_Integer or not n < count:
                 continue
-            e = r.fresh(size / C, "e")
+            e = r.fresh(count, "e")
             guards = (E.eq(e, ids) if numbered(g) == (ids, n) else g for g in row.outer.guards)
             outer = dataclasses.replace(row.outer, bound=(*row.outer.bound, e), guards=tuple(guards))
             at = (*where[:j], sympy.expand(x + (e - n) * C), *where[j + 1 :])

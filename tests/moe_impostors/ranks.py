@@ -1,0 +1,78 @@
+"""Near-misses of places by a sort: rows of one expert that share a place, or places of other experts."""
+
+import torch
+
+from tests.moe_impostors.base import ANY, impostor
+from tests.moe_spellings.ranks import Sorted
+
+
+class Ranked(Sorted):
+    kind = "gelu"
+
+    def experts(self, x, ids, w):
+        flat = ids.reshape(-1)
+        order = self.order(flat)
+        sorted_ids = flat[order]
+        place = self.rows(len(flat)) - self.starts(flat, sorted_ids)[self.of_places(flat, sorted_ids)]
+        return self.send(x, order, sorted_ids, place % len(flat), w.reshape(-1)[order])
+
+    def order(self, flat):
+        return torch.argsort(flat, stable=True)
+
+    def rows(self, n):
+        return torch.arange(n)
+
+    def of_places(self, flat, sorted_ids):
+        return sorted_ids
+
+
+@impostor(ANY)
+class SortedDownwards(Ranked):
+    def order(self, flat):
+        return torch.argsort(flat, descending=True)
+
+
+@impostor(ANY)
+class SortedByOtherIds(Ranked):
+    def order(self, flat):
+        return torch.argsort(flat.roll(1))
+
+
+@impostor(ANY)
+class StartsOfUnsortedIds(Ranked):
+    def of_places(self, flat, sorted_ids):
+        return flat
+
+
+@impostor(ANY)
+class StartsOfFewerIds(Ranked):
+    def starts(self, ids, sorted_ids):
+        counts = torch.bincount(ids[::2], minlength=self.count)
+        return counts.cumsum(0) - counts
+
+
+@impostor(ANY)
+class StartsOfOtherIds(Ranked):
+    def starts(self, ids, sorted_ids):
+        counts = torch.bincount((ids + 1) % self.count, minlength=self.count)
+        return counts.cumsum(0) - counts
+
+
+@impostor(ANY)
+class EndsForStarts(Ranked):
+    def starts(self, ids, sorted_ids):
+        return torch.bincount(ids, minlength=self.count).cumsum(0)
+
+
+@impostor(ANY)
+class EveryOtherRow(Ranked):
+    """Neighbours share a place."""
+
+    def rows(self, n):
+        return torch.arange(n) // 2
+
+
+@impostor(ANY)
+class SearchedFromTheRight(Ranked):
+    def starts(self, ids, sorted_ids):
+        return torch.searchsorted(sorted_ids, torch.arange(self.count), right=True)
