@@ -7,9 +7,11 @@ No two rows of an expert have one place: it is the row's number less one number 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 
 import sympy
+import torch
 from sympy.core.symbol import Str
 from torch import fx
 
@@ -17,6 +19,7 @@ from .. import expr as E
 from ..expr import Expr, IntCall
 from ..spec import Refuse
 from .projections import group, unwrapped
+from .read import Unreadable
 from .rows import RowReader, settle
 
 
@@ -30,14 +33,18 @@ class Rank:
 
 
 def find_ranks(r: RowReader) -> dict[fx.Node, Rank]:
+    """The nodes that hold such places."""
     found = {}
     for n in r.position:
-        name = r.name(n) if n.op == "call_function" else ""
-        if name in ("sub", "subtract") and not n.meta["val"].dtype.is_floating_point and len(r.shape(n)) == 1:
-            rank = _rank(r, n)
-            if rank is not None:
-                found[n] = rank
-    return found
+        if n.op == "call_function" and r.name(n) in ("sub", "subtract") and _is_list_of_integers(n):
+            with contextlib.suppress(Refuse, Unreadable):  # what is not read is no rank
+                found[n] = _rank(r, n)
+    return {n: rank for n, rank in found.items() if rank is not None}
+
+
+def _is_list_of_integers(n: fx.Node) -> bool:
+    val = n.meta.get("val")
+    return isinstance(val, torch.Tensor) and val.dim() == 1 and not val.dtype.is_floating_point
 
 
 def _rank(r: RowReader, n: fx.Node) -> Rank | None:
@@ -60,10 +67,7 @@ def _rank(r: RowReader, n: fx.Node) -> Rank | None:
         return None
     (sort,), pair = sorts, r.fresh(r.shape(n)[0], "p")
     at = IntCall("inv", sort, pair)
-    try:
-        expert = group(r, offsets, at, n, before=searched)
-    except Refuse:
-        return None
+    expert = group(r, offsets, at, n, before=searched)
     own = expert == settle(E.substitute(held, {row: at}, r.bounds), r.bounds)
     return Rank(sort, pair, expert) if own else None
 

@@ -83,6 +83,8 @@ def _batched(gm: fx.GraphModule, nodes: list[fx.Node]) -> Batched:
     ):
         raise Refuse("a graph with a vmap and autocast is left whole", about)
     inputs = tuple(dict.fromkeys(x for n in nodes for x in n.all_input_nodes if x not in inside))
+    if any("example_value" not in x.meta for x in inputs):
+        raise Refuse("a graph with a vmap that reads what Dynamo gives no example of is left whole", about)
     outputs = tuple(n for n in nodes if any(user not in inside for user in n.users))
     graph, copies = fx.Graph(), {}
     for x in inputs:
