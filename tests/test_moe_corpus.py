@@ -91,6 +91,13 @@ def test_places_that_are_rounded_are_no_counts(running, dtype):
     torch.testing.assert_close(got, block(x.view(1, 600, 24)), atol=2e-2, rtol=2e-2)
 
 
+def test_sent_above_a_weight_in_bfloat16():
+    """A comparison with what is not zero is no question of its sign."""
+    spelling = IMPOSTORS["SentAboveAWeight"].spelling
+    report = harness.run(spelling.build(torch.bfloat16), spelling.make_inputs(torch.bfloat16), False)
+    assert not moe_sites(report)
+
+
 PRECISE = (
     "dense.EinsumOverExperts", "dense.MaskedSum", "loops.WhereIndexPlus", "loops.BooleanPlus",
     "loops.ChoiceByChoice.relu2.own", "loops.ThreeDims.three", "loops.AddedToTheTokens", "loops.WeighedInside",

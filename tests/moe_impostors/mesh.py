@@ -45,6 +45,14 @@ class CountedAcrossSequences(Mesh):
 
 
 @impostor(ANY, shape=SHAPE)
+class CountedWithoutTheFirst(Mesh):
+    """Second choices may begin where the last first choice is."""
+
+    def taken(self, mask):
+        return mask[..., 1:, :].sum(dim=-2, keepdim=True)
+
+
+@impostor(ANY, shape=SHAPE)
 class SecondMayBeNegative(Mesh):
     def without(self, raw, first):
         return raw - 0.3 * torch.ones_like(raw) - first.to(raw.dtype)

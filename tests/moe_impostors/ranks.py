@@ -1,6 +1,7 @@
 """Near-misses of places by a sort: rows of one expert that share a place, or places of other experts."""
 
 import torch
+import torch.nn.functional as F
 
 from tests.moe_impostors.base import ANY, impostor
 from tests.moe_spellings.ranks import Sorted
@@ -56,6 +57,25 @@ class StartsOfOtherIds(Ranked):
     def starts(self, ids, sorted_ids):
         counts = torch.bincount((ids + 1) % self.count, minlength=self.count)
         return counts.cumsum(0) - counts
+
+
+@impostor(ANY)
+class StartsOfTheNextExpert(Ranked):
+    def of_places(self, flat, sorted_ids):
+        return (sorted_ids + 1) % self.count
+
+
+@impostor(ANY)
+class EndsLessOtherCounts(Ranked):
+    def starts(self, ids, sorted_ids):
+        return torch.bincount(ids, minlength=self.count).cumsum(0) - torch.bincount(ids % 2, minlength=self.count)
+
+
+@impostor(ANY)
+class StartsInAnotherOrder(Ranked):
+    def starts(self, ids, sorted_ids):
+        ends = F.one_hot(ids, self.count).sum(0).cumsum(0)
+        return torch.cat([ends.new_zeros(1), ends[[1, 0, 2]]])
 
 
 @impostor(ANY)

@@ -38,6 +38,10 @@ class MeshTopTwo(Capacity):
         """How many earlier tokens of the sequence have an expert."""
         return F.pad(mask, (0, 0, 1, 0)).cumsum(dim=-2)[..., :-1, :]
 
+    def taken(self, mask):
+        """How many places of an expert first choices have."""
+        return mask.sum(dim=-2, keepdim=True)
+
     def sent(self, combine):
         return combine.bool().to(combine)
 
@@ -59,7 +63,7 @@ class MeshTopTwo(Capacity):
             mask_2 = mask_2 * (gate_2 > self.threshold).to(x.dtype).unsqueeze(-1)
         place_1 = self.before(mask_1) * mask_1
         mask_1 = mask_1 * (place_1 < float(self.capacity)).to(x.dtype)
-        place_2 = (self.before(mask_2) + mask_1.sum(dim=-2, keepdim=True)) * mask_2
+        place_2 = (self.before(mask_2) + self.taken(mask_1)) * mask_2
         mask_2 = mask_2 * (place_2 < float(self.capacity)).to(x.dtype)
         combine = 0
         for gate, index, mask, place in ((gate_1, index_1, mask_1, place_1), (gate_2, index_2, mask_2, place_2)):

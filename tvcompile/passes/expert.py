@@ -242,8 +242,11 @@ def step_of(w: Weight, number: Expr) -> int:
     return int(step) if step.is_Integer else 0
 
 
-def stacked(r: RowReader, ws: Sequence[Weight], formula: Expr | None, count: int) -> Weights:
-    """The weights of all experts as reshape, permute and narrow of tensors of the graph."""
+def stacked(r: RowReader, ws: Sequence[Weight], formula: Expr | None, count: int, shared: bool) -> Weights:
+    """The weights of all experts as reshape, permute and narrow of tensors of the graph.
+
+    shared: other weights of the experts are parts of the same tensors, which then need not be read whole.
+    """
     w = ws[0]
     numel = int(sympy.Mul(*r.shape(w.node)))
     if formula is not None:
@@ -273,8 +276,9 @@ def stacked(r: RowReader, ws: Sequence[Weight], formula: Expr | None, count: int
     read, held = {"e": count, "h": w.inputs, "c": w.columns}, [n for n in ("e", "h", "c") if n in names]
     if above != 1 or left or any(first[n] + read[n] > sizes[n] for n in held):
         raise Refuse("the experts read a part of a weight that is no range of its rows and columns", w.node)
-    if formula is not None and sizes["e"] != count:
-        raise Refuse("a weight holds more experts than another", w.node)
+    more = "e" in sizes and sizes["e"] != count
+    if (more or "h" in sizes and sizes["h"] != w.inputs) and (formula is not None and more or not shared):
+        raise Refuse("the experts read a part of a weight, which holds more of them or of each", w.node)
     parts = tuple(None if read[n] == sizes[n] else (first[n], read[n]) for n in held)
     order = [names.index(n) for n in held]
     nodes = tuple(x.node for x in (ws if not step else ws[:1]))

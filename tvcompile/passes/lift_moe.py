@@ -11,6 +11,7 @@ that are not proven to be the token's own; memory written in between; gradient m
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import sympy
@@ -197,9 +198,10 @@ def count_of(r: RowReader, c: Column) -> int:
 def weights_of(r: RowReader, c: Column) -> tuple[tuple[Weights, ...], ...]:
     """up, down, up_bias, down_bias"""
     experts, formula, count = [p.expert for p in c.parts], c.parts[0].formula, count_of(r, c)
+    uses = Counter(w.node for w in (*experts[0].ups, experts[0].down))
 
     def each(roles: Sequence[tuple[Weight, ...]]) -> tuple[Weights, ...]:
-        return tuple(stacked(r, list(ws), formula, count) for ws in zip(*roles))
+        return tuple(stacked(r, list(ws), formula, count, uses[ws[0].node] > 1) for ws in zip(*roles))
 
     biases = [(e.down_bias,) if e.down_bias else () for e in experts]
     if len({e.down_bias is None for e in experts}) > 1:
