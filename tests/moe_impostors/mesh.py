@@ -48,6 +48,9 @@ class CountedAcrossSequences(Mesh):
 class CountedWithoutTheFirst(Mesh):
     """Second choices may begin where the last first choice is."""
 
+    def before(self, mask):
+        return mask.cumsum(dim=-2) - mask
+
     def taken(self, mask):
         return mask[..., 1:, :].sum(dim=-2, keepdim=True)
 
@@ -102,6 +105,20 @@ class OnesElsewhere(Cleared):
 
     def cleared(self, x, ids, e):
         return torch.where((ids == e).any(-1, keepdim=True), x, torch.ones_like(x))
+
+
+@impostor(None)
+class TwoNamesOfThree(Block):
+    """Third choices are not asked for."""
+
+    top = 3
+
+    def experts(self, x, ids, w):
+        out = torch.zeros_like(x)
+        for e in range(self.count):
+            mine = (ids[:, 0] == e) | (ids[:, 1] == e)
+            out[mine] += self.expert(x[mine], e) * (w * (ids == e)).sum(-1, keepdim=True)[mine]
+        return out
 
 
 @impostor(None)

@@ -79,6 +79,14 @@ class StartsInAnotherOrder(Ranked):
 
 
 @impostor(ANY)
+class SentToOtherExperts(Ranked):
+    """Rows of two ids share the places of one expert."""
+
+    def send(self, x, order, ids, place, w):
+        return super().send(x, order, ids % 2, place, w)
+
+
+@impostor(ANY)
 class EndsForStarts(Ranked):
     def starts(self, ids, sorted_ids):
         return torch.bincount(ids, minlength=self.count).cumsum(0)

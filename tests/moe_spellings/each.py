@@ -60,6 +60,22 @@ class OneAsksForMore(OwnRule):
         return (ids == e) & (w > 0.2) if e == self.count - 1 else ids == e
 
 
+@moe(own=True)
+class WeighedTwice(OwnRule):
+    """Each expert is added two times, with two weights."""
+
+    def experts(self, x, ids, w):
+        return super().experts(x, ids, w) + super().experts(x, ids, w * w * 0.5)
+
+    def weight(self, w, e):
+        return w * (1 + e)
+
+    def coefficients(self, x):
+        w, ids = self.route(x)
+        hits = torch.stack([((w + 0.5 * w * w) * (1 + e) * (ids == e)).sum(-1) for e in range(self.count)], -1)
+        return hits
+
+
 @moe(order="oi")
 class RoomOfItsOwn(OwnRule):
     """Each expert has its own number of places in each column of choices."""
