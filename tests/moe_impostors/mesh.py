@@ -108,6 +108,17 @@ class OnesElsewhere(Cleared):
 
 
 @impostor(None)
+class RoundedNumbers(Block):
+    """Weights are whole numbers that bfloat16 rounds."""
+
+    def experts(self, x, ids, w):
+        out = torch.zeros_like(x)
+        for e in range(self.count):
+            out = out + self.expert(x, e) * ((ids == e) * (ids * 100 + 257)).sum(-1, keepdim=True).bfloat16()
+        return out
+
+
+@impostor(None)
 class TwoNamesOfThree(Block):
     """Third choices are not asked for."""
 
