@@ -222,7 +222,7 @@ def coefficient(r: RowReader, e: Expr) -> list[Term]:
 def _with_sums(r: RowReader, t: Term) -> list[Term]:
     for f in t.factors:
         inner = f
-        while E.op_of(inner) in E.CASTS:
+        while E.op_of(inner) in E.CASTS and rounding(E.op_of(inner)) <= r.coarsest:
             (inner,) = E.operands(inner)
         if E.op_of(inner) == "count" and chooses(r, inner):
             found = _summed(r, r.nodes[E.operands(inner)[0].name], E.operands(inner)[1:])
