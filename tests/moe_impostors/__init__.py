@@ -4,6 +4,7 @@ from tests.moe_impostors import (  # noqa: F401  (registers them)
     buffers,
     capacity,
     choices,
+    cleared,
     experts,
     ids,
     maps,
