@@ -443,6 +443,27 @@ def test_results_in_float16_that_become_bfloat16_are_rounded_twice():
     assert MoESpec.parse(site.spec).out == ""
 
 
+class AsManyAs(Block):
+    """Each token has as many experts as another input has rows."""
+
+    def forward(self, x, other):
+        x = x.reshape(-1, x.shape[-1])
+        w, ids = self.gate(x).softmax(-1).topk(other.shape[0], -1)
+        matrix, out = x.new_zeros(len(x), self.count).scatter(1, ids, w), torch.zeros_like(x)
+        for e in range(self.count):
+            (token,) = torch.where(matrix[:, e] > 0)
+            out = out.index_add(0, token, self.expert(x[token], e) * matrix[token, e, None])
+        return out
+
+
+def test_how_many_experts_a_token_has_is_a_number():
+    inputs = (*CORPUS["dense.MaskedSum"].make_inputs(torch.float32), torch.randn(3, 2))
+    report = harness.run(AsManyAs(), inputs, True, dynamic=True)
+    assert not moe_sites(report) and "no number that is known" in str(moe_refusals(report))
+    torch._dynamo.reset()
+    assert len(moe_sites(harness.run(AsManyAs(), inputs, True, dynamic=False))) == 1
+
+
 def test_results_that_are_divided_by_0():
     report = harness.run(
         ByANumber("weights", True), (*CORPUS["dense.MaskedSum"].make_inputs(torch.float32), 0.0), False, dynamic=False

@@ -207,6 +207,16 @@ def test_what_leaves_a_graph_whole(program):
     assert not report.sites and LEFT[program] in report.refusals[0].reason, [str(r) for r in report.refusals]
 
 
+def test_inside_of_autocast_from_outside():
+    with torch.autocast("cpu", torch.bfloat16), tvcompile.collect() as report:
+        q, k, v = (x.detach() for x in QKV)
+        program = PROGRAMS["heads"]
+        found = torch.compile(program, backend="tv", options=harness.STRICT)(q, k, v)
+        expected = program(q, k, v)
+    assert found.dtype == expected.dtype == torch.bfloat16 and len(report.sites) == 1
+    torch.testing.assert_close(found, expected, atol=2e-2, rtol=2e-2)
+
+
 def test_a_vmap_beside_an_attention_stays_right():
     def program(q, k, v):
         return torch.vmap(lambda x: x.cumsum(0) * 2)(q), (q @ k.mT * 0.25).softmax(-1) @ v

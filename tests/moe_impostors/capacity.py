@@ -8,6 +8,7 @@ from tests.moe_impostors.base import ANY, impostor
 from tests.moe_spellings.base import H, T
 from tests.moe_spellings.capacity import (
     Capacity,
+    GShard,
     GShardByPositiveWeights,
     OneHotsSummed,
     PlacesCompared,
@@ -188,6 +189,14 @@ class RowsAreRoundedByAutocast(Switch):
     def rows(self, sent, x):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=x.dtype == torch.float32):
             return super().rows(sent, x).to(x.dtype)
+
+
+@impostor(ANY)
+class CountedFromTheSecondToken(GShard):
+    """Second choices may begin at the last place of the first ones."""
+
+    def taken(self, mask1):
+        return torch.sum(mask1[1:], dim=0, keepdim=True)
 
 
 @impostor(ANY)

@@ -43,6 +43,21 @@ class OnesElsewhere(Cleared):
         return torch.where((ids == e).any(-1, keepdim=True), x, torch.ones_like(x))
 
 
+@impostor("depends on what it computes")
+class ClearedByItsOwnSum(Block):
+    """Whether a token counts only the expert's hidden features tell."""
+
+    kind = "gelu"
+
+    def experts(self, x, ids, w):
+        out = torch.zeros_like(x)
+        for e in range(self.count):
+            hidden = self.activate(self.linear(x, "up", e))
+            hidden = torch.where(hidden.sum(-1, keepdim=True) > 0, hidden, 0.0)
+            out = out + self.linear(hidden, "down", e) * (w * (ids == e)).sum(-1, keepdim=True)
+        return out
+
+
 @impostor(None)
 class RoundedNumbers(Block):
     """Weights are whole numbers that bfloat16 rounds."""

@@ -99,12 +99,17 @@ def _most(r: Reader, e: Expr) -> int | None:
 
 @once_asked
 def _most_of_sum(r: Reader, n: fx.Node) -> int | None:
+    one = _most(r, whole(r, r.arguments(n)["self"], summed(r, n), r.position[n]))
+    sizes = _sizes_of_sum(r, n)
+    return None if one is None or not all(s.is_Integer for s in sizes) else one * math.prod(map(int, sizes))
+
+
+def _sizes_of_sum(r: Reader, n: fx.Node) -> list[Expr]:
+    """Of the dims that are added up."""
     a = r.arguments(n)
-    source, shape = a["self"], r.shape(a["self"])
+    shape = r.shape(a["self"])
     dims = range(len(shape)) if a.get("dim") in (None, []) else a["dim"]
-    sizes = [shape[d] for d in (dims if isinstance(dims, (list, tuple, range)) else [dims])]
-    one = _most(r, whole(r, source, summed(r, n), r.position[n]))
-    return None if one is None or not all(n.is_Integer for n in sizes) else one * math.prod(map(int, sizes))
+    return [shape[d] for d in (dims if isinstance(dims, (list, tuple, range)) else [dims])]
 
 
 WHOLE = ("where", "add", "sub", "mul", "neg", "clamp_min", "clamp_max", "min", "max")
@@ -142,10 +147,13 @@ def whole(r: Reader, node: fx.Node, idx: Index, at: int) -> Expr:
 def sums_whole(r: Reader, n: fx.Node) -> bool:
     """Does a sum of floats add up ones, zeros and counts, so few that it is exact?"""
     source, dtype = r.arguments(n)["self"], n.meta["val"].dtype
-    sizes = r.shape(source)
     one = integral(r, r.read(source, summed(r, n), r.position[n]))
     if one is None or not (counts(one) or all(E.constant(x) in (0, 1) for x in E.leaves(one))):
         return False
+    if dtype not in (torch.float32, torch.float64):
+        most = _most_of_sum(r, n)
+        return most is not None and most <= 2 / torch.finfo(dtype).eps
+    sizes = r.shape(source) if counts(one) else _sizes_of_sum(r, n)  # a count may be of any dim
     return all(s.is_Integer and int(s) <= 1 / torch.finfo(dtype).eps for s in sizes)
 
 

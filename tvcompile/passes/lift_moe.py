@@ -155,7 +155,10 @@ def build(
     choices = []
     for c in columns:
         k = c.choice.k
-        choices.append(Choices(places(c), k, r.ranges.get(k, sympy.Integer(1)), c.choice.counts, c.choice.factors))
+        size = r.ranges.get(k, sympy.Integer(1))
+        if not size.is_Integer:
+            raise Refuse("how many experts a token has is no number that is known", anchor)
+        choices.append(Choices(places(c), k, size, c.choice.counts, c.choice.factors))
     dtype = first.x.meta["val"].dtype
     anchor = anchor if base else rounded(r, anchor, torch.promote_types(dtype, torch.float32))
     out = anchor.meta["val"].dtype
@@ -170,6 +173,8 @@ def build(
     if len({w.stacked for w in match.weights()}) > 1:
         raise Refuse("some weights of the experts are one tensor, others a tensor for each", anchor)
     for node in (r.nodes[name] for name in match.read()):
+        if node in region:
+            raise Refuse("which tokens an expert gets, or their weights, depends on what it computes", node)
         if r.changed_between(node, r.used_at.get(node, r.position[node]) - 1, r.position[anchor]):
             raise Refuse(f"{node.name} is written to between its use and the sum of the experts' results", node)
     return match

@@ -170,7 +170,7 @@ def least(r: RowReader, e: Expr, known: Collection[Expr] = ()) -> int | None:
         if op in ("clamp_min", "max"):
             return max(found, default=None)
         return min(found) if len(found) == 2 else None
-    if op in ("load", "rank", "rank_of"):
+    if op in ("load", "rank", "rank_of", "//", "%"):
         low, _ = r.bounds(e)
         return int(low) if low is not None and low.is_Integer else None
     if op == "where":

@@ -111,7 +111,7 @@ def _holds_of_taken(r: RowReader, order: fx.Node, holds: Callable[[RowReader, Ex
         return False
     e = probe[axis(dims[0], len(probe))]
     known = {g: ids for g in opened.atoms(E.BoolCall) if (ids := compared(g, e)) is not None}
-    count = len(set(known.values())) + a.get("k", 1)
+    count = len(set(known.values())) + r.scalar(a.get("k", 1))
     enough = known and e in r.ranges and E.at_most(count, r.ranges[e])
     return bool(enough) and holds(r, E.substitute(opened, dict.fromkeys(known, E.FALSE)))
 
