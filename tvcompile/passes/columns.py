@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 from collections import Counter
 
 import sympy
@@ -60,33 +61,40 @@ def in_columns(parts: list[Part]) -> list[Column]:
 
 def _in_turn(columns: list[Column]) -> list[Column]:
     """Columns of one id whose experts have conditions and factors of their own: each counts where the id is one's."""
-    found: list[Column] = []
+    groups: list[list[Column]] = []
     for c in columns:
-        for other in found:
-            alike = not (c.single or other.single) and (c.choice.ids, c.choice.k) == (other.choice.ids, other.choice.k)
-            if alike and not {p.number for p in c.parts} & {p.number for p in other.parts}:
-                mine = E.or_(*(E.eq(c.choice.ids, sympy.Integer(p.number or 0)) for p in c.parts))
-                other.choice = _either(mine, c.choice, other.choice)
-                other.parts += c.parts
+        for group in groups:
+            alike = not (c.single or group[0].single) and _id_of(c) == _id_of(group[0])
+            if alike and not {p.number for p in c.parts} & {p.number for other in group for p in other.parts}:
+                group.append(c)
                 break
         else:
-            found.append(c)
-    return found
+            groups.append([c])
+    return [Column(_by_turns(group), [p for c in group for p in c.parts]) for group in groups]
 
 
-def _either(mine: Expr, a: Chosen, b: Chosen) -> Chosen:
-    """The choice a where `mine` holds, b elsewhere; their ids are one."""
-    one, other = Counter(a.factors), Counter(b.factors)
-    both = one & other
-    left = [
-        functools.reduce(lambda x, y: E.apply("mul", x, y), (only - both).elements(), E.number(1.0))
-        for only in (one, other)
+def _id_of(c: Column) -> tuple[Expr, Expr]:
+    return c.choice.ids, c.choice.k
+
+
+def _by_turns(group: list[Column]) -> Chosen:
+    """The choice of each where the id is one of its experts."""
+    choices = [c.choice for c in group]
+    mine = [E.or_(*(E.eq(c.choice.ids, sympy.Integer(p.number or 0)) for p in c.parts)) for c in group]
+    factors = [Counter(c.factors) for c in choices]
+    common = functools.reduce(operator.and_, factors)
+    *own, weight = [
+        functools.reduce(lambda x, y: E.apply("mul", x, y), (f - common).elements(), E.number(1.0)) for f in factors
     ]
-    factors = (*both.elements(), *([E.where(mine, *left)] if left[0] != left[1] else []))
-    if a.counts == b.counts:
-        return dataclasses.replace(a, factors=factors)
-    counts = E.or_(E.and_(mine, *a.counts), E.and_(E.not_(mine), *b.counts))
-    return dataclasses.replace(a, factors=factors, counts=(counts,))
+    alike = set(own) <= {weight}
+    for holds, other in zip(mine, own):
+        weight = E.where(holds, other, weight)
+    counts = choices[0].counts
+    if any(c.counts != counts for c in choices):
+        counts = (E.or_(*(E.and_(holds, *c.counts) for holds, c in zip(mine, choices))),)
+    if alike:
+        return dataclasses.replace(choices[0], counts=counts)
+    return dataclasses.replace(choices[0], counts=counts, factors=(*common.elements(), weight))
 
 
 OWN = E.index("own_number")  # what stands for an expert's number in what its column has in common
