@@ -91,6 +91,29 @@ def test_places_that_are_rounded_are_no_counts(running, dtype):
     torch.testing.assert_close(got, block(x.view(1, 600, 24)), atol=2e-2, rtol=2e-2)
 
 
+class WhereManyAre(Block):
+    """Experts count where more than 300 tokens have them; in bfloat16, 301 is 300."""
+
+    top = 1
+
+    def route(self, x):
+        return torch.topk((self.gate(x) + 100 * (torch.arange(self.count) == 1)).softmax(-1), 1)
+
+    def experts(self, x, ids, w):
+        load, out = F.one_hot(ids, self.count).bfloat16().sum((0, 1)), torch.zeros_like(x)
+        for e in range(self.count):
+            token, k = torch.where((ids == e) & (load[e] > 300))
+            out = out.index_add(0, token, self.expert(x[token], e) * w[token, k, None])
+        return out
+
+
+@pytest.mark.parametrize("tokens", [301, 302])
+def test_counts_that_a_sum_rounds_are_no_counts(tokens):
+    block, x = WhereManyAre(), torch.randn(1, tokens, 24)
+    assert bool(block(x).abs().max() > 0) == (tokens == 302)
+    harness.run(block, [x], False)
+
+
 def test_sent_above_a_weight_in_bfloat16():
     """A comparison with what is not zero is no question of its sign."""
     spelling = IMPOSTORS["SentAboveAWeight"].spelling
