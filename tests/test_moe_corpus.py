@@ -25,6 +25,7 @@ from tvcompile.passes import terms_of
 RUNNING = {
     "exact": lambda mask: mask.cumsum(0),
     "summed": lambda mask: mask.bfloat16().cumsum(0),
+    "summed and whole": lambda mask: mask.bfloat16().cumsum(0).long(),
     "rounded": lambda mask: mask.cumsum(0).bfloat16(),
     "rounded and back": lambda mask: mask.cumsum(0).bfloat16().float(),
 }
