@@ -53,6 +53,28 @@ class StartsOfFewerIds(Ranked):
 
 
 @impostor(ANY)
+class StartsOfTurnedCounts(Ranked):
+    def starts(self, ids, sorted_ids):
+        return F.pad(torch.bincount(ids, minlength=self.count).flip(0), (1, 0)).cumsum(0)[:-1]
+
+
+@impostor(ANY)
+class StartsAfterAnother(Ranked):
+    """The sum begins with one and not with zero: a row of each expert is one of the expert before it."""
+
+    def starts(self, ids, sorted_ids):
+        return F.pad(torch.bincount(ids, minlength=self.count), (1, 0), value=1).cumsum(0)[:-1]
+
+
+@impostor(ANY)
+class StartsBeforeTheNext(Ranked):
+    """Counts after two zeros."""
+
+    def starts(self, ids, sorted_ids):
+        return F.pad(torch.bincount(ids, minlength=self.count), (2, 0)).cumsum(0)[:-2]
+
+
+@impostor(ANY)
 class StartsOfOtherIds(Ranked):
     def starts(self, ids, sorted_ids):
         counts = torch.bincount((ids + 1) % self.count, minlength=self.count)

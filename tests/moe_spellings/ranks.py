@@ -59,6 +59,32 @@ class PaddedSums(Sorted):
         return torch.zeros_like(x).index_add(0, token, self.places(rows)[ids, place] * w[kept][:, None])
 
 
+@moe(kind="relu")
+@moe(own=True, layout="separate")
+class SumsOfPadded(Sorted):
+    """The zero is put before the counts, not before their sums."""
+
+    def starts(self, ids, sorted_ids):
+        return F.pad(torch.bincount(ids, minlength=self.count), (1, 0)).cumsum(0)[:-1]
+
+
+@moe(kind="gelu", order="oi")
+class SumsOfAllButTheLast(Sorted):
+    def starts(self, ids, sorted_ids):
+        counts = torch.histc(ids.float(), bins=self.count, min=0, max=self.count - 1).long()
+        return torch.cat([counts.new_zeros(1), counts[:-1]]).cumsum(0)
+
+
+@moe(bias=True)
+class AllStarts(Sorted):
+    """One more, where the last expert ends; written into zeros."""
+
+    def starts(self, ids, sorted_ids):
+        starts = torch.zeros(self.count + 1, dtype=torch.long)
+        starts[1:] = F.one_hot(ids, self.count).sum(0).cumsum(0)
+        return starts
+
+
 @moe(layout="interleave")
 class Searched(Sorted):
     def starts(self, ids, sorted_ids):

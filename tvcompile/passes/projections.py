@@ -19,7 +19,7 @@ from .. import expr as E
 from ..expr import Expr, IntCall
 from ..spec import Refuse
 from .contraction import contraction
-from .counts import whole
+from .counts import begins_with_zero, whole
 from .ids import NARROW, chosen_sides, distinct, in_range
 from .movement import Index, axis, unravel
 from .read import Reader
@@ -177,16 +177,18 @@ def group(r: RowReader, offsets: fx.Node, row: Expr, node: fx.Node, before: bool
     in_order = settle(E.substitute(counted, {i: IntCall("inv", sort, i)}, r.bounds), r.bounds)
     if sorted_by != in_order and (ids.ascend or sorted_by != counted):
         raise Refuse("the rows of a grouped product are sorted by other ids than the offsets count", node)
-    if not in_range(r, sorted_by, experts) and not _of_all_ids(r, offsets):
+    if not in_range(r, sorted_by, experts) and not _of_all_ids(r, offsets, before):
         raise Refuse("the ids of a grouped product are not proven to be numbers of experts", node)
     return settle(E.substitute(sorted_by, {i: settle(IntCall("perm", sort, row))}, r.bounds), r.bounds)
 
 
-def _of_all_ids(r: RowReader, offsets: fx.Node) -> bool:
+def _of_all_ids(r: RowReader, offsets: fx.Node, before: bool) -> bool:
     """Were the ids counted by bincount, which has a place for each that there is?"""
     added = unwrapped(r, offsets)
-    counts = unwrapped(r, r.arguments(added)["self"]) if r.name(added) == "cumsum" else added
-    return counts.op == "call_function" and r.name(counts) == "bincount" and r.shape(counts) == r.shape(offsets)
+    counts = _added(r, added, before) if r.name(added) == "cumsum" else added
+    if counts is None or counts.op != "call_function" or r.name(counts) != "bincount":
+        return False
+    return r.shape(offsets)[0] - r.shape(counts)[0] in ((0, 1) if before else (0,))
 
 
 def _by_mask(r: RowReader, offsets: fx.Node, row: Expr, experts: Expr) -> Expr | None:
@@ -235,13 +237,27 @@ def counted_ids(r: RowReader, offsets: fx.Node, experts: Expr, node: fx.Node, be
     probe = r.fresh(experts, "e")
     if name == "searchsorted" and (found := _searched_ids(r, a, probe - int(before), here)) is not None:
         return found
-    if before:
-        raise Refuse(f"where an expert's rows begin comes from {name}, not from a search", node)
     if name == "cumsum" and axis(a["dim"], 1) == 0:
-        return _counted(r, unwrapped(r, a["self"]), experts, probe, node)
+        if (counts := _added(r, source, before)) is not None:
+            return _counted(r, counts, r.shape(counts)[0], r.fresh(r.shape(counts)[0], "e"), node)
+    if before:
+        raise Refuse(f"where an expert's rows begin comes from {name}, not from a search or counts", node)
     if name == "sum" and (found := _summed_ids(r, source, probe, lambda i: E.le(i, probe))) is not None:
         return found
     raise Refuse(f"the offsets of a grouped product come from {name}, not from counts of the ids", node)
+
+
+def _added(r: RowReader, running: fx.Node, before: bool) -> fx.Node | None:
+    """The counts that a running sum adds up; before: after a zero, all of them or all but the last."""
+    added, here = r.arguments(running)["self"], r.position[running]
+    if not before:
+        return unwrapped(r, added)
+    e = r.fresh(sympy.expand(r.shape(added)[0] - 1), "e")
+    one = r.read(added, (e + 1,), here)
+    if not begins_with_zero(r, running) or E.op_of(one) not in ("load", "count") or E.operands(one)[1:] != (e,):
+        return None
+    counts = r.nodes.get(E.operands(one)[0].name.removeprefix("%"))
+    return counts and unwrapped(r, counts)
 
 
 def _searched_ids(r: RowReader, a: dict, last: Expr, here: int) -> Ids | None:

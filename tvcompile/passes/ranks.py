@@ -57,9 +57,8 @@ def _rank(r: RowReader, n: fx.Node) -> Rank | None:
     if picked is None or r.shape(rows) != r.shape(n) or r.read(rows, (row,), here) != row:
         return None
     starts, ids = picked
-    searched = starts.op == "call_function" and r.name(starts) == "searchsorted"
-    offsets = starts if searched else _ends(r, starts)
-    if offsets is None or r.shape(ids) != r.shape(n):
+    counted = _counted(r, starts)
+    if counted is None or r.shape(ids) != r.shape(n):
         return None
     held = E.as_int(r.read(ids, (row,), here))
     sorts = {E.operands(x)[0] for x in E.walk(held) if E.op_of(x) == "perm"}
@@ -67,7 +66,7 @@ def _rank(r: RowReader, n: fx.Node) -> Rank | None:
         return None
     (sort,), pair = sorts, r.fresh(r.shape(n)[0], "p")
     at = IntCall("inv", sort, pair)
-    expert = group(r, offsets, at, n, before=searched)
+    expert = group(r, counted.node, at, n, counted.before)
     own = expert == settle(E.substitute(held, {row: at}, r.bounds), r.bounds)
     return Rank(sort, pair, expert) if own else None
 
@@ -81,16 +80,32 @@ def _picked(r: RowReader, n: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     return (a["self"], index) if len(r.shape(a["self"])) == 1 and isinstance(index, fx.Node) else None
 
 
-def _ends(r: RowReader, starts: fx.Node) -> fx.Node | None:
-    """The running sum of which `starts` is the part before each expert: less its counts, or moved by one."""
-    experts = r.shape(starts)[0]
-    if starts.op == "call_function" and r.name(starts) == "sub" and r.arguments(starts).get("alpha", 1) == 1:
+@dataclasses.dataclass(frozen=True)
+class Counted:
+    """A node that counts ids: before each expert, or up to it."""
+
+    node: fx.Node
+    before: bool
+
+
+def _counted(r: RowReader, starts: fx.Node) -> Counted | None:
+    """What tells where each expert's rows start: a search, or a running sum, less its counts or moved by one."""
+    name, experts, here = r.name(starts) if starts.op == "call_function" else "", r.shape(starts)[0], r.position[starts]
+    if name == "searchsorted":
+        return Counted(starts, before=True)
+    if name == "sub" and r.arguments(starts).get("alpha", 1) == 1:
         ends, counts = (x and unwrapped(r, x) for x in (r.arguments(starts)[k] for k in ("self", "other")))
         running = isinstance(ends, fx.Node) and ends.op == "call_function" and r.name(ends) == "cumsum"
-        return ends if running and unwrapped(r, r.arguments(ends)["self"]) is counts else None
-    e = r.fresh(sympy.expand(experts - 1), "e")
-    before = r.read(starts, (e + 1,), r.position[starts] + 1)
-    if E.op_of(before) != "cumsum" or r.read(starts, (sympy.Integer(0),), r.position[starts] + 1) != 0:
-        return None
-    ends = r.nodes[E.operands(before)[0].name]
-    return ends if E.operands(before)[1:] == (e,) and r.shape(ends)[0] == experts else None
+        less = running and unwrapped(r, r.arguments(ends)["self"]) is counts
+        return Counted(ends, before=False) if less else None
+    e, first = r.fresh(sympy.expand(experts - 1), "e"), r.read(starts, (sympy.Integer(0),), here + 1)
+    after = r.read(starts, (e + 1,), here + 1)
+    if E.op_of(after) == "cumsum" and first == 0:
+        ends = r.nodes[E.operands(after)[0].name]
+        if E.operands(after)[1:] == (e,) and r.shape(ends)[0] in (experts, sympy.expand(experts - 1)):
+            return Counted(ends, before=False)
+    e = r.fresh(experts, "e")
+    start = r.read(starts, (e,), here + 1)
+    sums = [r.nodes[E.operands(x)[0].name] for x in E.walk(start) if E.op_of(x) == "cumsum"]
+    same = len(sums) == 1 and len(r.shape(sums[0])) == 1 and start == r.read(sums[0], (e,), r.position[sums[0]] + 1)
+    return Counted(sums[0], before=True) if same else None
