@@ -4,6 +4,7 @@ import torch
 
 from tests.moe_impostors.base import ANY, Loop, impostor
 from tests.moe_spellings.base import H
+from tests.moe_spellings.conditions import SumOrMore
 
 
 class Replaced(Loop):
@@ -271,3 +272,52 @@ class SumWithoutTheBase(Loop):
             y = self.expert(x[token], e) * w[token, k, None]
             out = out.scatter_reduce(0, token[:, None].expand_as(y), y, "sum", include_self=False)
         return out
+
+
+class SumsThatDiffer(SumOrMore):
+    """The sum without a result is another than the one that it was added to, or more than that is added."""
+
+    kind = "gelu"
+
+    def either(self, ids, e, out, y):
+        more, out = self.more(out, y)
+        return torch.where((ids == e).any(-1, keepdim=True), more, out)
+
+
+@impostor(ANY)
+class ChangedInBetween(SumsThatDiffer):
+    def more(self, out, y):
+        more = out + y
+        return more, out.mul_(0.5)
+
+
+@impostor(ANY)
+class ChangedAfterwards(SumsThatDiffer):
+    def more(self, out, y):
+        more = out + y
+        more.mul_(0.5)
+        return more, out
+
+
+@impostor(ANY)
+class AddedInPlace(SumsThatDiffer):
+    """Everywhere, whatever is chosen."""
+
+    def more(self, out, y):
+        return out.add_(y), out
+
+
+@impostor(ANY)
+class AddedTwofold(SumsThatDiffer):
+    def more(self, out, y):
+        return torch.add(out, y, alpha=2), out
+
+
+@impostor("the results of the experts are added up in too many ways to read")
+class TwoToTheExperts(SumsThatDiffer):
+    """Whether an expert is chosen, all results before it are in both sums."""
+
+    count, top = 16, 2
+
+    def more(self, out, y):
+        return out + y + 1, out + 1

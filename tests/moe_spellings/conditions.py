@@ -170,3 +170,41 @@ class SharesOfNothing(NotZero):
             y = self.expert(x[token], e) * (matrix[token, e] / total[token])[:, None]
             out = out.index_add(0, token, y)
         return out
+
+
+class SumOrMore(Block):
+    """The sum with a result, or as it was, from all results."""
+
+    def experts(self, x, ids, w):
+        results, out = [self.expert(x, e) for e in range(self.count)], torch.zeros_like(x)
+        for e, y in enumerate(results):
+            out = self.either(ids, e, out, y * self.of_expert(ids, w, e))
+        return out
+
+    def of_expert(self, ids, w, e):
+        return ((ids == e) * w).sum(-1, keepdim=True)
+
+    def either(self, ids, e, out, y):
+        return torch.where((ids == e).any(-1, keepdim=True), out + y, out)
+
+
+@moe(kind="gelu")
+@moe(own=True, layout="separate", top=1, router="top1")
+class MoreWhereItIsChosen(SumOrMore):
+    pass
+
+
+@moe(kind="relu", bias=True)
+class AsItWasWhereItIsNot(SumOrMore):
+    def either(self, ids, e, out, y):
+        return torch.where((ids != e).all(-1)[:, None], out, y + out)
+
+
+@moe()
+class MoreChoiceByChoice(SumOrMore):
+    def experts(self, x, ids, w):
+        results, out = [self.expert(x, e) for e in range(self.count)], torch.zeros_like(x)
+        for k in range(self.top):
+            for e in range(self.count):
+                out = torch.where(ids[:, k, None] == e, out + w[:, k, None] * results[e], out)
+        return out

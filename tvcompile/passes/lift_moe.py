@@ -34,7 +34,7 @@ from .ranks import find_ranks
 from .read import Unreadable
 from .routing import possible
 from .rows import RowReader
-from .sums import Sums
+from .sums import MOST, Sums, TooMany
 
 
 def lift_moe(graph: fx.Graph) -> tuple[list[MoEMatch], dict[fx.Node, Refusal]]:
@@ -70,7 +70,7 @@ def lift_cone(r: RowReader, facts: Facts, cone: list[fx.Node], ends: set[fx.Node
         if found is not None:
             matches.append(found)
             cone, ends = reached_from([n for n in cone if n not in found.region], ends.difference(found.region))
-        elif shared:
+        elif shared and ends - shared:
             cone, ends = reached_from(cone, ends - shared)
         elif refused is None or matches and isinstance(refused[0], Unchosen):
             break  # what is left is a shared expert
@@ -105,6 +105,8 @@ def last_match(r: RowReader, facts: Facts, cone: list[fx.Node], ends: set[fx.Nod
         except (Refuse, Unreadable) as error:
             shared |= error.nodes if isinstance(error, Shared) else set()
             refused = (error, anchor) if refused is None or r.name(refused[1]) in MOVES else refused
+            if isinstance(error, TooMany):
+                break
     return found, shared, refused
 
 
@@ -118,7 +120,7 @@ def lift_at(r: RowReader, facts: Facts, sums: Sums, anchor: fx.Node, alone: bool
     token = Token(r.fresh(size, "t"), size)
     d, at = r.fresh(width, "d"), r.position[anchor]
     idx = (*unravel(token.t, lead, r.bounds), d, *[sympy.Integer(0)] * (len(r.shape(anchor)) - len(shape)))
-    sums.d = d
+    sums.d, sums.left = d, MOST
     terms = sums.of(anchor, idx, at + 1)
     terms = [t for t in terms if possible(r, t)]
     parts = chosen_parts(r, [t for t in terms if t.product], token, d, anchor)

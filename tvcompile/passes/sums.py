@@ -24,17 +24,28 @@ from .rows import EMPTY, RowReader, over
 from .terms_of import Term, coefficient, contracted, inverse, lazily, product, terms_of
 
 
+MOST = 1 << 14  # nodes of a sum that are looked at; where a condition chooses between two sums there may be 2^E
+
+
+class TooMany(Refuse):
+    """A sum of so many terms that reading it would not end."""
+
+
 class Sums:
     """Terms of the tensors that hold results of the experts: the nodes of `cone`, above the products `ends`."""
 
     def __init__(self, r: RowReader, cone: set[fx.Node], ends: set[fx.Node]):
         self.r, self.cone, self.ends = r, cone, ends
         self.d: Expr | None = None  # the feature of the result that is read
+        self.left = 0  # nodes that may still be looked at
         r.coarsest = max(rounding(end.meta["val"].dtype) for end in ends)
 
     def of(self, node: fx.Node, idx: Index, at: int) -> list[Term]:
         """The terms of node[idx] as the operation at position `at` sees it."""
         r = self.r
+        self.left -= 1
+        if self.left < 0:
+            raise TooMany("the results of the experts are added up in too many ways to read", node)
         if node.op == "call_function" and r.name(node) in EMPTY:
             return []  # nobody may ask what is in memory that was never written
         if node not in self.cone:
@@ -193,8 +204,26 @@ def _scatter_reduce(s: Sums, a, n, idx):
 def _where(s: Sums, a, n, idx):
     r, here = s.r, s.r.position[n]
     c = r.truth(E.as_bool(r.operand(a["condition"], idx, here)))
+    for more, same, holds in ((a["self"], a["other"], c), (a["other"], a["self"], E.not_(c))):
+        if (rest := _added_to(r, more, same, here)) is not None:
+            added = s.operand(rest, r.broadcast(more, idx), r.position[more])
+            return s.operand(same, idx, here) + [t.under(guards=[holds]) for t in added]
     yes = [t.under(guards=[c]) for t in s.operand(a["self"], idx, here)]
     return yes + [t.under(guards=[E.not_(c)]) for t in s.operand(a["other"], idx, here)]
+
+
+def _added_to(r: RowReader, more, same, at: int) -> fx.Node | None:
+    """y where `more` is same + y: to what is chosen either way y is added under the condition."""
+    if not isinstance(more, fx.Node) or not isinstance(same, fx.Node) or more.op != "call_function":
+        return None
+    a = r.arguments(more) if r.name(more) == "add" else {}
+    sides = a.get("self"), a.get("other")
+    if a.get("alpha", 1) != 1 or same not in sides:
+        return None
+    if r.changed(more, at) or r.changed_between(same, r.position[more] - 1, at):
+        return None
+    rest = sides[1 - sides.index(same)]
+    return rest if isinstance(rest, fx.Node) else None
 
 
 def _masked_fill(s: Sums, a, n, idx):
