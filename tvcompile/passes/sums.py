@@ -23,7 +23,6 @@ from .puts import PUTS
 from .rows import EMPTY, RowReader, over
 from .terms_of import Term, coefficient, contracted, inverse, lazily, product, terms_of
 
-
 MOST = 1 << 14  # nodes of a sum that are looked at; where a condition chooses between two sums there may be 2^E
 
 
