@@ -11,6 +11,7 @@ from tests.moe_spellings import (  # noqa: F401  (importing a family registers i
     dense,
     each,
     grouped,
+    indexed,
     known,
     layers,
     loops,

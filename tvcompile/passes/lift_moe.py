@@ -35,12 +35,14 @@ from .read import Unreadable
 from .routing import possible
 from .rows import RowReader
 from .sums import MOST, Sums, TooMany
+from .synonyms import find_synonyms
 
 
 def lift_moe(graph: fx.Graph) -> tuple[list[MoEMatch], dict[fx.Node, Refusal]]:
     """Every mixture of experts of the graph, and why what looks like one is none."""
     facts = Facts(graph)
     r = RowReader(graph, facts.grad)
+    r.synonyms = find_synonyms(r)
     r.ranks = find_ranks(r)
     r.forget()
     matches: list[MoEMatch] = []

@@ -36,6 +36,7 @@ GROUPED = ("_grouped_mm", "transformers::grouped_mm_fallback")
 
 if TYPE_CHECKING:
     from .ranks import Rank
+    from .synonyms import Call
 
 
 class RowReader(Reader):
@@ -45,9 +46,16 @@ class RowReader(Reader):
         self.trains = any(grad.values())
         self.masks: dict[tuple, fx.Node] = {}
         self.ranks: dict[fx.Node, Rank] = {}  # places among the rows of an expert (ranks.py)
+        self.synonyms: dict[fx.Node, Call] = {}  # calls that are other operations in other words (synonyms.py)
         self.choosing: dict[fx.Node, bool] = {}  # what terms_of.chooses found inside tensors
         self._indices: Indices | None = None
         self.coarsest = 0.0  # the epsilon of the results that are looked at: what is rounded more keeps its cast
+
+    def name(self, node: fx.Node) -> str:
+        return self.synonyms[node][0] if node in self.synonyms else super().name(node)
+
+    def arguments(self, node: fx.Node) -> dict:
+        return self.synonyms[node][1] if node in self.synonyms else super().arguments(node)
 
     def _read(self, node: fx.Node, idx: Index) -> Expr:
         if node.op == "call_function" and isinstance(node.meta.get("val"), torch.Tensor):
@@ -271,6 +279,14 @@ def _scatter(r, a, n, idx):
     return _put(r, a["self"], a["index"], a["src"], idx[0], r.position[n])
 
 
+def _put_one(r, a, n, idx):
+    """m[arange(T), ids] = w"""
+    here = r.position[n]
+    before, put = r.read(a["self"], idx, here), r.operand(a["src"], idx[:-1], here)
+    mine = r.truth(E.eq(E.as_int(r.read(a["index"], idx[:-1], here)), idx[-1]))
+    return E.where(mine, E.apply("add", before, put) if a["accumulate"] else put, before)
+
+
 def _put(r, base: fx.Node, index: fx.Node, values: fx.Node, i: Expr, here: int) -> Expr | None:
     size = r.shape(base)[0]
     if index.meta["val"].dim() != 1 or r.shape(index)[0] != size:
@@ -341,6 +357,7 @@ ROWS = {
     "argsort": _argsort,
     "index_put": _index_put,
     "scatter": _scatter,
+    "put_one": _put_one,
     "one_hot": _one_hot,
     "any": _any,
     "sum": _sum,

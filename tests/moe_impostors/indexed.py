@@ -1,0 +1,100 @@
+"""Places of a matrix [T,E] that are not those of the token's own experts, or hold more than its weights."""
+
+import torch
+
+from tests.moe_impostors.base import ANY, impostor
+from tests.moe_spellings.indexed import Indexed
+
+
+class At(Indexed):
+    kind = "relu"
+
+    def matrix(self, x, ids, w):
+        matrix = self.before(x, w)
+        matrix[self.rows(x), self.columns(ids)] = self.values(w)
+        return matrix
+
+    def before(self, x, w):
+        return torch.zeros(x.shape[0], self.count, dtype=w.dtype)
+
+    def rows(self, x):
+        return torch.arange(x.shape[0])[:, None]
+
+    def columns(self, ids):
+        return ids
+
+    def values(self, w):
+        return w
+
+
+@impostor(ANY)
+class RowsOfOthers(At):
+    def rows(self, x):
+        return torch.arange(x.shape[0] - 1, -1, -1)[:, None]
+
+
+@impostor(ANY)
+class RowsShifted(At):
+    def rows(self, x):
+        return (torch.arange(x.shape[0])[:, None] + 1) % x.shape[0]
+
+
+@impostor(ANY)
+class ColumnsFromTheEnd(At):
+    """The first expert's number is -1, which is the last's."""
+
+    def columns(self, ids):
+        return ids - 1
+
+
+@impostor(ANY)
+class PutIntoOnes(At):
+    def before(self, x, w):
+        return torch.ones(x.shape[0], self.count, dtype=w.dtype)
+
+
+@impostor(ANY)
+class OneWeightForAllChoices(At):
+    def values(self, w):
+        return w[:, :1]
+
+
+class AtOne(At):
+    top, router = 1, "top1"
+
+    def rows(self, x):
+        return torch.arange(x.shape[0])
+
+    def columns(self, ids):
+        return ids[:, 0]
+
+    def values(self, w):
+        return w[:, 0]
+
+
+@impostor(ANY)
+class RowOfAnother(AtOne):
+    def rows(self, x):
+        return torch.arange(x.shape[0]).flip(0)
+
+
+@impostor(ANY)
+class ColumnFromTheEnd(AtOne):
+    def columns(self, ids):
+        return ids[:, 0] - 1
+
+
+@impostor(ANY)
+class OnePutIntoOnes(AtOne):
+    def before(self, x, w):
+        return torch.ones(x.shape[0], self.count, dtype=w.dtype)
+
+
+@impostor(ANY)
+class SetOverAnother(AtOne):
+    """The next expert's place is set too, to less."""
+
+    def matrix(self, x, ids, w):
+        matrix = super().matrix(x, ids, w)
+        matrix[torch.arange(x.shape[0]), (ids[:, 0] + 1) % self.count] = w[:, 0] / 2
+        return matrix

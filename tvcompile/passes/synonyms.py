@@ -1,0 +1,59 @@
+"""Calls that say in other words what one of the operations that are known says.
+
+    m = zeros(T, E); m[arange(T)[:, None], ids] = w     ->     zeros(T, E).scatter(-1, ids, w)
+    m = zeros(T, E); m[arange(T), first] = w            ->     where(e = first[t], w[t], 0), as a one-hot is
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from .. import expr as E
+from ..spec import Refuse
+from .places import least, opened
+from .read import Unreadable
+from .rows import RowReader
+
+Call = tuple[str, dict[str, Any]]  # an operation's name and its arguments by name
+
+
+def find_synonyms(r: RowReader) -> dict[fx.Node, Call]:
+    found = {}
+    for n in r.position:
+        if n.op == "call_function" and r.name(n) == "index_put":
+            with contextlib.suppress(Refuse, Unreadable):  # what is not read stays what it is
+                found[n] = _as_scatter(r, n)
+    return {n: call for n, call in found.items() if call is not None}
+
+
+def _as_scatter(r: RowReader, n: fx.Node) -> Call | None:
+    """m[p, ..., ids[p, ..., k]] = w[p, ..., k] at every p, or without k"""
+    a, here, shape = r.arguments(n), r.position[n], r.shape(n)
+    *rows, ids = a["indices"]
+    if not rows or len(rows) + 1 != len(shape) or any(i is None or _is_mask(i) for i in a["indices"]):
+        return None
+    at, lead = tuple(r.fresh(size, "p") for size in r.shape(ids)), len(shape) - 1
+    if r.shape(ids)[:lead] != shape[:-1] or any(r.operand(i, at, here) != p for i, p in zip(rows, at)):
+        return None
+    low = least(r, opened(r, E.as_int(r.read(ids, at, here)), ()))
+    if low is None or low < 0:
+        return None  # index_put counts from the end there, scatter does not
+    call = {"self": a["self"], "dim": lead, "index": ids, "accumulate": a["accumulate"]}
+    values = a["values"]
+    if len(at) == lead:
+        return "put_one", call | {"src": values}
+    if r.shape(values) == r.shape(ids):
+        return ("scatter_add" if a["accumulate"] else "scatter"), call | {"src": values}
+    number = E.constant(r.read(values, (sympy.Integer(0),) * len(r.shape(values)), here))
+    if number is None or a["accumulate"] or any(size != 1 for size in r.shape(values)):
+        return None
+    return "scatter", call | {"value": number}
+
+
+def _is_mask(index: fx.Node) -> bool:
+    return index.meta["val"].dtype in (torch.bool, torch.uint8)
