@@ -42,7 +42,7 @@ def test_in_a_compiled_graph_gradients_are_as_precise_as_eager(layout, stacked, 
     torch._dynamo.reset()
     call, dtype = torch.compile(op), (torch.bfloat16, torch.float32)[stacked]
     spec = spec_of(layout, weigh).replace("clamp_max(u, 1.0)", "tanh(u)")
-    check_precise(arguments(layout, stacked, bias, dtype, 200), spec, dtype, call)
+    check_precise([arguments(layout, stacked, bias, dtype, 200)], spec, dtype, call)
     few = arguments(layout, stacked, bias, dtype, 3)
     torch.testing.assert_close(*(run(f, few, spec, dtype) for f in (call, op)))
     assert len(compiled) == 1 and all(run is not None for _, run in compiled)
@@ -52,7 +52,7 @@ def test_in_a_compiled_graph_gradients_are_as_precise_as_eager(layout, stacked, 
 def test_formulas_that_leave_a_part_out(layout, compiled):
     torch._dynamo.reset()
     spec = f"act = {ODD[layout]}" + f"; layout={layout}" * (layout != "plain")
-    check_precise(arguments(layout, dtype=torch.float32, tokens=40), spec, torch.float32, torch.compile(op))
+    check_precise([arguments(layout, dtype=torch.float32, tokens=40)], spec, torch.float32, torch.compile(op))
     assert len(compiled) == 1 and all(run is not None for _, run in compiled)
 
 
@@ -74,8 +74,8 @@ def test_where_inductor_fails_it_runs_operation_by_operation_and_says_so_once(mo
     args, call = arguments(dtype=torch.float32, tokens=64), torch.compile(op)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        check_precise(args, spec_of(), torch.float32, call)
-        check_precise(args, spec_of(), torch.float32, call)
+        check_precise([args], spec_of(), torch.float32, call)
+        check_precise([args], spec_of(), torch.float32, call)
     cpu_fused._compiled.cache_clear()
     ours = [str(w.message) for w in said if "tvcompile" in str(w.message)]
     assert len(ours) == 1 and "operation by operation: RuntimeError: no compiler" in ours[0]
@@ -90,4 +90,4 @@ def test_what_is_measured_while_a_graph_is_traced_is_measured_outside_of_it(monk
     with torch._inductor.config.patch(force_disable_caches=True):  # or nothing is traced
         run(torch.compile(op), arguments(dtype=torch.bfloat16, tokens=64), spec_of())
     assert type(cpu_products.HELD.memory) is torch.Tensor
-    check_precise(arguments(dtype=torch.float16, tokens=200), spec_of(), torch.float16)
+    check_precise([arguments(dtype=torch.float16, tokens=200)], spec_of(), torch.float16)

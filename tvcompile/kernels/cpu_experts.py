@@ -62,10 +62,8 @@ def products(
             continue
         X = rows[a:b] if places is None else rows.index_select(0, places[a:b])
         parts = out[a:b].chunk(sets, 1)
-        for part, w in zip(parts, W[e::count]):
-            times(part, X, w)
-        for part, each in zip(parts, bias[e::count]):
-            part += each
+        for part, w, each in zip(parts, W[e::count], bias[e::count] or [None] * sets):
+            times(part, X, w, each)
     return out
 
 

@@ -22,39 +22,42 @@ WIDE = 1 << 21  # numbers of a weight or a gradient that are held in float32 at 
 FEW = 48  # rows; for fewer, reading the weights takes the time
 
 
-def times(out: Tensor, rows: Tensor, W: Tensor) -> None:
-    """out [n,N] = rows [n,M] W [M,N]"""
+def times(out: Tensor, rows: Tensor, W: Tensor, bias: Tensor | None = None) -> None:
+    """out [n,N] = rows [n,M] W [M,N] + bias [N], rounded once"""
     dtype = dtype_of_products(rows.dtype, len(rows))
     if dtype != torch.float32 or not torch.backends.mkldnn.is_available():
-        multiply(out, rows, W)
+        multiply(out, rows, W, bias)
         return
-    rows = rows.to(dtype)
+    rows, bias = rows.to(dtype), None if bias is None else bias.to(dtype)
     if W.dtype != dtype and W.shape[0] > W.shape[1]:
-        total = torch.zeros(out.shape, dtype=dtype)
+        total = torch.zeros(out.shape, dtype=dtype) if bias is None else bias.repeat(len(out), 1)
         for part, w in widened(W.mT):
             total.addmm_(rows[:, part], w.mT)
         out.copy_(total)
         return
     for part, w in widened(W):
         # torch.mm takes another library, which needs up to five times as long for few rows.
-        out[:, part] = torch.ops.mkldnn._linear_pointwise(rows, w.mT, None, "none", [], "")
+        more = None if bias is None else bias[part]
+        out[:, part] = torch.ops.mkldnn._linear_pointwise(rows, w.mT, more, "none", [], "")
 
 
-def multiply(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out = a b"""
+def multiply(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None) -> None:
+    """out = a b + bias"""
     dtype = dtype_of_products(a.dtype, a.shape[1])
+    bias = None if bias is None else bias.expand_as(out)
     if dtype == out.dtype:
-        torch.mm(a, b, out=out)
+        torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
         return
     if out.stride(0) == 1:
-        out, a, b = out.mT, b.mT, a.mT
+        out, a, b, bias = out.mT, b.mT, a.mT, None if bias is None else bias.mT
     a, b = a.to(dtype), b.to(dtype)
     N = b.shape[1]
     step = max(1, WIDE // max(1, N))
     memory = held(N * min(step, len(a))).view(-1, N)
     for i in range(0, len(a), step):
         rows = slice(i, i + step)
-        out[rows] = torch.mm(a[rows], b, out=memory[: len(a[rows])])
+        product = torch.mm(a[rows], b, out=memory[: len(a[rows])])
+        out[rows] = product if bias is None else product.add_(bias[rows])
 
 
 def dtype_of_products(dtype: torch.dtype, count: int) -> torch.dtype:

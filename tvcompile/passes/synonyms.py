@@ -1,7 +1,7 @@
 """Calls that say in other words what one of the operations that are known says.
 
-    m = zeros(T, E); m[arange(T)[:, None], ids] = w     ->     zeros(T, E).scatter(-1, ids, w)
-    m = zeros(T, E); m[arange(T), first] = w            ->     where(e = first[t], w[t], 0), as a one-hot is
+m = zeros(T, E); m[arange(T)[:, None], ids] = w     ->     zeros(T, E).scatter(-1, ids, w)
+m = zeros(T, E); m[arange(T), first] = w            ->     where(e = first[t], w[t], 0), as a one-hot is
 """
 
 from __future__ import annotations
