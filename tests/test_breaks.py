@@ -45,6 +45,39 @@ def by_sizes(x, ids, w, up, down):
     return torch.zeros_like(x).index_add_(0, order // 2, y * w.flatten()[order, None])
 
 
+def over_unique_ids(x, ids, w, up, down):
+    out = torch.zeros_like(x)
+    for e in torch.unique(ids).tolist():
+        t, k = torch.where(ids == e)
+        out.index_add_(0, t, (x[t] @ up[e]).relu() @ down[e] * w[t, k, None])
+    return out
+
+
+def by_the_most(x, ids, w, up, down):
+    hits = torch.nn.functional.one_hot(ids.flatten(), 4)
+    most = int(hits.sum(0).max())
+    sent = torch.nn.functional.one_hot((hits.cumsum(0) - 1).clamp(0, most - 1), most) * hits[..., None]
+    sent = sent.view(len(x), 2, 4, most).to(x.dtype)
+    y = torch.einsum("tkec,th->ech", sent, x).bmm(up).relu().bmm(down)
+    return torch.einsum("tkec,ech,tk->th", sent, y, w)
+
+
+class IfInAModule(torch.nn.Module):
+    """The loop over the module's experts breaks nothing: only the test in it does."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x, ids, w, up, down):
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            t, k = torch.where(ids == e)
+            if len(t) > 0:
+                out.index_add_(0, t, expert(x[t]).relu() * w[t, k, None])
+        return out
+
+
 def no_experts(x, ids, w, up, down):
     for row in x.nonzero():
         x = x + row.sum()
@@ -70,6 +103,9 @@ def report_of(program, *inputs):
         (if_any, "if mask.any():", "leave the test out"),
         (if_numel, "if t.numel() == 0:", "leave the test out"),
         (by_sizes, ".sum(0).tolist()", "torch._grouped_mm with offsets"),
+        (over_unique_ids, "for e in torch.unique(ids).tolist():", "for e in range(E)"),
+        (by_the_most, "most = int(hits.sum(0).max())", "as many places as there are tokens"),
+        (IfInAModule(), "if len(t) > 0:", "leave the test out"),
     ],
 )
 def test_a_loop_over_experts_is_named_with_its_rewrite(program, code, rewrite):

@@ -22,11 +22,17 @@ EVERY = (
     "go through all experts, `for e in range(E)`, with `t, k = torch.where(ids == e)`; one without tokens adds nothing"
 )
 REWRITES = (
+    (r"\bunique\(", EVERY),
+    (
+        r"(?=.*(\.item\(|\bint\()).*\bmax\(",
+        "give an expert as many places as there are tokens, or a fixed number of them",
+    ),
     (
         r"\.tolist\(\)|\.item\(\)|\bint\(",
         "keep the sizes on the device: sort the pairs, and torch._grouped_mm with offsets",
     ),
-    (r"\bfor\b.*\bin\b(?!.*\brange\()", EVERY),
+    # What a module holds is known while the program is traced.
+    (r"\bfor\b.*\bin\b(?!.*\brange\()(?!\s*(?:enumerate\(|zip\()?self\.)", EVERY),
     (r"\bif\b.*(any|numel|shape|sum|len|size|max|==|>)", "leave the test out: an expert without tokens adds nothing"),
 )
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from tests.moe_impostors.base import ANY, impostor
+from tests.moe_impostors.base import ANY, Loop, impostor
 from tests.moe_spellings.indexed import Indexed
 
 
@@ -98,3 +98,15 @@ class SetOverAnother(AtOne):
         matrix = super().matrix(x, ids, w)
         matrix[torch.arange(x.shape[0]), (ids[:, 0] + 1) % self.count] = w[:, 0] / 2
         return matrix
+
+
+@impostor(ANY)
+class RowsInAColumnTurned(Loop):
+    """The rows of an expert's tokens, last token first."""
+
+    def experts(self, x, ids, w):
+        out = torch.zeros_like(x)
+        for e in range(self.count):
+            token = (ids == e).any(-1).nonzero()
+            out[token.flip(0)] += self.expert(x[token], e)
+        return out

@@ -65,3 +65,26 @@ class OneOfEach(Indexed):
         chosen = torch.zeros(x.shape[0], self.count, dtype=torch.long)
         chosen[torch.arange(x.shape[0]), ids[:, 0]] = 1
         return chosen * w
+
+
+@moe(top=1, router="top1", kind="gelu")
+@moe(top=1, router="top1", own=True, bias=True)
+class RowsInAColumn(Block):
+    """nonzero() as it comes: numbers [n,1], rows [n,1,H]."""
+
+    def experts(self, x, ids, w):
+        out = torch.zeros_like(x)
+        for e in range(self.count):
+            token = (ids[:, 0] == e).nonzero()
+            out[token, :] = self.expert(x[token, :], e) * w[token]
+        return out
+
+
+@moe(kind="relu")
+class RowsInAColumnAdded(Block):
+    def experts(self, x, ids, w):
+        out = torch.zeros_like(x)
+        for e in range(self.count):
+            token = (ids == e).any(-1).nonzero()
+            out[token] += self.expert(x[token], e) * ((ids == e) * w).sum(-1)[token[:, 0], None, None]
+        return out

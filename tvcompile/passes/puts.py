@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import sympy
 from torch import fx
 
 from .. import expr as E
-from ..expr import Expr
 from ..spec import Refuse
 from .ids import once
 from .movement import Index, axis
@@ -32,7 +32,7 @@ def _scatter(s: Sums, a, n, idx):
     features = [x for x in idx[1:] if x.free_symbols]
     if r.shape(rows) != r.shape(index) or r.shape(rows)[1:] != r.shape(n)[1:] or E.mentions(at, *features):
         raise Refuse("scatter sends the features of one row to several tokens, or not all of them", n)
-    return _put(s, n, a["self"], ((at,), row, rows), idx, replaced=True)
+    return _put(s, n, a["self"], ((at,), (row,), rows), idx, replaced=True)
 
 
 def _index_put(s: Sums, a, n, idx):
@@ -41,7 +41,7 @@ def _index_put(s: Sums, a, n, idx):
     base, indices, values, adds = a["self"], a["indices"], a["values"], a.get("accumulate")
     if not r.shape(values):
         raise Refuse("results of experts are replaced by a number", n)
-    row = r.fresh(r.shape(values)[0], "r")
+    row = (r.fresh(r.shape(values)[0], "r"), *_ones(n, indices))
     at = _places(r, n, indices, row)
     replaced = not adds
     if replaced and (new := _added_in_place(s, base, indices, values)) is not None:
@@ -57,7 +57,7 @@ def _index_copy(s: Sums, a, n, idx):
         raise Refuse("index_copy along another dim than that of the tokens", n)
     row = r.fresh(r.shape(a["source"])[0], "r")
     at = (E.as_int(r.read(a["index"], (row,), r.position[n])),)
-    return _put(s, n, a["self"], (at, row, a["source"]), idx, replaced=True)
+    return _put(s, n, a["self"], (at, (row,), a["source"]), idx, replaced=True)
 
 
 def _masked_scatter(s: Sums, a, n, idx):
@@ -79,23 +79,23 @@ def _masked_scatter(s: Sums, a, n, idx):
         raise Refuse("masked_scatter takes single elements, not rows", n)
     row = r.fresh(r.shape(rows)[0], "r")
     at = tuple(r.nth(mask, c, row) for c in range(lead))
-    return _put(s, n, a["self"], (at, row, rows), idx, replaced=True)
+    return _put(s, n, a["self"], (at, (row,), rows), idx, replaced=True)
 
 
-def _put(s: Sums, n: fx.Node, base: fx.Node, put: tuple[Index, Expr, fx.Node], idx: Index, replaced: bool):
+def _put(s: Sums, n: fx.Node, base: fx.Node, put: tuple[Index, Index, fx.Node], idx: Index, replaced: bool):
     """The terms of a base to which rows are added, or in which they take the places of what was there."""
     here, (at, row, values) = s.r.position[n], put
     links, places = list(zip(at, idx)), idx[: len(at)] if replaced else ()
-    if len(s.r.shape(values)) != len(idx) - len(at) + 1:
+    if len(s.r.shape(values)) != len(idx) - len(at) + len(row):
         raise Refuse("what is put is not a row for each place", n)
-    before, rows = s.of(base, idx, here), s.of(values, (row, *idx[len(at) :]), here)
+    before, rows = s.of(base, idx, here), s.of(values, (*row, *idx[len(at) :]), here)
     # What is put under a condition of its own is zero elsewhere, where the place is replaced too.
     everywhere = [not (t.bound or t.guards or t.links) for t in rows]
     if places and any(t.product for t in before) and not (all(everywhere) and any(t.product for t in rows)):
         raise Refuse("results of experts are replaced where there may be none", n)
     whole = places if before or not once(s.r, at) else ()  # else nothing is replaced: what is put is added to zeros
     after = [
-        t.under([row], links=links, whole=whole, puts=[n.name] if places and everywhere[i] else ())
+        t.under(row[:1], links=links, whole=whole, puts=[n.name] if places and everywhere[i] else ())
         for i, t in enumerate(rows)
     ]
     if places:
@@ -103,15 +103,22 @@ def _put(s: Sums, n: fx.Node, base: fx.Node, put: tuple[Index, Expr, fx.Node], i
     return before + after
 
 
-def _places(r: RowReader, n: fx.Node, indices: list, row: Expr) -> Index:
+def _ones(n: fx.Node, indices: list) -> Index:
+    """Positions in the dims of 1 that a list of places [n,1] has behind its rows."""
+    lists = [i for i in indices if i is not None] if mask_of(n) is None else []
+    return (sympy.Integer(0),) * max((i.meta["val"].dim() - 1 for i in lists), default=0)
+
+
+def _places(r: RowReader, n: fx.Node, indices: list, row: Index) -> Index:
     """Where row `row` is put."""
     if (mask := mask_of(n)) is not None:
         if indices[0] is not mask:
             raise Refuse("results of experts are put along another dim than that of the tokens", n)
-        return tuple(r.nth(mask, c, row) for c in range(mask.meta["val"].dim()))
-    if any(i is None or i.meta["val"].dim() != 1 or r.shape(i)[0] != r.ranges.get(row, 1) for i in indices):
+        return tuple(r.nth(mask, c, row[0]) for c in range(mask.meta["val"].dim()))
+    sizes = tuple(r.ranges.get(x, sympy.Integer(1)) for x in row)
+    if any(i is None or r.shape(i) != sizes for i in indices):
         raise Refuse("results of experts are put at places that are no list with one for each row", n)
-    return tuple(E.as_int(r.read(i, (row,), r.position[n])) for i in indices)
+    return tuple(E.as_int(r.read(i, row, r.position[n])) for i in indices)
 
 
 def _added_in_place(s: Sums, base: fx.Node, indices: list, values: fx.Node) -> fx.Node | None:
