@@ -110,3 +110,26 @@ class RowsInAColumnTurned(Loop):
             token = (ids == e).any(-1).nonzero()
             out[token.flip(0)] += self.expert(x[token], e)
         return out
+
+
+@impostor(ANY)
+class OneRowForAll(Loop):
+    """What an expert gives for the first token, at all of its tokens."""
+
+    kind, top, router = "relu", 1, "top1"
+
+    def experts(self, x, ids, w):
+        out = torch.zeros_like(x)
+        for e in range(self.count):
+            token = (ids[:, 0] == e).nonzero()
+            out[token[:, 0]] = self.expert(x[:1], e)
+        return out
+
+
+@impostor(ANY)
+class OneRowForAllInAColumn(OneRowForAll):
+    def experts(self, x, ids, w):
+        out = torch.zeros_like(x)
+        for e in range(self.count):
+            out[(ids[:, 0] == e).nonzero()] = self.expert(x[:1], e)
+        return out
