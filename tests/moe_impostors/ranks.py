@@ -75,6 +75,30 @@ class StartsBeforeTheNext(Ranked):
 
 
 @impostor(ANY)
+class StartsWhereItEnds(Ranked):
+    def starts(self, ids, sorted_ids):
+        return F.pad(torch.bincount(ids, minlength=self.count), (1, 0)).cumsum(0)[1:]
+
+
+@impostor(ANY)
+class StartsOfHalf(Ranked):
+    """Some rows of an expert have the places of others of its rows."""
+
+    def starts(self, ids, sorted_ids):
+        return F.pad(torch.bincount(ids, minlength=self.count), (1, 0)).cumsum(0)[:-1] // 2
+
+    def rows(self, n):
+        return torch.arange(n) // 2
+
+
+@impostor(ANY)
+class FirstStartIsNotZero(Ranked):
+    def starts(self, ids, sorted_ids):
+        counts = torch.bincount(ids, minlength=self.count)
+        return torch.cat([counts.new_full((1,), 3), counts.cumsum(0)[:-1]])
+
+
+@impostor(ANY)
 class StartsOfOtherIds(Ranked):
     def starts(self, ids, sorted_ids):
         counts = torch.bincount((ids + 1) % self.count, minlength=self.count)
