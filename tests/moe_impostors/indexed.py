@@ -59,6 +59,46 @@ class OneWeightForAllChoices(At):
         return w[:, :1]
 
 
+class Ones(At):
+    """A mask of ones, times the probabilities."""
+
+    def matrix(self, x, ids, w):
+        return super().matrix(x, ids, w) * self.gate(x).softmax(-1)
+
+    def values(self, w):
+        return 1.0
+
+
+@impostor(ANY)
+class AnotherRowBesideEach(Ones):
+    """The first expert's place is set in the token's own row and in another's."""
+
+    def rows(self, x):
+        own = torch.arange(x.shape[0])
+        return torch.stack([own, own.flip(0)], -1)
+
+    def columns(self, ids):
+        return ids[:, :1]
+
+
+@impostor(ANY)
+class AnotherRowBefore(AnotherRowBesideEach):
+    def rows(self, x):
+        return super().rows(x).mT
+
+    def columns(self, ids):
+        return ids[:, 0]
+
+
+@impostor(ANY)
+class PlacesOfThreeDims(Ones):
+    def rows(self, x):
+        return torch.arange(x.shape[0])[:, None, None]
+
+    def columns(self, ids):
+        return ids[:, :, None]
+
+
 class AtOne(At):
     top, router = 1, "top1"
 

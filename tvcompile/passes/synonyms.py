@@ -38,7 +38,9 @@ def _as_scatter(r: RowReader, n: fx.Node) -> Call | None:
     if not rows or len(rows) + 1 != len(shape) or any(i is None or _is_mask(i) for i in a["indices"]):
         return None
     at, lead = tuple(r.fresh(size, "p") for size in r.shape(ids)), len(shape) - 1
-    if r.shape(ids)[:lead] != shape[:-1] or any(r.operand(i, at, here) != p for i, p in zip(rows, at)):
+    if r.shape(ids)[:lead] != shape[:-1] or len(at) > len(shape) or not all(_fits(r, i, ids) for i in rows):
+        return None
+    if any(r.operand(i, at, here) != p for i, p in zip(rows, at)):
         return None
     low = least(r, opened(r, E.as_int(r.read(ids, at, here)), ()))
     if low is None or low < 0:
@@ -53,6 +55,12 @@ def _as_scatter(r: RowReader, n: fx.Node) -> Call | None:
     if number is None or a["accumulate"] or any(size != 1 for size in r.shape(values)):
         return None
     return "scatter", call | {"value": number}
+
+
+def _fits(r: RowReader, index: fx.Node, ids: fx.Node) -> bool:
+    """Do the ids have every place that an index beside them has?"""
+    small, large = r.shape(index), r.shape(ids)
+    return len(small) <= len(large) and all(n in (1, m) for n, m in zip(reversed(small), reversed(large)))
 
 
 def _is_mask(index: fx.Node) -> bool:
