@@ -321,3 +321,18 @@ class TwoToTheExperts(SumsThatDiffer):
 
     def more(self, out, y):
         return out + y + 1, out + 1
+
+
+@impostor("a shared expert's result is added in between")
+class TheResultOrMore(SumOrMore):
+    """Where an expert is not chosen its result takes the place of the sum: each is of all tokens."""
+
+    kind = "gelu"
+
+    def experts(self, x, ids, w):
+        results, out = [self.expert(x, e) for e in range(self.count)], torch.zeros_like(x)
+        for k in range(self.top):
+            for e in range(self.count):
+                y = w[:, k, None] * results[e]
+                out = torch.where(ids[:, k, None] == e, out + y, y)
+        return out
