@@ -146,20 +146,23 @@ def test_products_in_either_dtype(layout, stacked, bias, weigh, dtype, faster, c
     check_precise([(x, ids, w, up, down, *biases)], spec_of(layout, weigh), dtype)
 
 
-@pytest.mark.parametrize("faster", [True, False])
+@pytest.mark.parametrize("way", ["as they are", "widened", "widened without oneDNN"])
 @pytest.mark.parametrize("shape", [(200, 96, 40), (200, 40, 96), (7, 40, 96)], ids=str)
 @pytest.mark.parametrize("order", ["io", "oi"])
-def test_a_bias_is_added_before_the_product_is_rounded(shape, order, faster, monkeypatch):
+def test_a_bias_is_added_before_the_product_is_rounded(shape, order, way, monkeypatch):
     """On which side of a bend a value lies must not depend on more than one rounding."""
-    monkeypatch.setattr(cpu_products, "float32_is_faster", lambda _: faster)
+    monkeypatch.setattr(cpu_products, "float32_is_faster", lambda _: way != "as they are")
     monkeypatch.setattr(cpu_products, "WIDE", 1000)
+    if way == "widened without oneDNN":
+        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+        monkeypatch.setattr(cpu_products, "product_dtype", lambda _: torch.float32)
     n, M, N = shape
     rows, bias, W = torch.randn(n, M).bfloat16(), 8 * torch.randn(N).bfloat16(), torch.randn(M, N).bfloat16()
     W = W if order == "io" else W.T.contiguous().T
-    out = torch.empty(n, 2 * N, dtype=torch.bfloat16)[:, :N]
-    cpu_products.times(out, rows, W, bias)
-    exact = rows.double() @ W.double() + bias.double()
-    assert ((out.double() - exact).abs() <= exact.abs() * 2**-8 + 1e-4).all()
+    for out in (torch.empty(n, 2 * N, dtype=torch.bfloat16)[:, :N], torch.empty(N, n, dtype=torch.bfloat16).T):
+        cpu_products.times(out, rows, W, bias)
+        exact = rows.double() @ W.double() + bias.double()
+        assert ((out.double() - exact).abs() <= exact.abs() * 2**-8 + 1e-4).all()
 
 
 def test_memory_first_used_in_inference_mode_serves_others(monkeypatch):
