@@ -296,7 +296,9 @@ def test_experts_that_are_drawn(spelling, again):
         expected = block(x)
         torch.manual_seed(0)
         torch.testing.assert_close(compiled(x), expected, rtol=1e-4, atol=1e-5)
-    assert bool(moe_sites(report)) == (not again or spelling == "grouped")
+    (site,) = moe_sites(report)
+    # Conditions on the matrix hold for any number of experts where ids may be alike.
+    assert f"K={block.count if again and spelling == 'scattered' else block.top}," in str(site)
 
 
 class Drawn(SortHistcInverse):

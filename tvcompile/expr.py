@@ -373,6 +373,7 @@ def rebuild(e: Expr, args: tuple[Expr, ...], bounds: Callable | None = None) -> 
 # Calls that stand for elements of a tensor: only their positions are rewritten.
 OPAQUE = (
     "load", "dot", "softmax", "dropout", "reduce", "nth", "perm", "inv", "any", "count", "cumsum", "rank", "rank_of",
+    "earlier",
 )  # fmt: skip
 CASTS = ("float16", "bfloat16", "float32", "float64")
 

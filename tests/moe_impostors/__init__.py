@@ -6,6 +6,7 @@ from tests.moe_impostors import (  # noqa: F401  (registers them)
     choices,
     cleared,
     experts,
+    firsts,
     ids,
     indexed,
     maps,
@@ -19,6 +20,7 @@ from tests.moe_impostors import (  # noqa: F401  (registers them)
     routing,
     rows,
     state,
+    thresholds,
 )
 from tests.moe_impostors.base import IMPOSTORS, Impostor
 

@@ -8,7 +8,7 @@ from tests.moe_impostors.base import ANY, Sorted, impostor
 from tests.moe_spellings.base import Block, T
 
 
-@impostor(ANY)
+@impostor(None)
 class IdsThatMayBeAlike(Block):
     """Two routers may choose one expert twice: it counts once."""
 
@@ -104,7 +104,7 @@ class PlaceAmongAll(OneHotOf):
         return (logits.argmax() % self.count).expand(logits.shape[0])
 
 
-@impostor(ANY)
+@impostor(None)
 class NegativeHits(Block):
     """A sum that is never greater than 0, of hits that count -1."""
 

@@ -371,13 +371,13 @@ class TwoMatrices(Block):
         return out
 
 
-@impostor(ANY)
+@impostor(None)
 class ChosenByEither(TwoMatrices):
     def chosen(self, g, f):
         return g + f > 0
 
 
-@impostor(ANY)
+@impostor(None)
 class ChosenByTheGreater(TwoMatrices):
     def chosen(self, g, f):
         return g > -f

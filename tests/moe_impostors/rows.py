@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from tests.moe_impostors.base import ANY, Loop, impostor
+from tests.moe_impostors.base import ANY, impostor
 from tests.moe_spellings.base import Block, H, T
 from tests.moe_spellings.grouped import ByCounts, Grouped
 from tests.moe_spellings.loops import PairsOneByOne
@@ -68,15 +68,6 @@ class ScatteredFromTheFirstRows(PairsOneByOne):
     def put(self, y, hits, rows):
         hits = hits & (torch.arange(len(hits)) < 20)
         return y.masked_scatter(hits.unsqueeze(1).expand_as(y), rows)
-
-
-@impostor("not all of the rows that a mask chose")
-class TheFirstRowsOnly(Loop):
-    """Four tokens at most for each expert."""
-
-    def hits(self, ids, e):
-        token, k = torch.where(ids == e)
-        return token[:4], k[:4]
 
 
 @impostor("not all of the sorted rows")

@@ -10,6 +10,7 @@ from tests.moe_spellings import (  # noqa: F401  (importing a family registers i
     conditions,
     dense,
     each,
+    firsts,
     grouped,
     indexed,
     known,
@@ -18,6 +19,7 @@ from tests.moe_spellings import (  # noqa: F401  (importing a family registers i
     mesh,
     otherwise,
     ranks,
+    thresholds,
 )
 from tests.moe_spellings.base import CORPUS, Block, Spelling
 

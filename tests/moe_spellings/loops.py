@@ -190,6 +190,19 @@ class Switch(Block):
         return out * w
 
 
+@moe(router="top1", kind="gelu")
+class SwitchByOneHot(Switch):
+    """Results are weighted where they are put, by the one probability that a one-hot leaves."""
+
+    def experts(self, x, ids, w):
+        out, probabilities = torch.zeros_like(x), self.gate(x).softmax(-1)
+        mine = F.one_hot(ids.squeeze(-1), self.count).to(x.dtype)
+        for e in range(self.count):
+            token = (ids.squeeze(-1) == e).nonzero().squeeze(-1)
+            out[token] = self.expert(x[token], e) * (probabilities * mine).sum(1)[token, None]
+        return out
+
+
 @moe(router="top1")
 class SwitchByBoolean(Block):
     top = 1

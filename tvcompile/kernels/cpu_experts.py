@@ -46,17 +46,19 @@ def products(
     count: int,
     W: Sequence[Tensor],
     bias: Sequence[Tensor] | None,
+    clear: bool = True,
 ) -> Tensor:
     """[n,N]: pair r's row, rows[places[r]] or rows[r], times W of its expert, plus the bias of its expert if any.
 
-    offsets [E+1]: expert e has the pairs offsets[e] up to offsets[e+1]; pairs after the last get zeros. W, bias: one
-    of the lists of tv::moe; of gates and ups apart, the columns of g come first. A package of AOTInductor hands over
-    an empty list as None.
+    offsets [E+1]: expert e has the pairs offsets[e] up to offsets[e+1]; pairs after the last get zeros if `clear`, else
+    whatever is in memory. W, bias: one of the lists of tv::moe; of gates and ups apart, the columns of g come first. A
+    package of AOTInductor hands over an empty list as None.
     """
     bounds, (W, bias) = offsets.tolist(), (unstacked(W, 2), unstacked(bias or (), 1))
     sets = len(W) // count
     out = rows.new_empty(len(rows) if places is None else len(places), sets * W[0].shape[1])
-    out[bounds[-1] :] = 0
+    if clear:
+        out[bounds[-1] :] = 0
     for e, (a, b) in enumerate(zip(bounds, bounds[1:])):
         if a == b:
             continue
@@ -67,12 +69,13 @@ def products(
     return out
 
 
-SCHEMA = "(Tensor rows, Tensor? places, Tensor offsets, int count, Tensor[] W, Tensor[]? bias) -> Tensor"
+ARGUMENTS = "Tensor rows, Tensor? places, Tensor offsets, int count, Tensor[] W, Tensor[]? bias, bool clear=True"
+SCHEMA = f"({ARGUMENTS}) -> Tensor"
 OPAQUE_PRODUCTS = torch.library.custom_op("tv::expert_products", products, mutates_args=(), schema=SCHEMA)
 
 
 @OPAQUE_PRODUCTS.register_fake
-def _fake_products(rows, places, offsets, count, W, bias):
+def _fake_products(rows, places, offsets, count, W, bias, clear=True):
     n, sets = (rows if places is None else places).shape[0], len(W) if W[0].dim() == 3 else len(W) // count
     return rows.new_empty(n, sets * W[0].shape[-1])
 
@@ -152,18 +155,18 @@ def gather_sum(p: Experts, routing: Routing, rows: Tensor, weighed: bool, out_dt
 def forward(p: Experts, save: bool) -> tuple[Tensor, Tensor]:
     routing = Routing.of(p.ids, p.count)
     run = products if p.config.chunk else OPAQUE_PRODUCTS
-    pre = project(p, routing, run)
+    pre = project(p, routing, run, clear=save)
     y = run(activations(p, pre), None, routing.offsets, p.count, p.down, p.down_bias)
     out = gather_sum(p, routing, y, p.spec.weigh == "output", p.out_dtype)
     return out, pre if save else pre.new_empty(0)
 
 
-def project(p: Experts, routing: Routing, run: Callable[..., Tensor] = products) -> Tensor:
+def project(p: Experts, routing: Routing, run: Callable[..., Tensor] = products, clear: bool = True) -> Tensor:
     """pre of all pairs [T*K,P*F]"""
     X, tokens = p.x, routing.order // max(1, p.ids.shape[1])
     if p.spec.weigh == "input":
         X, tokens = X[tokens] * p.weights.reshape(-1)[routing.order, None].to(X.dtype), None
-    return run(X, tokens, routing.offsets, p.count, p.up, p.up_bias)
+    return run(X, tokens, routing.offsets, p.count, p.up, p.up_bias, clear)
 
 
 def activations(p: Experts, pre: Tensor) -> Tensor:

@@ -55,13 +55,15 @@ class Unchosen(Refuse):
         super().__init__(f"no comparison with the ids says which tokens an expert gets{more}", node)
 
 
-def chosen(r: RowReader, term: Term, expert: Expr, token: Token) -> Chosen:
-    """The ids that the term compares with its expert's number, or the number itself where it is read from ids."""
+def chosen(r: RowReader, term: Term, expert: Expr, token: Token, ids: Expr | None = None) -> Chosen:
+    """The ids that the term compares with its expert's number, or the number itself where it is read from ids.
+
+    ids: a position that is summed, where every token has all experts
+    """
     guards = list(term.guards)
-    ids = None
-    if any(E.op_of(x) == "load" for x in E.walk(expert)):
+    if ids is None and any(E.op_of(x) == "load" for x in E.walk(expert)):
         ids = expert
-    else:
+    elif ids is None:
         for g in guards:
             ids = compared(g, expert)
             if ids is not None:
@@ -73,7 +75,7 @@ def chosen(r: RowReader, term: Term, expert: Expr, token: Token) -> Chosen:
         raise Refuse("the weight of an expert is read at another row than its result", None)
     guards = [g for g in guards if not implied(r, g, ids, expert)]
     table = {expert: ids} if expert in term.bound else {}
-    bound = [b for b in term.bound if b != expert]
+    bound = [b for b in term.bound if b != expert or b == ids]
     counts, factors = ([E.substitute(e, table) for e in es] for es in (guards, term.factors))
     counts = [g for g in counts if g is not E.TRUE]
     for b in [b for b in bound if not E.mentions(ids, b)]:

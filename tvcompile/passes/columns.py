@@ -27,6 +27,11 @@ class Part:
     k: Expr
     puts: tuple[str, ...] = ()
 
+    @property
+    def has_all(self) -> bool:
+        """Has every token all experts, of which those count whose conditions hold?"""
+        return self.choice.ids == self.choice.k != 0
+
 
 @dataclasses.dataclass
 class Column:

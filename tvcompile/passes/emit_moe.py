@@ -163,6 +163,8 @@ class _Choice:
         if E.op_of(e) == "rank_of":
             sort, *idx = idx
             node = self._before_the_sort(node, self.nodes[sort.name])
+        if E.op_of(e) == "earlier":
+            node = self._earlier(node)
         if not isinstance(node.meta["val"], torch.Tensor):
             return node
         shape = [size(n) for n in node.meta["val"].shape]
@@ -178,6 +180,14 @@ class _Choice:
         if sympy.expand(total - T) == 0 and sympy.expand(number - t) == 0:
             return self.w.call(aten.reshape.default, node, [self.tokens, 1])
         return self._gather(node, idx)
+
+    def _earlier(self, mask: fx.Node) -> fx.Node:
+        """How many places of a mask hold before each."""
+        shape = [self.w.size(size(n), self.sources) for n in mask.meta["val"].shape]
+        holds = self.w.call(operator.ne, self.w.call(aten.reshape.default, mask, [-1]), 0)
+        flat = self.w.cast(holds, torch.int64)
+        before = self.w.call(operator.sub, self.w.call(aten.cumsum.default, flat, 0), flat)
+        return self.w.call(aten.reshape.default, before, shape)
 
     def _before_the_sort(self, node: fx.Node, sort: fx.Node) -> fx.Node:
         """What sorted rows have, in the order before the sort."""

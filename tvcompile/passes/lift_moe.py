@@ -23,12 +23,13 @@ from ..moe_spec import DTYPES, MoESpec
 from ..spec import Choices, MoEMatch, Refusal, Refuse, Weights, where_of
 from .chosen import Token, Unchosen
 from .columns import Column, in_columns, places
+from .conditions import parts_of
 from .cones import MOVES, computed, cones, followers, looks_routed, routed
 from .contraction import further
 from .expert import stacked, step_of
 from .facts import Facts, between
 from .movement import CASTS, rounding, unravel
-from .parts import Base, Shared, add_biases, base_of_sum, check_whole, chosen_parts
+from .parts import Base, Shared, add_biases, base_of_sum, check_whole
 from .projections import Weight
 from .ranks import find_ranks
 from .read import Unreadable
@@ -125,7 +126,7 @@ def lift_at(r: RowReader, facts: Facts, sums: Sums, anchor: fx.Node, alone: bool
     sums.d, sums.left = d, MOST
     terms = sums.of(anchor, idx, at + 1)
     terms = [t for t in terms if possible(r, t)]
-    parts = chosen_parts(r, [t for t in terms if t.product], token, d, anchor)
+    parts = parts_of(r, [t for t in terms if t.product], token, d, anchor, alone)
     plain = add_biases(r, parts, [t for t in terms if not t.product], token, d, at)
     base = base_of_sum(r, plain, token, d, width, anchor)
     columns = in_columns(parts)

@@ -49,7 +49,7 @@ def chosen_parts(r: RowReader, terms: list[Term], token: Token, d: Expr, anchor:
     return parts
 
 
-def places_choose(r: RowReader, term: Term, part: Part, token: Token, at: int) -> bool:
+def places_choose(r: RowReader, term: Term, part: Part, token: Token, at: int, k: Expr | None = None) -> bool:
     """Do the places where a result is put say by themselves which tokens are the expert's?
 
     What is multiplied by zero elsewhere, before or after the expert, replaces others there all the same.
@@ -58,13 +58,17 @@ def places_choose(r: RowReader, term: Term, part: Part, token: Token, at: int) -
         return bool(E.loads(part.formula))  # a row for each pair
     bare = without_rows(r, dataclasses.replace(term, factors=(), product=None), token, at)
     try:
-        found = canonical(r, chosen(r, bare, sympy.Integer(part.number), token))
+        found = canonical(r, chosen(r, bare.under([] if k is None else [k]), sympy.Integer(part.number), token, k))
     except Unchosen:
         return False
     return found == dataclasses.replace(part.choice, factors=())
 
 
-def part_of(r: RowReader, term: Term, token: Token, d: Expr) -> Part:
+def part_of(r: RowReader, term: Term, token: Token, d: Expr, own: tuple[Expr, int] | None = None) -> Part:
+    """The part of a term.
+
+    own: (k, the expert's number) where no ids tell its tokens, but each token has all K experts
+    """
     assert term.product is not None
     node, idx = term.product
     expert = read_expert(r, node, idx, term, token.t, d)
@@ -94,11 +98,14 @@ def part_of(r: RowReader, term: Term, token: Token, d: Expr) -> Part:
         if not gets:
             check_keeps_zero(expert)
         term = without_rows(r, dataclasses.replace(term, factors=expert.weighed), token, r.position[expert.node])
-    number = compared_number(term) if formula is None else None
-    if formula is None and number is None:
+    k, number = own or (None, compared_number(term))
+    if formula is not None:
+        number, k = None, formula if own else None
+    elif number is None:
         raise Unchosen("", expert.node)
-    formula = sympy.Integer(number) if formula is None else formula
-    found = chosen(r, term, formula, token)
+    else:
+        formula, term = sympy.Integer(number), term.under([] if k is None else [k])
+    found = chosen(r, term, formula, token, k)
     if number is None:
         expert = numbered_alike(expert, found.ids, formula)
     whole = term.put({formula: found.ids}).whole if formula in term.bound else term.whole
@@ -194,7 +201,12 @@ def is_bias(r: RowReader, p: Part, term: Term, bias: Weight, token: Token) -> bo
         number = expert_number(bias)
         if (number is None) != (p.number is not None):
             return False
-        found = chosen(r, term, number if p.number is None else sympy.Integer(p.number), token)
+        expert = number if p.number is None else sympy.Integer(p.number)
+        if p.has_all:
+            k = expert if p.number is None else p.k
+            found = chosen(r, term.under([p.k] if p.number is not None else []), expert, token, k)
+        else:
+            found = chosen(r, term, expert, token)
         return canonical(r, found) == p.choice
     except Refuse:
         return False

@@ -7,6 +7,8 @@ Of results that others take the place of it has to be proven that a token has on
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from typing import TYPE_CHECKING
 
 import sympy
@@ -16,7 +18,9 @@ from .. import expr as E
 from ..spec import Refuse
 from .ids import once
 from .movement import Index, axis
+from .places import solved
 from .rows import RowReader, mask_of
+from .terms_of import Term
 
 if TYPE_CHECKING:
     from .sums import Sums
@@ -88,7 +92,7 @@ def _put(s: Sums, n: fx.Node, base: fx.Node, put: tuple[Index, Index, fx.Node], 
     links, places = list(zip(at, idx)), idx[: len(at)] if replaced else ()
     if len(s.r.shape(values)) != len(idx) - len(at) + len(row):
         raise Refuse("what is put is not a row for each place", n)
-    before, rows = s.of(base, idx, here), s.of(values, (*row, *idx[len(at) :]), here)
+    before, rows = s.of(base, idx, here), [_at_its_id(s.r, t) for t in s.of(values, (*row, *idx[len(at) :]), here)]
     # What is put under a condition of its own is zero elsewhere, where the place is replaced too.
     everywhere = [not (t.bound or t.guards or t.links) for t in rows]
     if places and any(t.product for t in before) and not (all(everywhere) and any(t.product for t in rows)):
@@ -101,6 +105,16 @@ def _put(s: Sums, n: fx.Node, base: fx.Node, put: tuple[Index, Index, fx.Node], 
     if places:
         before = [t if t.product or t.links else t.under(puts=[n.name]) for t in before]
     return before + after
+
+
+def _at_its_id(r: RowReader, t: Term) -> Term:
+    """sum_e (ids[t] = e) p[t,e] is p[t, ids[t]], without a condition, where each id is one of the e."""
+    for b, g in itertools.product(t.bound, t.guards):
+        place = solved(g, b)
+        if place is not None and E.within(place, r.ranges[b], r.bounds):
+            bound, guards = (tuple(x for x in xs if x is not y) for xs, y in ((t.bound, b), (t.guards, g)))
+            return _at_its_id(r, dataclasses.replace(t, bound=bound, guards=guards).put({b: place}, r.bounds))
+    return t
 
 
 def _ones(n: fx.Node, indices: list) -> Index:

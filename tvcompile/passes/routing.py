@@ -90,14 +90,15 @@ def _calls(term: Term, op: str) -> list[Expr]:
 
 
 def _unmasked(r: RowReader, term: Term, at: int) -> Term:
-    """Rows chosen by a mask: every place of the mask, where it holds."""
+    """Rows chosen by a mask: every place of the mask, where it holds; of its first n rows those with fewer before."""
     while calls := _calls(term, "nth"):
         name, _, row = E.operands(calls[0])
         if row not in term.bound:
             raise Refuse("rows that a mask chose are read at computed numbers", r.nodes[name.name])
         masks = list(dict.fromkeys(r.nodes[E.operands(c)[0].name] for c in calls if E.operands(c)[2] == row))
         mask = max(masks, key=lambda m: len(r.shape(m)))
-        if r.chosen_by(r.ranges[row]) not in masks or not all(m is mask or _is_any(r, m, mask) for m in masks):
+        count, first = r.first_of(r.ranges[row])
+        if r.chosen_by(count) not in masks or not all(m is mask or _is_any(r, m, mask) for m in masks):
             raise Refuse("not all of the rows that a mask chose are used", r.nodes[name.name])
         places = tuple(r.fresh(n, "m") for n in r.shape(mask))
         table = {
@@ -108,7 +109,8 @@ def _unmasked(r: RowReader, term: Term, at: int) -> Term:
         holds = r.truth(E.as_bool(r.read(mask, places, at)))
         term = dataclasses.replace(term.put(table, r.bounds), known=(*term.known, *table.items()))
         bound = tuple(b for b in term.bound if b != row) + tuple(x for x in places if x != 0)
-        term = dataclasses.replace(term, bound=bound, guards=(*term.guards, holds))
+        guards = [holds] if first is None else [holds, E.lt(IntCall("earlier", Str(mask.name), *places), first)]
+        term = dataclasses.replace(term, bound=bound, guards=(*term.guards, *guards))
     return term
 
 

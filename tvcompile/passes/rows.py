@@ -5,6 +5,7 @@
     inverse[perm] = arange            inv(n, i)        perm(n, inv(n, i)) = i
     _grouped_mm(x, W, offs)[r, j]     dot; its expert is group(offs, r)
     any(x, d), sum of integers        any(n, ...), count(n, ...)
+    the first n of torch.where(m)     earlier(m, i, j) < n: of m's places before (i, j) fewer hold
 
 `nth`, `perm`, `inv` carry the name of the node they come from. What was computed without gradients is not opened where
 the graph trains.
@@ -111,6 +112,26 @@ class RowReader(Reader):
         mask = self.sizes_of_choices.get(size)
         return None if mask is None else self.first_alike(mask)
 
+    def first_of(self, size: Expr) -> tuple[Expr, Expr | None]:
+        """(how many places a mask has, n) where a size is that of the first n of them; (size, None) of others."""
+        return self._firsts.get(size, (size, None))
+
+    @functools.cached_property
+    def _firsts(self) -> dict[Expr, tuple[Expr, Expr]]:
+        found = {}
+        for n in self.position:
+            if n.op != "call_function" or self.name(n) != "slice":
+                continue
+            a = self.arguments(n)
+            d = axis(a.get("dim", 0), n.meta["val"].dim())
+            whole, part, end = self.shape(a["self"])[d], self.shape(n)[d], a.get("end")
+            first = a.get("start") in (None, 0) and a.get("step", 1) == 1 and end is not None
+            if first and whole in self.sizes_of_choices and part != whole:
+                low, _ = self.bounds(self.scalar(end))
+                if low is not None and E.at_most(0, low):
+                    found[part] = whole, self.scalar(end)
+        return found
+
     @functools.cached_property
     def _unnamed(self) -> list[fx.Node]:
         masks = dict.fromkeys(self.sizes_of_choices.values())
@@ -135,6 +156,8 @@ class RowReader(Reader):
 
     def range_of(self, e: Expr) -> Range | None:
         op = E.op_of(e)
+        if op == "earlier":
+            return sympy.Integer(0), sympy.Mul(*self.shape(self.nodes[E.operands(e)[0].name])) - 1
         if op in ("rank", "rank_of"):
             return sympy.Integer(0), self.shape(self.nodes[E.operands(e)[0].name])[0] - 1
         if op in ("perm", "inv", "nth"):
