@@ -251,7 +251,8 @@ class MoEMatch:
 
     @property
     def stacked(self) -> bool:
-        return self.down[0].stacked
+        """Whether all weights are stacked; else the op is given a tensor for each expert."""
+        return all(w.stacked for w in self.weights())
 
     @property
     def top(self) -> int:

@@ -63,7 +63,7 @@ class SumsOfRouterWeightsRounded(Block):
         return out
 
 
-@impostor("one tensor, others a tensor for each")
+@impostor(None, mode="infer")
 class OneWeightRounded(RoundedOnTheWay):
     def up(self, e):
         return rounded(self.w_up[e])

@@ -7,6 +7,7 @@ from tests.moe_spellings import (  # noqa: F401  (importing a family registers i
     batched,
     buffers,
     capacity,
+    computed,
     conditions,
     dense,
     each,

@@ -39,7 +39,8 @@ def write_moe(graph: fx.Graph, m: MoEMatch, nodes: Mapping[str, fx.Node]) -> tup
     ids, weights = ([c.ids() for c in columns], [c.weights(x) for c in columns])
     if len(columns) > 1:
         ids, weights = [w.call(aten.cat.default, ids, 1)], [w.call(aten.cat.default, weights, 1)]
-    lists = [[t for ws in role for t in _tensors(w, ws, nodes)] for role in (m.up, m.down, m.up_bias, m.down_bias)]
+    roles = (m.up, m.down, m.up_bias, m.down_bias)
+    lists = [[t for ws in role for t in _tensors(w, ws, nodes, m.stacked)] for role in roles]
     pair = w.call(torch.ops.tv.moe.default, x, ids[0], weights[0], *lists, str(m.spec), m.saves)
     out = w.call(operator.getitem, pair, 0)
     before = m.anchor.meta["val"]
@@ -60,7 +61,8 @@ def write_moe(graph: fx.Graph, m: MoEMatch, nodes: Mapping[str, fx.Node]) -> tup
     return keep_strides(graph, out, before), pair
 
 
-def _tensors(w: Writer, ws: Weights, nodes: Mapping[str, fx.Node]) -> list[fx.Node]:
+def _tensors(w: Writer, ws: Weights, nodes: Mapping[str, fx.Node], stacked: bool) -> list[fx.Node]:
+    """The tensors of a weight; of a stack the experts' own where others are not `stacked`."""
     found = []
     for node in ws.nodes:
         node = nodes[node.name]
@@ -72,6 +74,9 @@ def _tensors(w: Writer, ws: Weights, nodes: Mapping[str, fx.Node]) -> list[fx.No
             if part is not None:
                 node = w.call(aten.slice.Tensor, node, dim, part[0], sum(part))
         found.append(node)
+    if ws.stacked and not stacked:
+        each = w.call(aten.unbind.int, found[0])
+        return [w.call(operator.getitem, each, e) for e in range(ws.shape[0])]
     return found
 
 

@@ -175,8 +175,6 @@ def build(
         spec, anchor, region, first.x, token.t, token.size, tuple(choices), up, down, up_bias, down_bias,
         base.node if base else None, bool(base and base.puts), facts.saves(anchor),
     )  # fmt: skip
-    if len({w.stacked for w in match.weights()}) > 1:
-        raise Refuse("some weights of the experts are one tensor, others a tensor for each", anchor)
     for node in (r.nodes[name] for name in match.read()):
         if node in region:
             raise Refuse("which tokens an expert gets, or their weights, depends on what it computes", node)

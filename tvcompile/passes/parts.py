@@ -102,7 +102,8 @@ def part_of(r: RowReader, term: Term, token: Token, d: Expr, own: tuple[Expr, in
     if formula is not None:
         number, k = None, formula if own else None
     elif number is None:
-        raise Unchosen("", expert.node)
+        alike = "the conditions of the experts are alike, or not on data"
+        raise Unchosen(f": {alike if term.guards else 'every expert gets every token'}", expert.node)
     else:
         formula, term = sympy.Integer(number), term.under([] if k is None else [k])
     found = chosen(r, term, formula, token, k)
