@@ -18,6 +18,7 @@ from tests.moe_spellings import CORPUS, Block
 from tests.moe_spellings.capacity import SwitchInFloats
 from tests.moe_spellings.grouped import SortHistcInverse
 from tests.moe_spellings.loops import WhereIndexAdd
+from tests.moe_spellings.thresholds import AboveHalf
 from tvcompile.moe_spec import MoESpec
 from tvcompile.passes import terms_of
 
@@ -299,6 +300,25 @@ def test_experts_that_are_drawn(spelling, again):
     (site,) = moe_sites(report)
     # Conditions on the matrix hold for any number of experts where ids may be alike.
     assert f"K={block.count if again and spelling == 'scattered' else block.top}," in str(site)
+
+
+class GatesDropped(AboveHalf):
+    own = True
+
+    def gates(self, x):
+        return F.dropout(super().gates(x), 0.5)
+
+
+def test_gates_that_are_dropped_out():
+    """Whether an expert counts was drawn, and its weight is that of the same draw."""
+    block, x = GatesDropped(), CORPUS["dense.MaskedSum"].make_inputs(torch.float32)[0].detach()
+    compiled = torch.compile(block, backend="tv", options=harness.STRICT)
+    with torch.no_grad(), tvcompile.collect() as report:
+        torch.manual_seed(0)
+        expected = block(x)
+        torch.manual_seed(0)
+        torch.testing.assert_close(compiled(x), expected, rtol=1e-4, atol=1e-5)
+    assert len(moe_sites(report)) == 1
 
 
 class Drawn(SortHistcInverse):

@@ -96,6 +96,13 @@ class OneExpertAboveTwoThresholds(Thresholds):
         return (gates[:, :1] > 0.4) * self.expert(x, 0) + (gates[:, 1:2] > 0.6) * self.expert(x, 0)
 
 
+@impostor("depends on what it computes")
+class ByItsOwnSign(Thresholds):
+    def weighed(self, x, gates):
+        results = [self.expert(x, e) for e in range(self.count)]
+        return sum(torch.where(y.sum(-1, keepdim=True) > 0, y, 0.0) for y in results)
+
+
 @impostor(None)
 class ThresholdsThatDiffer(Thresholds):
     def weighed(self, x, gates):

@@ -252,6 +252,11 @@ def _leaf(r, a, n, idx):
     return r.leaf(n, idx)
 
 
+def _dropout(r, a, n, idx):
+    """What was drawn is the tensor's own."""
+    return r.leaf(n, idx) if a.get("train", True) and a["p"] else None
+
+
 def _nonzero(r, a, n, idx):
     return r.nth(a["self"], int(idx[1]), idx[0]) if E.constant(idx[1]) is not None else None
 
@@ -374,6 +379,7 @@ ROWS = {
     "cumsum": _cumsum,
     **dict.fromkeys(("linear", "addmm", "baddbmm"), _product),
     **dict.fromkeys(("log_softmax", "_log_softmax", "special_log_softmax", "nan_to_num"), _leaf),
+    **dict.fromkeys(("dropout", "feature_dropout"), _dropout),
     **dict.fromkeys(GROUPED, _atom),
     **dict.fromkeys(("nonzero", "argwhere"), _nonzero),
     "getitem": _getitem,
