@@ -272,6 +272,27 @@ def test_how_many_experts_a_token_has_is_a_number():
     assert len(moe_sites(harness.run(AsManyAs(), inputs, True, dynamic=False))) == 1
 
 
+class PlacesByAFloat(Block):
+    """A capacity that the program computes from the number of tokens: int(1.25 * T / E)."""
+
+    own, top = True, 1
+
+    def experts(self, x, ids, w):
+        C, hits = int(1.25 * x.shape[0] / self.count), F.one_hot(ids[:, 0], self.count)
+        place = (hits.cumsum(0) * hits).sum(-1) - 1
+        place = F.one_hot(torch.where(place < C, place, C), C + 1)[:, None, :C]
+        dispatch = (hits[..., None] * place).to(x.dtype)
+        rows = torch.einsum("tec,th->ech", dispatch, x)
+        y = torch.stack([self.expert(rows[e], e) for e in range(self.count)])
+        return torch.einsum("tec,ech->th", dispatch * w[:, :, None], y)
+
+
+def test_a_capacity_that_is_computed_from_a_size():
+    """What is emitted compares places with a number that no tensor of the graph has as a size."""
+    report = harness.run(PlacesByAFloat(), CORPUS["dense.MaskedSum"].make_inputs(torch.float32), True, dynamic=True)
+    assert len(moe_sites(report)) == 1, [str(r) for r in report.refusals]
+
+
 def test_half_of_the_experts_is_no_mixture():
     spelling = CORPUS["layers.SummedInPairs.own"]
     report = harness.run(spelling.build(torch.float32), spelling.make_inputs(torch.float32), True)

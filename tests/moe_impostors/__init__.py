@@ -9,6 +9,7 @@ from tests.moe_impostors import (  # noqa: F401  (registers them)
     firsts,
     ids,
     indexed,
+    joined,
     maps,
     mesh,
     one_hot,

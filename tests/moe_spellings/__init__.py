@@ -14,6 +14,7 @@ from tests.moe_spellings import (  # noqa: F401  (importing a family registers i
     firsts,
     grouped,
     indexed,
+    joined,
     known,
     layers,
     loops,

@@ -52,6 +52,15 @@ class Buffer(Places):
         return self.combined(y * (weights * kept).unsqueeze(-1))
 
 
+@moe(own=True, kind="gelu")
+class NumbersFromOne(Buffer):
+    """One is taken off after the sum over experts."""
+
+    def numbers(self, flat):
+        hits = F.one_hot(flat, self.count)
+        return (hits.cumsum(0) * hits).sum(-1) - 1
+
+
 @moe(first=False, bias=True, kind="relu")
 @moe(top=1, router="top1", layout="separate")
 @moe(own=True, kind="gelu", bias=True)

@@ -190,6 +190,40 @@ class Switch(Block):
         return out * w
 
 
+class Intervals(Block):
+    """The expert is the interval that a number of the token is in."""
+
+    top = 1
+
+    def numbers(self, x):
+        return (x[:, :7] > 0).sum(-1)  # 0 to 7
+
+    def ids(self, x):
+        return (self.numbers(x) * self.count // 7).clamp(max=self.count - 1)
+
+    def coefficients(self, x):
+        return F.one_hot(self.ids(x), self.count).to(x.dtype)
+
+    def experts(self, x, ids, w):
+        ids, out = self.ids(x), torch.zeros_like(x)
+        for e in range(self.count):
+            mask = ids == e
+            out[mask] = self.expert(x[mask], e)
+        return out
+
+
+@moe()
+@moe(own=True, kind="gelu")
+class IntervalsClamped(Intervals):
+    pass
+
+
+@moe(kind="relu")
+class IntervalsDivided(Intervals):
+    def ids(self, x):
+        return torch.div(self.numbers(x), 2, rounding_mode="floor")
+
+
 @moe(router="top1", kind="gelu")
 class SwitchByOneHot(Switch):
     """Results are weighted where they are put, by the one probability that a one-hot leaves."""

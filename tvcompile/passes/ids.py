@@ -32,13 +32,14 @@ def in_range(r: RowReader, ids: Expr, experts: Expr) -> bool:
 
 SCATTERS = ("scatter", "scatter_add")
 READ = ("load", "%")
+COMPUTED = ("//", "min", "max", "clamp_min", "clamp_max")  # of what is read
 
 
 def is_read(e: Expr) -> bool:
     """Is an integer read from tensors, or a sum of such, as group * 4 + place is?"""
     if isinstance(e, (sympy.Add, sympy.Mul)):
         return not e.is_negative and all(x.is_Integer and x > 0 or is_read(x) for x in e.args)
-    return E.op_of(e) in READ
+    return E.op_of(e) in READ or E.op_of(e) in COMPUTED and bool(E.loads(e))
 
 
 def compared(guard: Expr, expert: Expr) -> Expr | None:

@@ -44,7 +44,20 @@ def flat(conditions: Iterable[Expr]) -> tuple[Expr, ...]:
 def exclude(*conditions: Expr) -> bool:
     """Do conditions exclude each other?"""
     parts = set(flat(conditions))
-    return any(E.not_(x) in parts for x in parts) or E.and_(*parts) is E.FALSE
+    return any(E.not_(x) in parts for x in parts) or E.and_(*parts) is E.FALSE or _two_numbers(parts)
+
+
+def _two_numbers(conditions: Collection[Expr]) -> bool:
+    """Is one formula said to be two numbers?"""
+    found: dict[Expr, Expr] = {}
+    for c in conditions:
+        if E.op_of(c) == "eq":
+            number, rest = E.operands(c)[0].as_coeff_Add()
+            if rest not in found and -rest in found:
+                number, rest = -number, -rest
+            if found.setdefault(rest, number) != number:
+                return True
+    return False
 
 
 def cases(e: Expr, guards: tuple[Expr, ...] = ()) -> Iterator[tuple[tuple[Expr, ...], Expr]]:
@@ -242,7 +255,7 @@ def _digits(r: RowReader, guard: Expr, symbols: Collection[Expr], guards: tuple[
     if not rest and high == 0:
         return [guard]
     known = {opened(r, g, ()) for g in guards}
-    for part in dict.fromkeys((number, number % size)):
+    for part in dict.fromkeys((number, number % size, number % size - size)):
         digit = sympy.expand(terms - high + part)
         shown = opened(r, digit, known)
         bottom = least(r, shown)

@@ -17,6 +17,7 @@ from ..expr import Expr
 from ..spec import Refuse
 from .contraction import added, further
 from .counts import counts
+from .joined import piece_at, pieces, sorted_parts
 from .movement import CASTS, SPLITS, Index, axis, rounding, unravel
 from .places import cases, decided, least, opened
 from .puts import PUTS
@@ -164,21 +165,11 @@ def _index_add(s: Sums, a, n, idx):
     if axis(a["dim"], len(idx)) != 0:
         raise Refuse("index_add along another dim than that of the tokens", n)
     found, scale = s.of(a["self"], idx, here), E.as_float(r.scalar(a.get("alpha", 1)))
-    for rows, index in _pieces(r, a["source"], a["index"]):
-        row = r.fresh(r.shape(rows)[0], "r")
-        link = (r.read(index, (row,), here), idx[0])
-        found += [t.under([row], links=[link]) for t in _times(s.of(rows, (row, *idx[1:]), here), scale)]
+    for index, start in pieces(r, a["index"]):
+        row = r.fresh(r.shape(index)[0], "r")
+        link, at = (r.read(index, (row,), here), idx[0]), sympy.expand(start + row)
+        found += [t.under([row], links=[link]) for t in _times(s.of(a["source"], (at, *idx[1:]), here), scale)]
     return found
-
-
-def _pieces(r: RowReader, rows: fx.Node, index: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
-    """Rows that were put together from the experts' rows, beside their tokens' numbers."""
-    if not (r.name(rows) == r.name(index) == "cat"):
-        return [(rows, index)]
-    a, b = r.arguments(rows), r.arguments(index)
-    pairs = list(zip(a["tensors"], b["tensors"]))
-    fit = len(a["tensors"]) == len(b["tensors"]) and all(r.shape(x)[0] == r.shape(y)[0] for x, y in pairs)
-    return pairs if fit and axis(a.get("dim", 0), len(r.shape(rows))) == 0 else [(rows, index)]
 
 
 def _scatter_add(s: Sums, a, n, idx):
@@ -263,6 +254,14 @@ def _cat(s: Sums, a, n, idx):
             for part, g in zip(a["tensors"], guards)
         ]
         return [t.under(guards=[g] if g is not E.TRUE else []) for terms, g in zip(parts, guards) for t in terms]
+    if (piece := piece_at(r, a["tensors"], d, idx[d])) is not None:
+        return s.of(piece[0], (*idx[:d], piece[1], *idx[d + 1 :]), here)
+    for mask, part in zip(sorted_parts(r, a["tensors"]) if d == 0 else (), a["tensors"]):
+        row = r.fresh(r.shape(part)[0], "r")
+        terms = s.of(part, (row, *idx[1:]), here)
+        found += [t.under([row], links=[(r.nth(mask, 0, row), idx[0])]) for t in terms]
+    if found:
+        return found
     for part in a["tensors"]:
         own = r.fresh(r.shape(part)[d], "n")
         guard = E.eq(idx[d], sympy.expand(start + own))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import sympy
 import torch
@@ -52,21 +53,31 @@ class Writer:
         return self.sizes[e]
 
     def _size(self, e: Expr, sources: Sequence[fx.Node]):
-        for node in sources:
-            val = node.meta["val"]
-            if isinstance(val, torch.SymInt) and _same(val, e):
-                return node
-            if isinstance(val, torch.Tensor):
-                for d, n in enumerate(val.shape):
-                    if isinstance(n, torch.SymInt) and _same(n, e):
-                        return self.call(aten.sym_size.int, node, d)
+        if (found := self._size_of(e, sources)) is not None:
+            return found
         if type(e) in ARITHMETIC:
             terms = [self.size(x, sources) for x in e.args]
             return functools.reduce(lambda a, b: self.call(ARITHMETIC[type(e)], a, b), terms)
         if E.op_of(e) in ("//", "%"):
             pair = [self.size(x, sources) for x in E.operands(e)]
             return self.call(operator.floordiv if E.op_of(e) == "//" else operator.mod, *pair)
+        # int(1.25 * tokens / experts), which the program computes.
+        before = list(itertools.takewhile(lambda n: n is not self.before, self.graph.nodes))
+        numbers = [n for n in before if isinstance(n.meta.get("val"), torch.SymInt)]
+        if (found := self._size_of(e, (*numbers, *before))) is not None:
+            return found
         raise ValueError(f"no tensor of the graph has the size {e}")
+
+    def _size_of(self, e: Expr, sources: Iterable[fx.Node]) -> fx.Node | None:
+        for node in sources:
+            val = node.meta.get("val")
+            if isinstance(val, torch.SymInt) and _same(val, e):
+                return node
+            if isinstance(val, torch.Tensor):
+                for d, n in enumerate(val.shape):
+                    if isinstance(n, torch.SymInt) and _same(n, e):
+                        return self.call(aten.sym_size.int, node, d)
+        return None
 
 
 ARITHMETIC = {sympy.Add: operator.add, sympy.Mul: operator.mul, sympy.Pow: operator.pow}
