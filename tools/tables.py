@@ -4,9 +4,9 @@
     python tools/tables.py --write [--arch sm90] [--pass fwd] [--width 128] [--dtype float16]
 
 For every architecture, dtype, width, class of work and pass of attention, and for every pass of the experts of ten
-public models: the first choice and the formula's. What is chosen must not spill; where a row of the table stands before
-it, the formula's spills are counted and shown. --part i/n takes every n-th case from the i-th, in an order that mixes
-them.
+public models: the first choice and the formula's. What is chosen must not spill. Where a row of the table stands before
+it, the formula's must not for want of registers; what ptxas spills though there are some, so that more programs run, is
+counted and shown. --part i/n takes every n-th case from the i-th, in an order that mixes them.
 
 --write compiles the rows of tables/attention.json with every class of work and writes into them which they serve and
 how much shared memory they take, and adds rows for what none of them serves without a spill. Rows of 16 bits serve
@@ -138,11 +138,11 @@ def cases(archs: list[str], ops: list[str], dtypes: list[str], passes: list[str]
 
 
 def compiled(case: Case, config: Any) -> dict[str, Any]:
-    """registers, spills and shared memory of a case's kernel, and what is `wrong` with them."""
+    """registers, spills and shared memory of a case's kernel, and what is `wrong` with them; needed: spills of all."""
     from tvcompile.tuning import amd_code, machine_code
     from tvcompile.tuning.cross_compile import compile_launch
 
-    row = {"case": str(case), "config": dataclasses.asdict(config), "spills": 0, "shared": 0, "wrong": ""}
+    row = {"case": str(case), "config": dataclasses.asdict(config), "spills": 0, "needed": 0, "shared": 0, "wrong": ""}
     try:
         kernel = compile_launch(case.launch(config), case.arch)
     except Exception as error:
@@ -151,7 +151,10 @@ def compiled(case: Case, config: Any) -> dict[str, Any]:
         code = amd_code.read(kernel, case.arch, config.num_warps)
     else:
         code = machine_code.read(kernel, case.arch, config.num_warps)
-    row |= {"registers": code.registers, "spills": code.spills, "shared": code.shared}
+    row |= {"registers": code.registers, "spills": code.spills, "needed": code.spills, "shared": code.shared}
+    if code.spills and case.arch.startswith("sm"):
+        roomy = compile_launch(case.launch(config), case.arch, all_registers=True)
+        row["needed"] = machine_code.read(roomy, case.arch, config.num_warps).spills
     limit = case.ask.device.shared
     if row["spills"]:
         row["wrong"] = f"{row['spills']} spills"
@@ -353,7 +356,7 @@ def main() -> int:
     if options.json:
         options.json.write_text(json.dumps(found, indent=1))
     shown = [row for row in found if row["wrong"]]
-    wrong = [row for row in shown if row["chosen"] or not row["spills"]]
+    wrong = [row for row in shown if row["chosen"] or row["needed"] or not row["spills"]]
     console = Console(highlight=False, soft_wrap=True)
     for row in shown:
         place = "wrong" if row in wrong else "behind a row"

@@ -16,8 +16,8 @@ from .buffers import Way, rows_put
 from .capacity import placed_row
 from .chosen import numbered
 from .contraction import CONTRACTIONS, operands_of
-from .ids import distinct
-from .movement import CASTS, Index, rounding
+from .ids import SCATTERS, distinct
+from .movement import CASTS, MOVEMENT, Index, rounding
 from .places import flat
 from .projections import Fix, Row, is_row, path_of
 from .rows import RowReader, over as positions_of
@@ -42,7 +42,8 @@ def token_row(r: RowReader, node: fx.Node, idx: Index, at: int, row: Row):
         (rows, at_rows), factors = split
         x, rest = token_row(r, rows, at_rows, here, row)
         return x, (*factors, *rest)
-    refused = Refuse("the rows of an expert are not its tokens", leaf)
+    made = name and name not in MOVEMENT and name not in ("index", *CONTRACTIONS, *SCATTERS)
+    refused = Refuse(f"the rows of an expert are not its tokens{f', but what {name} gives' * bool(made)}", leaf)
     ways = Closed(over, masked=False), Closed(over, masked=True), None
     for (idx, one), closed in itertools.product([(where, row), *of_every_expert(r, leaf, where, row)], ways):
         try:

@@ -185,25 +185,36 @@ def formula(asked: Ask) -> Config:
     """A config that fits everywhere: the block that stays takes a quarter of a 64 KiB register file's accumulators, the
     moving blocks a third of shared memory.
 
-    What edits scores takes registers for each score that a thread holds: then 256 threads share 32 x 32 of them, or
-    32 x 16 in backward. AMD's warps have 64 threads.
+    What edits scores takes registers for each score that a thread holds, and so does in backward what reads data: then
+    256 threads share 32 x 32 of them, or 32 x 16 in backward. AMD's warps have 64 threads.
     """
     pass_, size, wide = asked.pass_, asked.size, asked.width * asked.size
-    warps, stages = 4 if asked.device.arch.startswith("gfx") else 8, 2 if size == 2 else 1
+    plain = not asked.edits and asked.mask != "data"
+    amd = asked.device.arch.startswith("gfx")
+    # Sums and two blocks in flight of AMD share the registers of a thread.
+    warps, stages = 4 if amd else 8, 1 if size == 4 or amd and pass_ == "dkdv" else 2
     if pass_ == "decode" and size == 4:
         return Config(16, 32 if wide <= 512 else 16, 4 if wide <= 256 else warps, 1, packed=True)
     if pass_ == "decode":
-        plain = not asked.edits and asked.mask != "data"
         return Config(16, 64 if wide <= 128 + 128 * plain else 32, 4, 2, packed=True)
     if size == 4 and pass_ == "fwd" and (asked.edits or wide <= 256):
         # Products of float32 are multiplications, whose operands lie in registers.
         return Config(*((32, 32) if wide <= 256 else (16, 16)), warps, stages)
-    if asked.edits:
-        return Config(*{"fwd": (32, 32), "dq": (32, 16), "dkdv": (16, 32 if wide <= 512 else 16)}[pass_], warps, stages)
+    if pass_ == "fwd" and asked.edits:
+        return Config(32, 32, warps, stages)
+    if pass_ == "dq" and not plain:
+        if size == 4 and "mean" in asked.edits:
+            return Config(16, 32 if wide > 512 and not amd else 16, warps, stages)
+        return Config(16, 32, 4, 1) if size == 2 and wide > 256 else Config(32, 16, warps, stages)
+    if pass_ == "dkdv" and asked.arch == "gfx950" and wide > 512:
+        return Config(16, 16 if plain else 32, warps, 2)  # with one stage it spills there
+    if pass_ == "dkdv" and not plain:
+        return Config(16, 32 if wide <= 256 else 16, warps, stages, hoist=False)
     stays = 64 if wide <= 256 else 32 if wide <= 512 else 16
     moves = 64
     while moves > 16 and (moves * wide * 2 > asked.device.shared // 3 or size == 4):
         moves //= 2
-    # dK and dV are two sums that stay.
-    M, N = (min(moves, 32), min(stays, 32)) if pass_ == "dkdv" else (stays, moves)
-    return Config(M, N, warps, stages)
+    if pass_ == "dkdv":
+        # dK and dV are two sums that stay.
+        return Config(min(moves, 32), min(stays, 32), warps, stages, hoist=amd)
+    return Config(stays, moves, warps, stages)

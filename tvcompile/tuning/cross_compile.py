@@ -147,8 +147,14 @@ def expert_launches(
     return found
 
 
-def compile_launch(launch: Launch, arch: str) -> Any:
-    """Triton's compiled kernel, specialised as it would be for these arguments."""
+REGISTERS = 65536  # of a multiprocessor of NVIDIA, at most 255 for a thread (CUDA C++ programming guide)
+
+
+def compile_launch(launch: Launch, arch: str, all_registers: bool = False) -> Any:
+    """Triton's compiled kernel, specialised as it would be for these arguments.
+
+    all_registers: ptxas is told to take as many as there are for one program, rather than to spill so that more fit
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -176,4 +182,6 @@ def compile_launch(launch: Launch, arch: str) -> Any:
     nvidia = arch.startswith("sm")
     target = GPUTarget("cuda", int(arch[2:]), 32) if nvidia else GPUTarget("hip", arch, 64)
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    if all_registers and nvidia:
+        options["maxnreg"] = min(255, REGISTERS // (32 * launch.num_warps))
     return triton.compile(source, target=target, options=options)
