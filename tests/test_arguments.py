@@ -42,7 +42,7 @@ CHECKED = {
 }
 # Atoms and leaves stand for their node, whatever its arguments are.
 WHOLE = {rule for name, rule in ATOM_RULES.items() if name not in ("exp", "dropout", "feature_dropout", "baddbmm")}
-WHOLE |= {rows._atom, rows._leaf, rows._product, rows._any, rows._sum, rows._cumsum}
+WHOLE |= {rows._atom, rows._leaf, rows._dropout, rows._product, rows._any, rows._sum, rows._cumsum}
 TABLES = {
     "pointwise": pointwise.POINTWISE,
     "movement": movement.MOVEMENT,

@@ -14,7 +14,12 @@ from collections.abc import Iterator
 
 import torch._dynamo
 
-EXPERTS = re.compile(r"expert|moe\b|router|top_?k|index_add", re.IGNORECASE)
+EXPERTS = re.compile(
+    r"expert|moe\b|router|top_?k|index_add"
+    # A loop whose number something is compared with, and rows that something is called with: `ids == e`, `f[e](x[m])`.
+    r"|\bfor\s+(\w+)\b(?=.*==\s*\1\b).*[\w\])]\(\w+\[",
+    re.IGNORECASE | re.DOTALL,
+)
 SKIPPED = re.compile(r"frame skipped: (\S+) \((.+) line (\d+)\)")
 SWITCH = "@use_experts_implementation"  # in every file of transformers whose experts have the library's switch
 GROUPED = "model.set_experts_implementation('grouped_mm'), or experts_implementation='grouped_mm' when it is loaded"
