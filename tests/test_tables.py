@@ -138,3 +138,26 @@ def test_a_class_of_work_has_a_spec_of_its_own(work):
     from tvcompile.tuning.cross_compile import spec_of
 
     assert work_of(AttentionSpec.parse(spec_of(work))) == work
+
+
+PROBE = """
+import sys
+sys.path.insert(0, "tools")
+import tables
+from tvcompile.tuning.attention import Config
+
+case = tables.Case("attention", sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]), sys.argv[5], 4096)
+row = tables.compiled(case, Config(*map(int, sys.argv[6:])))
+print("found", row["spills"] > 0, row["needed"] > 0, bool(row["wrong"]))
+"""
+
+
+@pytest.mark.parametrize(
+    "case, needed",
+    [("sm90 float32 dq 256 causal+mean 32 16 8 1", True), ("sm80 bfloat16 dkdv 64 causal+score 16 32 8 1", False)],
+)
+def test_spills_for_want_of_registers_are_told_from_those_for_more_programs(case, needed):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", PROBE, *case.split()]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.stdout.endswith(f"found True {needed} True\n"), run.stdout + run.stderr

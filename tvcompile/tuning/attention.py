@@ -119,6 +119,20 @@ class Ask(ask.Ask):
         return frozenset(self.work.split("+")[1:])
 
     @property
+    def plain(self) -> bool:
+        """Whether scores stay as they are, and no data says what is kept."""
+        return not self.edits and self.mask != "data"
+
+    @property
+    def row(self) -> int:
+        """Bytes of a row of a head."""
+        return self.width * self.size
+
+    @property
+    def amd(self) -> bool:
+        return self.device.arch.startswith("gfx")
+
+    @property
     def problem(self) -> str:
         sizes = f"D={self.D} D_v={self.D_v} {self.work} M{ask.bucket(self.rows)} N{ask.bucket(self.keys)}"
         # How far kv is to be split depends on the programs that there are without.
@@ -153,10 +167,10 @@ class Ask(ask.Ask):
             return False
         sums = stays * self.width * (2 if self.pass_ == "dkdv" else 1) + c.BLOCK_M * c.BLOCK_N
         # What comes to AMD's shared memory comes through registers, of which it compiles for minutes if there are many.
-        if self.device.arch.startswith("gfx") and moves * self.width > 8192:
+        if self.amd and moves * self.width > 8192:
             return False
         # A thread of NVIDIA has 255 registers, one of AMD 512; Blackwell's sums have memory of their own.
-        each = sums / (c.num_warps * (64 if self.device.arch.startswith("gfx") else 32))
+        each = sums / (c.num_warps * (64 if self.amd else 32))
         held = (c.num_stages - (0 if self.arch in ("sm90", "sm100") else 1)) * moves * 2 * self.width * self.size
         return each <= 256 and held <= self.device.shared
 
@@ -188,33 +202,53 @@ def formula(asked: Ask) -> Config:
     What edits scores takes registers for each score that a thread holds, and so does in backward what reads data: then
     256 threads share 32 x 32 of them, or 32 x 16 in backward. AMD's warps have 64 threads.
     """
-    pass_, size, wide = asked.pass_, asked.size, asked.width * asked.size
-    plain = not asked.edits and asked.mask != "data"
-    amd = asked.device.arch.startswith("gfx")
-    # Sums and two blocks in flight of AMD share the registers of a thread.
-    warps, stages = 4 if amd else 8, 1 if size == 4 or amd and pass_ == "dkdv" else 2
-    if pass_ == "decode" and size == 4:
-        return Config(16, 32 if wide <= 512 else 16, 4 if wide <= 256 else warps, 1, packed=True)
-    if pass_ == "decode":
-        return Config(16, 64 if wide <= 128 + 128 * plain else 32, 4, 2, packed=True)
-    if size == 4 and pass_ == "fwd" and (asked.edits or wide <= 256):
+    return {"fwd": _fwd, "dq": _dq, "dkdv": _dkdv, "decode": _decode}[asked.pass_](asked)
+
+
+def _fwd(a: Ask) -> Config:
+    if a.size == 4 and (a.edits or a.row <= 256):
         # Products of float32 are multiplications, whose operands lie in registers.
-        return Config(*((32, 32) if wide <= 256 else (16, 16)), warps, stages)
-    if pass_ == "fwd" and asked.edits:
-        return Config(32, 32, warps, stages)
-    if pass_ == "dq" and not plain:
-        if size == 4 and "mean" in asked.edits:
-            return Config(16, 32 if wide > 512 and not amd else 16, warps, stages)
-        return Config(16, 32, 4, 1) if size == 2 and wide > 256 else Config(32, 16, warps, stages)
-    if pass_ == "dkdv" and asked.arch == "gfx950" and wide > 512:
-        return Config(16, 16 if plain else 32, warps, 2)  # with one stage it spills there
-    if pass_ == "dkdv" and not plain:
-        return Config(16, 32 if wide <= 256 else 16, warps, stages, hoist=False)
-    stays = 64 if wide <= 256 else 32 if wide <= 512 else 16
+        return Config(*((32, 32) if a.row <= 256 else (16, 16)), _warps(a), 1)
+    tile = (32, 32) if a.edits else _sides(a)
+    return Config(*tile, _warps(a), 2 if a.size == 2 else 1)
+
+
+def _dq(a: Ask) -> Config:
+    if not a.plain and a.size == 2 and a.row > 256:
+        return Config(16, 32, 4, 1)
+    if a.size == 4 and "mean" in a.edits:
+        return Config(16, 32 if a.row > 512 and not a.amd else 16, _warps(a), 1)
+    tile = _sides(a) if a.plain else (32, 16)
+    return Config(*tile, _warps(a), 2 if a.size == 2 else 1)
+
+
+def _dkdv(a: Ask) -> Config:
+    if a.arch == "gfx950" and a.row > 512:
+        return Config(16, 16 if a.plain else 32, 4, 2)  # with one stage it spills there
+    # Sums and two blocks in flight of AMD share the registers of a thread.
+    stages = 2 if a.size == 2 and not a.amd else 1
+    if not a.plain:
+        return Config(16, 32 if a.row <= 256 else 16, _warps(a), stages, hoist=False)
+    stays, moves = _sides(a)
+    # dK and dV are two sums that stay.
+    return Config(min(moves, 32), min(stays, 32), _warps(a), stages, hoist=a.amd)
+
+
+def _decode(a: Ask) -> Config:
+    if a.size == 4:
+        return Config(16, 32 if a.row <= 512 else 16, 4 if a.row <= 256 else _warps(a), 1, packed=True)
+    return Config(16, 64 if a.row <= 128 + 128 * a.plain else 32, 4, 2, packed=True)
+
+
+def _warps(a: Ask) -> int:
+    """Of 256 threads."""
+    return 4 if a.amd else 8
+
+
+def _sides(a: Ask) -> tuple[int, int]:
+    """Rows that stay, and rows of a moving block."""
+    stays = 64 if a.row <= 256 else 32 if a.row <= 512 else 16
     moves = 64
-    while moves > 16 and (moves * wide * 2 > asked.device.shared // 3 or size == 4):
+    while moves > 16 and (moves * a.row * 2 > a.device.shared // 3 or a.size == 4):
         moves //= 2
-    if pass_ == "dkdv":
-        # dK and dV are two sums that stay.
-        return Config(min(moves, 32), min(stays, 32), warps, stages, hoist=amd)
-    return Config(stays, moves, warps, stages)
+    return stays, moves
