@@ -125,8 +125,17 @@ def test_a_loop_over_experts_is_named_with_its_rewrite(program, code, rewrite):
     assert report.hints[0] in str(report).replace("\n", " ") or code in str(report)
 
 
-def test_other_breaks_get_no_such_hint():
-    assert not report_of(no_experts, *tensors()).hints
+def no_rows(x, *_):
+    for i in range(3):
+        if i == 1:
+            for row in x.nonzero():
+                x = x + row.sum()
+    return x
+
+
+@pytest.mark.parametrize("program", [no_experts, no_rows])
+def test_other_breaks_get_no_such_hint(program):
+    assert not report_of(program, *tensors()).hints
 
 
 def test_a_second_report_does_not_repeat_the_first():

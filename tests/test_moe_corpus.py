@@ -272,6 +272,13 @@ def test_how_many_experts_a_token_has_is_a_number():
     assert len(moe_sites(harness.run(AsManyAs(), inputs, True, dynamic=False))) == 1
 
 
+def test_ids_that_are_computed_are_ids():
+    """No condition for each expert, of which a token would have as many as there are experts."""
+    spelling = CORPUS["loops.IntervalsClamped"]
+    report = harness.run(spelling.build(torch.float32), spelling.make_inputs(torch.float32), True)
+    assert "K=1," in str(moe_sites(report)[0])
+
+
 class PlacesByAFloat(Block):
     """A capacity that the program computes from the number of tokens: int(1.25 * T / E)."""
 

@@ -272,6 +272,20 @@ def test_the_products_pass_opcheck(layout, stacked):
     torch.library.opcheck(products, (x[tokens], None, routing.offsets, E, up, []))
 
 
+@pytest.mark.parametrize("codegen", ["eager", "inductor"])
+def test_pairs_without_an_expert_read_no_memory_that_was_not_written(codegen):
+    args = [[t.detach() for t in a] if isinstance(a, list) else a.detach() for a in arguments(dtype=torch.float32)]
+    assert bool((args[1] < 0).any())
+    call = torch.compile(lambda *a: OP(*a, SILU, False)[0], backend=codegen)
+    expected = moe_ref(*args, SILU)
+    torch.use_deterministic_algorithms(True)  # what is not written is NaN
+    try:
+        assert torch.empty(3).isnan().all()
+        torch.testing.assert_close(call(*args), expected, rtol=1e-4, atol=1e-4)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_opcheck_of_inference():
     args = [[t.detach() for t in a] if isinstance(a, list) else a.detach() for a in arguments(dtype=torch.float32)]
     torch.library.opcheck(OP, (*args, SILU, False))

@@ -60,6 +60,18 @@ class FromMinusOne(OtherMasks):
 
 
 @impostor(None)
+class WithoutTheFirst(Sorted):
+    """Ids of -1 are sorted before all parts: row r is no row r of the parts."""
+
+    def experts(self, x, ids, w):
+        order, ids = self.sorted(torch.where(w > 0.6, ids, -1))
+        valid = ids >= 0
+        token, rows = (order // self.top)[valid], x[order // self.top]
+        y = torch.cat([self.expert(rows[m], e) for e, m in enumerate(self.masks(ids))])
+        return torch.zeros_like(x).index_add(0, token, y * w.flatten()[order][valid, None])
+
+
+@impostor(None)
 class TokensOfOthers(Lists):
     def experts(self, x, ids, w):
         tokens, results = [], []

@@ -3,8 +3,23 @@
 import torch
 
 from tests.moe_impostors.base import ANY, Loop, impostor
-from tests.moe_spellings.base import H
+from tests.moe_spellings.base import Block, H
 from tests.moe_spellings.conditions import SumOrMore
+
+
+@impostor(None)
+class WeighedByTwoOfThem(Block):
+    """A probability that a one-hot of two experts leaves, which are not all."""
+
+    router, top = "top1", 1
+
+    def experts(self, x, ids, w):
+        out, probabilities, ids = torch.zeros_like(x), self.gate(x).softmax(-1)[:, :2], ids[:, 0]
+        mine = (ids[:, None] == torch.arange(2)).to(x.dtype)
+        for e in range(self.count):
+            token = (ids == e).nonzero()[:, 0]
+            out[token] = self.expert(x[token], e) * (probabilities * mine).sum(1)[token, None]
+        return out
 
 
 class Replaced(Loop):

@@ -61,6 +61,20 @@ class PutWithZeros(Thresholds):
         return out
 
 
+@impostor("conditions of several experts may hold")
+class ClearedInsideWhereItIsPut(Gates):
+    """The second expert's features are cleared where the first one's result is, which they take the place of."""
+
+    kind = "gelu"
+
+    def weighed(self, x, gates):
+        out, first, second = torch.zeros_like(x), *self.kept(gates)[:, :2].unbind(1)
+        out[first] = self.expert(x[first], 0)
+        hidden = self.activate(self.linear(x[second], "up", 1)) * ~first[second, None]
+        out[second] = self.linear(hidden, "down", 1)
+        return out
+
+
 @impostor("replace a part of what is not zero")
 class PutOverTheTokens(Thresholds):
     def weighed(self, x, gates):

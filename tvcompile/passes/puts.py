@@ -109,10 +109,9 @@ def _put(s: Sums, n: fx.Node, base: fx.Node, put: tuple[Index, Index, fx.Node], 
 
 def _at_its_id(r: RowReader, t: Term) -> Term:
     """sum_e (ids[t] = e) p[t,e] is p[t, ids[t]], without a condition, where each id is one of the e."""
-    read = set().union(*(i.free_symbols for i in t.product[1])) if t.product else set()
     for b, g in itertools.product(t.bound, t.guards):
         place = solved(g, b)
-        if b not in read and place is not None and E.within(place, r.ranges[b], r.bounds):
+        if place is not None and E.within(place, r.ranges[b], r.bounds):
             bound, guards = (tuple(x for x in xs if x is not y) for xs, y in ((t.bound, b), (t.guards, g)))
             return _at_its_id(r, dataclasses.replace(t, bound=bound, guards=guards).put({b: place}, r.bounds))
     return t
