@@ -61,10 +61,14 @@ class FromMinusOne(OtherMasks):
 
 @impostor(None)
 class WithoutTheFirst(Sorted):
-    """Ids of -1 are sorted before all parts: row r is no row r of the parts."""
+    """Ids of -1, as a table gives them, are sorted before all parts: row r is no row r of the parts."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = torch.nn.Buffer(torch.tensor([2, -1, 0, 1]))
 
     def experts(self, x, ids, w):
-        order, ids = self.sorted(torch.where(w > 0.6, ids, -1))
+        order, ids = self.sorted(self.table[ids])
         valid = ids >= 0
         token, rows = (order // self.top)[valid], x[order // self.top]
         y = torch.cat([self.expert(rows[m], e) for e, m in enumerate(self.masks(ids))])
