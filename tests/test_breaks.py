@@ -1,9 +1,12 @@
 """Loops over experts that break the graph: the report names the line and what to write instead."""
 
+import re
+
 import pytest
 import torch
 
 import tvcompile
+from tvcompile import breaks
 
 OPTIONS = {"tv.codegen": "none"}
 
@@ -87,9 +90,25 @@ class IfInAModule(torch.nn.Module):
         return out
 
 
-def no_experts(x, ids, w, up, down):
-    for row in x.nonzero():
-        x = x + row.sum()
+def sums(x, *_):
+    for _ in range(3):
+        if x.sum() > 0:
+            x = x - 1
+    return x
+
+
+def no_rows(x, *_):
+    for i in range(3):
+        if x.dim() == i:
+            if x.any():
+                x = torch.sin(x)
+    return x
+
+
+def no_number(x, *_):
+    for i in range(3):
+        if x.any():
+            x = torch.sin(x[i:])
     return x
 
 
@@ -125,17 +144,13 @@ def test_a_loop_over_experts_is_named_with_its_rewrite(program, code, rewrite):
     assert report.hints[0] in str(report).replace("\n", " ") or code in str(report)
 
 
-def no_rows(x, *_):
-    for i in range(3):
-        if i == 1:
-            for row in x.nonzero():
-                x = x + row.sum()
-    return x
-
-
-@pytest.mark.parametrize("program", [no_experts, no_rows])
-def test_other_breaks_get_no_such_hint(program):
+@pytest.mark.parametrize("program", [sums, no_rows, no_number])
+def test_other_breaks_get_no_such_hint(program, monkeypatch):
     assert not report_of(program, *tensors()).hints
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()  # what was reported once is not reported again
+    monkeypatch.setattr(breaks, "EXPERTS", re.compile(""))
+    assert report_of(program, *tensors()).hints, "it breaks where a loop over experts would"
 
 
 def test_a_second_report_does_not_repeat_the_first():
