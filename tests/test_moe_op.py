@@ -15,7 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 import tvcompile.kernels
 from tests.harness import tolerated
 from tvcompile import expr, syntax
-from tvcompile.kernels import cpu_products
+from tvcompile.kernels import cpu_experts, cpu_products
 from tvcompile.kernels.experts import Experts, Routing, moe_ref
 from tvcompile.moe_spec import LAYOUTS, MoESpec
 from tvcompile.tuning.cpu import ExpertConfig
@@ -140,19 +140,21 @@ def test_products_in_either_dtype(layout, stacked, bias, weigh, dtype, faster, c
     """Whatever this machine is faster in: in x's dtype, or in float32 with few numbers widened at a time."""
     monkeypatch.setattr(cpu_products, "float32_is_faster", lambda _: faster)
     monkeypatch.setattr(cpu_products, "WIDE", 100)
+    monkeypatch.setattr(cpu_products, "SMALL", 1000 * contiguous)
     x, ids, w, up, down, *biases = arguments(layout, stacked, bias, dtype, tokens=400)
     if contiguous:
         up, down = ([t.detach().contiguous().requires_grad_() for t in ts] for ts in (up, down))
     check_precise([(x, ids, w, up, down, *biases)], spec_of(layout, weigh), dtype)
 
 
-@pytest.mark.parametrize("way", ["as they are", "widened", "widened without oneDNN"])
+@pytest.mark.parametrize("way", ["as they are", "widened", "widened without oneDNN", "small ones"])
 @pytest.mark.parametrize("shape", [(200, 96, 40), (200, 40, 96), (7, 40, 96)], ids=str)
 @pytest.mark.parametrize("order", ["io", "oi"])
 def test_a_bias_is_added_before_the_product_is_rounded(shape, order, way, monkeypatch):
     """On which side of a bend a value lies must not depend on more than one rounding."""
     monkeypatch.setattr(cpu_products, "float32_is_faster", lambda _: way != "as they are")
     monkeypatch.setattr(cpu_products, "WIDE", 1000)
+    monkeypatch.setattr(cpu_products, "SMALL", 1 << 18 if way == "small ones" else 0)
     if way == "widened without oneDNN":
         monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
         monkeypatch.setattr(cpu_products, "product_dtype", lambda _: torch.float32)
@@ -163,6 +165,39 @@ def test_a_bias_is_added_before_the_product_is_rounded(shape, order, way, monkey
         cpu_products.times(out, rows, W, bias)
         exact = rows.double() @ W.double() + bias.double()
         assert ((out.double() - exact).abs() <= exact.abs() * 2**-8 + 1e-4).all()
+
+
+@pytest.mark.parametrize("small", [0, 1 << 18], ids=["oneDNN", "torch.mm"])
+def test_any_number_of_rows(small, monkeypatch):
+    monkeypatch.setattr(cpu_products, "SMALL", small)
+    W, bias = torch.randn(24, 40), torch.randn(40)
+    for n in (1, 2, 31, 32, 33, 63, 65, 128, 129, 1000, 1023):
+        rows, out = torch.randn(n, 24), torch.zeros(n + 1, 40)
+        cpu_products.times(out[:n], rows, W, bias)
+        assert torch.allclose(out[:n].double(), rows.double() @ W.double() + bias.double(), atol=1e-5)
+        assert not out[n].any()
+
+
+@pytest.mark.parametrize("layout, stacked, bias, weigh", GRID[::5])
+def test_products_are_of_few_numbers_of_rows(layout, stacked, bias, weigh, monkeypatch):
+    """oneDNN compiles a kernel for each, and an expert has another number of tokens in every call."""
+    taken = set()
+
+    def counted(real, dim):
+        return lambda out, a, *rest: (taken.add(a.shape[dim]), real(out, a, *rest))
+
+    for name, dim in (("times", 0), ("multiply", 1)):
+        monkeypatch.setattr(cpu_experts, name, counted(getattr(cpu_experts, name), dim))
+    for tokens in (40, 120, 333, 700):
+        check_exact(arguments(layout, stacked, bias, tokens=tokens), spec_of(layout, weigh))
+    assert len(taken) > 8 and taken == {cpu_products.round_up(n) for n in taken}
+
+
+def test_rows_are_rounded_up_a_little():
+    for n in range(1, 3000):
+        more = cpu_products.round_up(n)
+        assert n <= more <= n * 33 / 32 and more == cpu_products.round_up(more)
+    assert len({cpu_products.round_up(n) for n in range(1, 1 << 12)}) < 300
 
 
 def test_memory_first_used_in_inference_mode_serves_others(monkeypatch):

@@ -26,7 +26,7 @@ from torch.nn.functional import embedding_bag
 from .. import expr as E
 from ..derive import underivable
 from . import cpu_fused
-from .cpu_products import float32_is_faster, multiply, times
+from .cpu_products import float32_is_faster, multiply, round_up, times
 from .experts import ExpertGradients, ExpertKernel, ExpertNeed, Experts, Routing, Wanted, activate
 
 
@@ -55,17 +55,38 @@ def products(
     package of AOTInductor hands over an empty list as None.
     """
     bounds, (W, bias) = offsets.tolist(), (unstacked(W, 2), unstacked(bias or (), 1))
-    sets = len(W) // count
-    out = rows.new_empty(len(rows) if places is None else len(places), sets * W[0].shape[1])
+    sets, total = len(W) // count, len(rows if places is None else places)
+    spans = [(e, slice(a, b)) for e, (a, b) in enumerate(zip(bounds, bounds[1:])) if a < b]
+    # Products write over the first rows of the next expert, whose own come after them.
+    out = rows.new_empty(room(total, spans), sets * W[0].shape[1])
+    for e, own in spans:
+        more = whole(own)
+        fits = places is None and more.stop <= total
+        X = rows[more] if fits else taken(rows, own if places is None else places[own], more.stop - more.start)
+        for part, w, each in zip(out[more].chunk(sets, 1), W[e::count], bias[e::count] or [None] * sets):
+            times(part, X, w, each)
     if clear:
         out[bounds[-1] :] = 0
-    for e, (a, b) in enumerate(zip(bounds, bounds[1:])):
-        if a == b:
-            continue
-        X = rows[a:b] if places is None else rows.index_select(0, places[a:b])
-        parts = out[a:b].chunk(sets, 1)
-        for part, w, each in zip(parts, W[e::count], bias[e::count] or [None] * sets):
-            times(part, X, w, each)
+    return out[:total]
+
+
+def whole(own: slice) -> slice:
+    """The rows that a product takes for these (see round_up)."""
+    return slice(own.start, own.start + round_up(own.stop - own.start))
+
+
+def room(total: int, spans: Sequence[tuple[int, slice]]) -> int:
+    """How many rows it takes that each span of `total` has its whole."""
+    return max([total, *(whole(own).stop for _, own in spans)])
+
+
+def taken(rows: Tensor, at: slice | Tensor, count: int) -> Tensor:
+    """[count,N]: rows[at], and behind them whatever is in memory."""
+    out = rows.new_empty(count, rows.shape[1])
+    if isinstance(at, slice):
+        out[: at.stop - at.start] = rows[at]
+    else:
+        torch.index_select(rows, 0, at, out=out[: len(at)])
     return out
 
 
@@ -92,13 +113,17 @@ def unstacked(tensors: Sequence[Tensor], dims: int) -> Sequence[Tensor]:
 class Batch:
     """Consecutive experts and their n pairs: rows `at` in the order of experts, of tokens [n], with weights w [n,1].
 
-    shares: (e, the rows of e among the n)
+    shares: (e, the rows of e among the n); room: how many rows it takes that products take more than n
     """
 
     at: slice
     shares: tuple[tuple[int, slice], ...]
     tokens: Tensor
     w: Tensor
+
+    @property
+    def room(self) -> int:
+        return room(len(self.tokens), self.shares)
 
     @staticmethod
     def all(p: Experts, routing: Routing) -> Iterator[Batch]:
@@ -186,12 +211,13 @@ def activations(p: Experts, pre: Tensor) -> Tensor:
 def backward(p: Experts, grad_out: Tensor, hidden: Tensor, wanted: Wanted) -> ExpertGradients:
     routing = Routing.of(p.ids, p.count)
     batches = list(Batch.all(p, routing))
-    most, (_, F, _) = max((len(b.tokens) for b in batches), default=0), p.features
+    most, (_, F, _) = max((b.room for b in batches), default=0), p.features
+    pairs = max((b.at.start + b.room for b in batches), default=0)
     inputs = wanted.x or wanted.weights and p.spec.weigh == "input"
     run = Backward(
         p, grad_out, hidden if hidden.numel() else project(p, routing), wanted, _unwritten(p, routing, wanted),
         dw=p.x.new_zeros(p.ids.numel(), dtype=compute_dtype(p.x.dtype)),
-        dX=p.x.new_empty(p.ids.numel(), p.x.shape[1]) if inputs else None,
+        dX=p.x.new_empty(max(pairs, p.ids.numel()), p.x.shape[1]) if inputs else None,
         D=p.x.new_empty(most, F),
         dpre=p.x.new_empty(most, p.spec.parts * F),
     )  # fmt: skip
@@ -203,7 +229,9 @@ def backward(p: Experts, grad_out: Tensor, hidden: Tensor, wanted: Wanted) -> Ex
     del run  # and with it the memory for a batch
     if wanted.x and dX is not None:
         dX[routing.offsets[-1] :] = 0
-        sums = dataclasses.replace(sums, x=gather_sum(p, routing, dX, p.spec.weigh == "input", p.x.dtype))
+        sums = dataclasses.replace(
+            sums, x=gather_sum(p, routing, dX[: p.ids.numel()], p.spec.weigh == "input", p.x.dtype)
+        )
     if wanted.weights:
         sums.weights.view(-1)[routing.order] = dw.to(p.weights.dtype)
     return sums
@@ -254,14 +282,14 @@ class Backward:
         return self.p.spec.weigh == "output"
 
     def G(self, batch: Batch) -> Tensor:
-        """[n,H_out]; gathered again where it is needed, so that it need not be kept."""
-        return self.grad_out.index_select(0, batch.tokens).to(self.p.x.dtype)
+        """[room,H_out]; gathered again where it is needed, so that it need not be kept."""
+        return taken(self.grad_out, batch.tokens, batch.room).to(self.p.x.dtype)
 
     def through_down(self, batch: Batch) -> None:
         """Writes D = G down^T, what the bias of down adds to dw, and ddown_bias."""
         p, G, dw = self.p, self.G(batch), self.dw[batch.at]
         for e, rows in batch.shares:
-            times(self.D[rows], G[rows], p.of_expert(p.down, e)[0].mT)
+            times(self.D[whole(rows)], G[whole(rows)], p.of_expert(p.down, e)[0].mT)
             for bias in p.of_expert(p.down_bias, e) if self.outside else ():
                 dw[rows] += G[rows].to(dw.dtype) @ bias.to(dw.dtype)
             for db in p.of_expert(self.sums.down_bias, e) if self.wanted.biases and p.down_bias else ():
@@ -280,31 +308,41 @@ class Backward:
             for into, each in zip(target.parts, slopes):
                 into[part] = each
         if self.wanted.projections:
-            G = self.G(batch)
-            for e, rows in batch.shares:
-                multiply(p.of_expert(self.sums.down, e)[0], self.D[rows].mT, G[rows])
+            _over_rows([p.of_expert(self.sums.down, e) for e, _ in batch.shares], batch, self.D, self.G(batch))
 
     def through_up(self, batch: Batch) -> None:
-        """Writes dup, dup_bias and dX; with weigh=input dw."""
-        p, X = self.p, self.p.x.index_select(0, batch.tokens)
-        rows_in = X if self.outside else X * batch.w.to(X.dtype)
+        """Writes dX, dup and dup_bias; with weigh=input dw."""
+        p, X = self.p, taken(self.p.x, batch.tokens, batch.room)
         for e, rows in batch.shares:
             ups = p.of_expert(p.up, e)
-            parts = self.dpre[rows].chunk(len(ups), -1)
-            if self.wanted.projections:
-                for dW, part in zip(p.of_expert(self.sums.up, e), parts):
-                    multiply(dW, rows_in[rows].mT, part)
             if self.wanted.biases and p.up_bias:
-                for db, part in zip(p.of_expert(self.sums.up_bias, e), parts):
+                for db, part in zip(p.of_expert(self.sums.up_bias, e), self.dpre[rows].chunk(len(ups), -1)):
                     db.copy_(part.sum(0, dtype=self.dw.dtype))
             if self.dX is not None:
-                found = self.dX[batch.at][rows]
+                found, parts = self.dX[batch.at.start :][whole(rows)], self.dpre[whole(rows)].chunk(len(ups), -1)
                 times(found, parts[0], ups[0].mT)
                 for part, W in zip(parts[1:], ups[1:]):
                     times(more := torch.empty_like(found), part, W.mT)
                     found += more
+        n = len(batch.tokens)
         if self.dX is not None and not self.outside:
-            self.dw[batch.at] = (self.dX[batch.at].to(self.dw.dtype) * X).sum(-1)
+            self.dw[batch.at] = (self.dX[batch.at].to(self.dw.dtype) * X[:n]).sum(-1)
+        if self.wanted.projections:
+            if not self.outside:
+                X[:n] *= batch.w.to(X.dtype)
+            _over_rows([p.of_expert(self.sums.up, e) for e, _ in batch.shares], batch, X, self.dpre)
+
+
+def _over_rows(sums: Sequence[Sequence[Tensor]], batch: Batch, left: Tensor, right: Tensor) -> None:
+    """sums[i] = left^T right over the rows of share i, in columns for several; left and right are lost.
+
+    Last share first: the rows behind one's own, which the product takes too, are done with and become zeros.
+    """
+    for into, (_, rows) in reversed(list(zip(sums, batch.shares))):
+        left[rows.stop : whole(rows).stop] = 0
+        right[rows.stop : whole(rows).stop] = 0
+        for dW, part in zip(into, right[whole(rows)].chunk(len(into), -1)):
+            multiply(dW, left[whole(rows)].mT, part)
 
 
 KERNEL = ExpertKernel("cpu.experts", "cpu", supports, forward, backward)

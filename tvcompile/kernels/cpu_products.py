@@ -19,13 +19,24 @@ from torch.utils._python_dispatch import _disable_current_modes
 from .cpu import product_dtype
 
 WIDE = 1 << 21  # numbers of a weight or a gradient that are held in float32 at once
+SMALL = 1 << 18  # numbers of a weight; with fewer, a call of oneDNN takes longer than the product
 FEW = 48  # rows; for fewer, reading the weights takes the time
+
+
+def round_up(count: int) -> int:
+    """The least number of rows that is at least `count` and one of few: of 32 from 2^i to 2^(i+1).
+
+    oneDNN compiles a kernel for each number of rows, in half a millisecond and more, and keeps 1024 of them; an expert
+    has another number in every call. So products take up to 3 % of rows more, of whatever lies behind.
+    """
+    step = 1 << max(0, count.bit_length() - 6)
+    return -(-count // step) * step
 
 
 def times(out: Tensor, rows: Tensor, W: Tensor, bias: Tensor | None = None) -> None:
     """out [n,N] = rows [n,M] W [M,N] + bias [N], rounded once"""
     dtype = dtype_of_products(rows.dtype, len(rows))
-    if dtype != torch.float32 or not torch.backends.mkldnn.is_available():
+    if dtype != torch.float32 or W.numel() < SMALL or not torch.backends.mkldnn.is_available():
         multiply(out, rows, W, bias)
         return
     rows, bias = rows.to(dtype), None if bias is None else bias.to(dtype)
