@@ -193,6 +193,13 @@ def test_products_are_of_few_numbers_of_rows(layout, stacked, bias, weigh, monke
     assert len(taken) > 8 and taken == {cpu_products.round_up(n) for n in taken}
 
 
+@pytest.mark.parametrize("tokens", [67, 131, 1030])
+def test_no_rows_lie_behind_the_last(tokens):
+    ids = torch.full((tokens, 1), 3)
+    ids[: tokens // 2] = 1
+    check_exact(arguments(ids=ids, tokens=len(ids)), SILU)
+
+
 def test_rows_are_rounded_up_a_little():
     for n in range(1, 3000):
         more = cpu_products.round_up(n)
@@ -241,7 +248,7 @@ def check_precise(draws, spec, dtype, call=op):
     ids=["one twice", "none", "last", "the same twice", "all", "int32"],
 )
 def test_any_routing(ids):
-    check_exact(arguments(ids=ids), SILU)
+    check_exact(arguments(ids=ids, tokens=len(ids)), SILU)
 
 
 @pytest.mark.parametrize("tokens, top", [(0, 2), (3, 0), (0, 0)])

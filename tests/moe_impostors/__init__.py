@@ -7,6 +7,7 @@ from tests.moe_impostors import (  # noqa: F401  (registers them)
     cleared,
     experts,
     firsts,
+    gates,
     ids,
     indexed,
     joined,

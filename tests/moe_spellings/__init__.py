@@ -12,6 +12,7 @@ from tests.moe_spellings import (  # noqa: F401  (importing a family registers i
     dense,
     each,
     firsts,
+    gates,
     grouped,
     indexed,
     joined,

@@ -388,3 +388,21 @@ class OneHotsTimesProbabilities(Block):
         weights = self.gate(x).softmax(-1) * (first + second).to(x.dtype)
         weights = weights / weights.sum(-1, keepdim=True)
         return sum(weights[:, e, None] * self.expert(x, e) for e in range(self.count))
+
+
+@moe(kind="gelu")
+class ByTensordot(Block):
+    """Both projections of all experts, the last one with the sum over them."""
+
+    def experts(self, x, ids, w):
+        gates = torch.zeros(len(x), self.count, dtype=w.dtype).scatter(1, ids, w)
+        h = self.activate(torch.tensordot(x, self.w_up, dims=([1], [1])))
+        return torch.tensordot(h * gates[..., None], self.w_down, dims=([-1, 1], [1, 0]))
+
+
+@moe()
+class ByTensordotOfNeighbours(Block):
+    def experts(self, x, ids, w):
+        gates = torch.zeros(len(x), self.count, dtype=w.dtype).scatter(1, ids, w)
+        h = self.activate(torch.tensordot(x, self.w_up.transpose(0, 1), dims=1))
+        return torch.tensordot(h * gates[..., None], self.w_down, dims=2)

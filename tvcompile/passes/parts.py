@@ -13,6 +13,7 @@ from ..spec import Refuse
 from .chosen import Chosen, Token, Unchosen, chosen, implied, numbered
 from .columns import Column, Part
 from .expert import Expert, bias_of, expert_number, fixing, read_expert, with_weighed_input
+from .gates import with_gates
 from .ids import compared
 from .projections import Weight, is_row
 from .routing import without_rows
@@ -78,26 +79,10 @@ def part_of(r: RowReader, term: Term, token: Token, d: Expr, own: tuple[Expr, in
         weights = [f for f in expert.inside if not is_condition(f)]
         guards, factors = (*term.guards, *conditions), (*term.factors, *weights)
         term = without_rows(r, dataclasses.replace(term, guards=guards, factors=factors), token, r.position[node])
+    if own:
+        term = with_gates(r, term)
     formula = expert_number(expert.down)
-    if formula is None and compared_number(term) is None and not expert.weighed:
-        # Every expert reads all tokens: what its rows are multiplied by may say which are its own.
-        expert = with_weighed_input(r, expert, token.t, fixing(r, term), term)
-    elif formula is None and not expert.weighed:
-        expert = _unmasked(r, expert, term, token)
-    if expert.weighed:
-        expert = dataclasses.replace(
-            expert, weighed=tuple(f for f in expert.weighed if not _holds(r, f, term, formula))
-        )
-    if expert.weighed:
-        if term.factors:
-            raise Refuse("the inputs and the results of an expert are both weighed", expert.node)
-        if formula is None:
-            gets = compared_number(term) is not None
-        else:
-            gets = any(E.op_of(x) == "load" for x in E.walk(formula)) or any(compared(g, formula) for g in term.guards)
-        if not gets:
-            check_keeps_zero(expert)
-        term = without_rows(r, dataclasses.replace(term, factors=expert.weighed), token, r.position[expert.node])
+    expert, term = _without_weighed_input(r, expert, term, token, formula)
     k, number = own or (None, compared_number(term))
     if formula is not None:
         number, k = None, formula if own else None
@@ -112,6 +97,35 @@ def part_of(r: RowReader, term: Term, token: Token, d: Expr, own: tuple[Expr, in
     whole = term.put({formula: found.ids}).whole if formula in term.bound else term.whole
     canon = canonical(r, found)
     return Part(canon, number, None if number is not None else formula, expert, whole, found.k, term.puts)
+
+
+def _without_weighed_input(
+    r: RowReader, e: Expert, term: Term, token: Token, number: Expr | None
+) -> tuple[Expert, Term]:
+    """What its rows are multiplied by says which of them count, or is their weight: (the expert, the term)."""
+    if number is None and compared_number(term) is None and not e.weighed:
+        # Every expert reads all tokens: what its rows are multiplied by may say which are its own.
+        e = with_weighed_input(r, e, token.t, fixing(r, term), term)
+    elif number is None and not e.weighed:
+        e = _unmasked(r, e, term, token)
+    if e.weighed:
+        weighed = tuple(f for f in e.weighed if not _holds(r, f, term, number))
+        e = dataclasses.replace(e, weighed=weighed)
+    if term.factors and e.weighed and all(map(is_condition, e.weighed)):
+        check_keeps_zero(e)
+        cleared = term.under(guards=[E.operands(f)[0] for f in e.weighed])
+        return dataclasses.replace(e, weighed=()), without_rows(r, cleared, token, r.position[e.node])
+    if e.weighed:
+        if term.factors:
+            raise Refuse("the inputs and the results of an expert are both weighed", e.node)
+        if number is None:
+            gets = compared_number(term) is not None
+        else:
+            gets = any(E.op_of(x) == "load" for x in E.walk(number)) or any(compared(g, number) for g in term.guards)
+        if not gets:
+            check_keeps_zero(e)
+        term = without_rows(r, dataclasses.replace(term, factors=e.weighed), token, r.position[e.node])
+    return e, term
 
 
 def _unmasked(r: RowReader, expert: Expert, term: Term, token: Token) -> Expert:
@@ -136,11 +150,12 @@ def numbered_alike(e: Expert, ids: Expr, formula: Expr) -> Expert:
 
 def _holds(r: RowReader, factor: Expr, term: Term, formula: Expr | None) -> bool:
     """Is a factor of the input 1 wherever the term counts?"""
-    number = compared_number(term) if formula is None else None
-    expert = formula if number is None else sympy.Integer(number)
-    if not is_condition(factor) or expert is None:
+    if not is_condition(factor):
         return False
-    wanted = E.operands(factor)[0]
+    wanted, number = E.operands(factor)[0], compared_number(term) if formula is None else None
+    expert = formula if number is None else sympy.Integer(number)
+    if expert is None:
+        return wanted in term.guards
     ids = [i for g in term.guards if (i := compared(g, expert)) is not None]
     return wanted in term.guards or any(implied(r, wanted, i, expert) for i in ids)
 
@@ -204,6 +219,7 @@ def is_bias(r: RowReader, p: Part, term: Term, bias: Weight, token: Token) -> bo
             return False
         expert = number if p.number is None else sympy.Integer(p.number)
         if p.has_all:
+            term = with_gates(r, term)
             k = expert if p.number is None else p.k
             found = chosen(r, term.under([p.k] if p.number is not None else []), expert, token, k)
         else:

@@ -2,11 +2,13 @@
 
 m = zeros(T, E); m[arange(T)[:, None], ids] = w     ->     zeros(T, E).scatter(-1, ids, w)
 m = zeros(T, E); m[arange(T), first] = w            ->     where(e = first[t], w[t], 0), as a one-hot is
+tensordot(x, W, ([1], [1]))                         ->     einsum("ab,cbd->acd", x, W)
 """
 
 from __future__ import annotations
 
 import contextlib
+import string
 from typing import Any
 
 import sympy
@@ -15,6 +17,7 @@ from torch import fx
 
 from .. import expr as E
 from ..spec import Refuse
+from .movement import axis
 from .places import least, opened
 from .read import Unreadable
 from .rows import RowReader
@@ -25,10 +28,25 @@ Call = tuple[str, dict[str, Any]]  # an operation's name and its arguments by na
 def find_synonyms(r: RowReader) -> dict[fx.Node, Call]:
     found = {}
     for n in r.position:
-        if n.op == "call_function" and r.name(n) == "index_put":
+        rule = RULES.get(r.name(n)) if n.op == "call_function" else None
+        if rule is not None:
             with contextlib.suppress(Refuse, Unreadable):  # what is not read stays what it is
-                found[n] = _as_scatter(r, n)
+                found[n] = rule(r, n)
     return {n: call for n, call in found.items() if call is not None}
+
+
+def _as_einsum(r: RowReader, n: fx.Node) -> Call | None:
+    a = r.arguments(n)
+    x, y = a["self"], a["other"]
+    ranks = len(r.shape(x)), len(r.shape(y))
+    sums = [[axis(d, rank) for d in a[f"dims_{side}"]] for side, rank in zip(("self", "other"), ranks)]
+    if [r.shape(x)[d] for d in sums[0]] != [r.shape(y)[d] for d in sums[1]]:
+        return None  # a dim of 1 stretches
+    left, right = (list(string.ascii_letters[start : start + rank]) for start, rank in zip((0, ranks[0]), ranks))
+    for i, j in zip(*sums):
+        right[j] = left[i]
+    out = [c for c in left + right if (c in left) != (c in right)]
+    return "einsum", {"equation": f"{''.join(left)},{''.join(right)}->{''.join(out)}", "tensors": [x, y]}
 
 
 def _as_scatter(r: RowReader, n: fx.Node) -> Call | None:
@@ -65,3 +83,6 @@ def _fits(r: RowReader, index: fx.Node, ids: fx.Node) -> bool:
 
 def _is_mask(index: fx.Node) -> bool:
     return index.meta["val"].dtype in (torch.bool, torch.uint8)
+
+
+RULES = {"index_put": _as_scatter, "tensordot": _as_einsum}
