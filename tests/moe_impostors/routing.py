@@ -330,7 +330,7 @@ class IdsCountFromTheEnd(Block):
         return (y * w.unsqueeze(-1)).sum(1)
 
 
-@impostor(ANY)
+@impostor(None)
 class TokensOfOtherChoices(MaskedTokens):
     """Weights and tokens go by different ids."""
 
@@ -338,7 +338,7 @@ class TokensOfOtherChoices(MaskedTokens):
         return super().sent((ids + 1) % self.count)
 
 
-@impostor(ANY)
+@impostor(None)
 class TokensOfTheFirstChoice(MaskedTokens):
     def sent(self, ids):
         return super().sent(ids[:, :1])

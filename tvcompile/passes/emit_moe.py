@@ -128,6 +128,8 @@ class _Choice:
             return self.w.size(e, self.sources)
         if op in E.OPAQUE:
             loaded = self._load(e)
+            if op == "any" and loaded.meta["val"].dtype != torch.bool:  # a sum of hits
+                return self.w.call(operator.ne, loaded, 0)
             few = getattr(loaded.meta["val"], "dtype", None) in FEW_BITS
             return self.w.cast(loaded, torch.int64) if few else loaded
         if op in ("le", "eq"):
