@@ -17,6 +17,7 @@ so that y need not be kept.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -121,7 +122,7 @@ class Batch:
     tokens: Tensor
     w: Tensor
 
-    @property
+    @functools.cached_property
     def room(self) -> int:
         return room(len(self.tokens), self.shares)
 
@@ -289,7 +290,8 @@ class Backward:
         """Writes D = G down^T, what the bias of down adds to dw, and ddown_bias."""
         p, G, dw = self.p, self.G(batch), self.dw[batch.at]
         for e, rows in batch.shares:
-            times(self.D[whole(rows)], G[whole(rows)], p.of_expert(p.down, e)[0].mT)
+            more = whole(rows)
+            times(self.D[more], G[more], p.of_expert(p.down, e)[0].mT)
             for bias in p.of_expert(p.down_bias, e) if self.outside else ():
                 dw[rows] += G[rows].to(dw.dtype) @ bias.to(dw.dtype)
             for db in p.of_expert(self.sums.down_bias, e) if self.wanted.biases and p.down_bias else ():
@@ -319,11 +321,12 @@ class Backward:
                 for db, part in zip(p.of_expert(self.sums.up_bias, e), self.dpre[rows].chunk(len(ups), -1)):
                     db.copy_(part.sum(0, dtype=self.dw.dtype))
             if self.dX is not None:
-                found, parts = self.dX[batch.at.start :][whole(rows)], self.dpre[whole(rows)].chunk(len(ups), -1)
+                more = whole(rows)
+                found, parts = self.dX[batch.at.start :][more], self.dpre[more].chunk(len(ups), -1)
                 times(found, parts[0], ups[0].mT)
                 for part, W in zip(parts[1:], ups[1:]):
-                    times(more := torch.empty_like(found), part, W.mT)
-                    found += more
+                    times(added := torch.empty_like(found), part, W.mT)
+                    found += added
         n = len(batch.tokens)
         if self.dX is not None and not self.outside:
             self.dw[batch.at] = (self.dX[batch.at].to(self.dw.dtype) * X[:n]).sum(-1)
@@ -339,10 +342,12 @@ def _over_rows(sums: Sequence[Sequence[Tensor]], batch: Batch, left: Tensor, rig
     Last share first: the rows behind one's own, which the product takes too, are done with and become zeros.
     """
     for into, (_, rows) in reversed(list(zip(sums, batch.shares))):
-        left[rows.stop : whole(rows).stop] = 0
-        right[rows.stop : whole(rows).stop] = 0
-        for dW, part in zip(into, right[whole(rows)].chunk(len(into), -1)):
-            multiply(dW, left[whole(rows)].mT, part)
+        more = whole(rows)
+        if rows != more:
+            left[rows.stop : more.stop] = 0
+            right[rows.stop : more.stop] = 0
+        for dW, part in zip(into, right[more].chunk(len(into), -1)):
+            multiply(dW, left[more].mT, part)
 
 
 KERNEL = ExpertKernel("cpu.experts", "cpu", supports, forward, backward)
